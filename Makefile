@@ -1,0 +1,53 @@
+# `make test` and `make demo` do their whole set-up: on a fresh Debian or Ubuntu, as root, they
+# install the packages that they need; as another user they say which ones are missing.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+
+.PHONY: help test lint unit vm demo bench clean clean-vm
+
+help:
+	@echo 'make test      every check and every test, the virtual machine too (root, Go)'
+	@echo 'make lint      ruff, mypy, import-linter'
+	@echo 'make unit      the tests that take seconds'
+	@echo 'make vm        start the virtual machine for work by hand'
+	@echo 'make demo      a backup, a kill, a recovery and a restore, with real ZFS and restic'
+	@echo 'make bench     measure a run beside the bare commands, in the virtual machine'
+	@echo 'make clean     remove what these made in this folder; clean-vm: and the machine'
+
+test: lint
+	$(BIN)/pytest $(PYTEST_ARGUMENTS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+unit: $(READY)
+	$(BIN)/pytest -m 'not vm' --ignore tests/platform $(PYTEST_ARGUMENTS)
+
+vm: $(READY)
+	$(BIN)/python tests/vm/machine.py start
+
+demo: $(READY)
+	@PYTHON=$(CURDIR)/$(BIN)/python demo/run.sh
+
+bench: $(READY)
+	$(BIN)/python tests/bench/bench.py
+
+$(READY): pyproject.toml
+	@PYTHON=$(PYTHON) tests/vm/needs.sh $(PYTHON) venv
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+clean-vm: clean
+	-$(PYTHON) tests/vm/machine.py stop
+	rm -rf --one-file-system "$${ATOMTX_CACHE:-$$HOME/.cache/atomtx}"

@@ -1,0 +1,97 @@
+"""
+Objects on the machine that carry our marks and are in no journal: find them, adopt them.
+
+A journal may be lost, and its snapshots are still there.  They are listed with what proves them
+ours; only one that the user names is taken into this journal, and only then can it be destroyed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from .errors import UserError
+from .intents import Intent, Mount, MountVolumes
+from .mounts import mountinfo
+from .names import RunId, Snapshot
+from .plan import ClientPlan, Plan, PlannedVolume, Pool, intents
+from .volumes.zfs import Identity, Zfs
+
+
+@dataclass(frozen=True)
+class Stray:
+    """What one unknown run left on this machine."""
+
+    run: str
+    snapshots: tuple[Identity, ...]
+    mounts: tuple[str, ...]
+
+    @property
+    def created_s(self) -> int:
+        return min(s.creation_s for s in self.snapshots)
+
+
+def scan(zfs: Zfs, known: Iterable[str]) -> list[Stray]:
+    """Return what carries our marks, mark and name agreeing, of runs that are not *known*."""
+    healthy = [pool.name for pool in zfs.pools() if pool.health != "SUSPENDED"]
+    known = frozenset(known)
+    names: dict[str, list[str]] = {}
+    for name, run in zfs.marked(healthy):
+        if run not in known and RunId.from_token(Snapshot.parse(name).name) == run:
+            names.setdefault(run, []).append(name)
+    found = zfs.identities([name for group in names.values() for name in group])
+    table = mountinfo.read()
+    return [_stray(run, group, found, table) for run, group in sorted(names.items())]
+
+
+def _stray(run: str, names: list[str], found: dict[str, Identity], table: mountinfo.Table) -> Stray:
+    snapshots = tuple(found[name] for name in names if name in found)
+    mounts = tuple(e.mountpoint for e in table if e.source in names)
+    return Stray(run, snapshots, mounts)
+
+
+def pick(strays: Iterable[Stray], prefix: str) -> Stray:
+    """Return the stray whose run id begins with *prefix*; a UserError unless exactly one does."""
+    matching = [stray for stray in strays if stray.run.startswith(prefix)]
+    if len(matching) != 1:
+        many = "more than one unknown run" if matching else "no unknown run"
+        raise UserError(f"{many} begins with {prefix!r}", hint="`atomtx recover --scan` lists them")
+    return matching[0]
+
+
+def plan_of(stray: Stray, pools: Iterable[Pool]) -> Plan:
+    """Return the plan under which a stray run is journaled, only to be undone."""
+    guids = {pool.name: pool.guid for pool in pools}
+    names = [Snapshot.parse(s.name) for s in stray.snapshots]
+    volumes = tuple(
+        PlannedVolume("zfs", n.dataset.pool, guids[n.dataset.pool], str(n.dataset), "", "", str(n))
+        for n in names
+    )
+    client = ClientPlan("command", (), (), "/", "", None, (), ())
+    label = ", ".join(str(n.dataset) for n in names[:2]) + (" and more" if names[2:] else "")
+    return Plan(
+        run=stray.run,
+        job=f"adopted-{stray.run}",
+        label=label,
+        volumes=volumes,
+        targets=(),
+        layout="namespace",
+        root="",
+        live_paths=(),
+        excludes=(),
+        notes=(),
+        client=client,
+    )
+
+
+def intents_of(stray: Stray, the_plan: Plan) -> tuple[Intent, ...]:
+    """Return what the lost journal must have held: the snapshots, their holds, their mounts."""
+    mounts = tuple(m for s in stray.snapshots for m in _mounts_of(s))
+    effects = [step for step in intents(the_plan) if not isinstance(step, MountVolumes)]
+    return (*effects, *([MountVolumes("/", mounts)] if mounts else ()))
+
+
+def _mounts_of(snapshot: Identity) -> Iterator[Mount]:
+    for entry in mountinfo.read():
+        if entry.source == snapshot.name:
+            yield Mount(entry.source, entry.mountpoint)

@@ -1,0 +1,182 @@
+"""
+Take everything of a run away again.
+
+Unmount before release, release before destroy; children before parents; never by force, never
+lazily.  Each undo is proven and idempotent, needs no new row, and is recorded after it was made.
+What is busy is tried again with growing pauses, then its holders are named and it is parked.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection
+
+from . import errand, locks, states
+from .errors import EffectError
+from .intents import (
+    DestroySnapshots,
+    EndClient,
+    KeepSnapshots,
+    MountVolumes,
+    ReleaseSnapshots,
+    UnmountVolumes,
+)
+from .journal import Change, Journal
+from .mounts import inhabitants, tree
+from .names import RunId
+from .probing import end_survivors, presence
+from .records import Run, Step
+from .recovery import Presence
+from .statedir import RunFolder
+from .states import Event
+from .volumes.zfs import Identity, Zfs
+
+PAUSES_S = (0.2, 0.5, 1.0, 2.0, 4.0)
+_RUNNER_END_S = 30.0
+
+
+class Cleaner:
+    """Undoes what a run did, step by step, and records it."""
+
+    def __init__(
+        self, journal: Journal, folder: RunFolder, zfs: Zfs, warn: Callable[[str], None]
+    ) -> None:
+        self._journal = journal
+        self._folder = folder
+        self._zfs = zfs
+        self._warn = warn
+
+    def clean(self, run: Run) -> Run:
+        """Take a run from `unmounting` to `destroyed`, or park it where something is in use."""
+        assert run.state == states.UNMOUNTING
+        try:
+            verdicts = self.remove_traces(run)
+        except EffectError as exc:
+            return self._park(run, str(exc))
+        left = [name for name, verdict in verdicts.items() if verdict == "busy"]
+        if left:
+            return self._park(run, self._why_busy(left))
+        return self._finish(run, verdicts)
+
+    def remove_traces(self, run: Run) -> dict[str, str]:
+        """
+        Make every undo, record none; return a verdict for each snapshot.
+
+        Idempotent.  Raises EffectError for what cannot be undone now.
+        """
+        self.unmount(run)
+        found = self._identities(run)
+        names = sorted(name for name in found)
+        self._zfs.release(names, tag=RunId(run.id).token)
+        verdicts = {v.snapshot: "absent" for v in run.volumes}
+        kept = {n for step in run.pending(KeepSnapshots) for n in _names(step)}
+        for pool in sorted({v.pool for v in run.volumes}):
+            of_pool = [
+                found[v.snapshot] for v in run.volumes if v.pool == pool and v.snapshot in found
+            ]
+            keep = [identity for identity in of_pool if identity.name in kept]
+            verdicts |= self._zfs.keep(keep, run=run.id)
+            verdicts |= self._destroy([i for i in of_pool if i.name not in kept], run)
+        return verdicts
+
+    def _identities(self, run: Run) -> dict[str, Identity]:
+        """Return those snapshots of the run that are proven ours; journal what was not yet."""
+        found = self._zfs.identities([v.snapshot for v in run.volumes])
+        return {
+            v.snapshot: found[v.snapshot]
+            for v in run.volumes
+            if presence(run, v, found.get(v.snapshot)) is Presence.OURS
+        }
+
+    def _destroy(self, identities: list[Identity], run: Run) -> dict[str, str]:
+        verdicts: dict[str, str] = {}
+        left = identities
+        for pause in (*PAUSES_S, None):
+            verdicts |= self._zfs.destroy(left, run=run.id)
+            left = [identity for identity in left if verdicts[identity.name] == "busy"]
+            if not left or pause is None:
+                break
+            tree.expire_automounts([identity.name for identity in left])
+            time.sleep(pause)
+        return verdicts
+
+    def unmount(self, run: Run) -> None:
+        """See that no process of the run lives and none of its mounts is left; idempotent."""
+        if not locks.wait_until(lambda: errand.runner_pid(self._folder) is None, _RUNNER_END_S):
+            raise EffectError(
+                f"the runner of run {run.id} does not end", hint="see `atomtx status`"
+            )
+        end_survivors(run, self._folder, self._warn)
+        for step in run.steps:
+            if isinstance(step.intent, MountVolumes) and step.intent.root:
+                self._remove_tree(step.intent)
+
+    def _remove_tree(self, intent: MountVolumes) -> None:
+        for pause in (*PAUSES_S, None):
+            busy = tree.remove(intent.mounts, intent.directories)
+            if not busy:
+                return
+            if pause is None:
+                raise EffectError(
+                    f"{busy[0]} is busy: {_words(inhabitants.using(busy)) or 'holder not found'}",
+                    hint="end what uses it, then run `atomtx recover`",
+                )
+            time.sleep(pause)
+
+    def _why_busy(self, names: Collection[str]) -> str:
+        mounted = inhabitants.mounted(names)
+        tags = [f"hold {t} on {n}" for n, ts in self._zfs.holders(names).items() for t in ts]
+        where = _words([f"mounted at {m}" for m in mounted] + tags)
+        return f"{sorted(names)[0]} is busy" + (f": {where}" if where else "")
+
+    # -- recording -------------------------------------------------------------------------
+
+    def _finish(self, run: Run, verdicts: dict[str, str]) -> Run:
+        kept = {n for step in run.pending(KeepSnapshots) for n in _names(step)}
+        with self._journal.change(run) as change:
+            for step in run.steps:
+                if step.outcome in (None, "parked"):
+                    change.ended(step, *_outcome(step, verdicts, kept))
+            change.set(cleanup=None)
+            change.fire(Event.CLEANED_UP)
+        return self._journal.load(run.id)
+
+    def _park(self, run: Run, why: str) -> Run:
+        self._warn(f"{why}; the cleanup is parked: `atomtx recover` tries again")
+
+        def record(change: Change) -> None:
+            for step in run.pending(DestroySnapshots):
+                change.ended(step, "parked", why)
+            change.set(cleanup="parked", reason=run.reason or why)
+
+        with self._journal.change(run) as change:
+            record(change)
+        return self._journal.load(run.id)
+
+
+def _outcome(step: Step, verdicts: dict[str, str], kept: Collection[str]) -> tuple[str, str | None]:
+    """Return how an undo of a cleaned run ended, and what was found."""
+    if isinstance(step.intent, DestroySnapshots) and set(step.intent.snapshots) & set(kept):
+        return "not-needed", "kept"
+    if isinstance(step.intent, DestroySnapshots | KeepSnapshots):
+        of_step = [verdicts.get(name, "absent") for name in step.intent.snapshots]
+        odd = [v for v in of_step if v != "done"]
+        if not odd:
+            return "done", None
+        detail = ", ".join(f"{odd.count(v)} {v}" for v in sorted(set(odd)))
+        return ("done" if len(odd) < len(of_step) else "not-needed"), detail
+    if isinstance(step.intent, UnmountVolumes | ReleaseSnapshots):
+        return "done", None
+    if isinstance(step.intent, EndClient):
+        return "not-needed", "it had ended"
+    return "failed", "given up before its outcome was known"
+
+
+def _names(step: Step) -> tuple[str, ...]:
+    return step.intent.snapshots if isinstance(step.intent, KeepSnapshots) else ()
+
+
+def _words(things: Collection[str]) -> str:
+    shown = list(things)[:3]
+    more = f" and {len(things) - 3} more" if len(things) > 3 else ""
+    return "; ".join(shown) + more

@@ -1,0 +1,213 @@
+"""
+The command line: the lazy group, and the one place where errors become exit statuses.
+
+`--help`, `--version` and shell completion import no command: the table below holds their short
+help.  A command's function returns an :class:`ExitStatus` (or None for success) and raises
+:class:`AtomtxError`; it takes `--json` by :func:`json_option`, as the parameter ``as_json``,
+and prints by :func:`echo`.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import NoReturn, TextIO, TypeVar
+
+import click
+
+from .. import __version__
+from ..errors import AtomtxError, ExitStatus, Interrupted
+
+# name -> ("module:attribute", short help), in the order in which --help shows them
+COMMANDS = {
+    "backup": ("atomtx.cli.backup:backup", "Back up a moment of the named datasets."),
+    "recover": ("atomtx.cli.recover:recover", "Finish or undo interrupted runs."),
+    "history": ("atomtx.cli.history:history", "List what ran, what it saved, how it ended."),
+    "show": ("atomtx.cli.show:show", "Show one run: each step, its log, how to restore."),
+    "status": ("atomtx.cli.status:status", "Show the runs that are at work or unfinished."),
+    "attach": ("atomtx.cli.attach:attach", "Follow a living run until it ends."),
+    "stop": ("atomtx.cli.stop:stop", "Stop a living run and undo it."),
+    "doctor": ("atomtx.cli.doctor:doctor", "Check what is installed, allowed and healthy."),
+}
+
+_F = TypeVar("_F", bound=Callable[..., object])
+
+
+def json_option(command: _F) -> _F:
+    """Add `--json`, as the parameter ``as_json``; errors are then JSON on stderr as well."""
+    decorate = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+    return decorate(command)
+
+
+class _OutputClosed(Exception):
+    """Nobody reads our standard output any more."""
+
+
+class LazyGroup(click.Group):
+    """A group that imports a command only when it is called or asked for its own help."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        command: click.Command = getattr(import_module(module), attribute)
+        return command
+
+    def invoke(self, ctx: click.Context) -> object:
+        """
+        Tell a reader of our output that went away from any other broken pipe.
+
+        click takes each EPIPE for the former and exits without a word; one from a socket of
+        ours is a bug, or a runner that died, and must be seen.
+        """
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as exc:
+            if _is_read(sys.stdout):
+                raise RuntimeError("a broken pipe, not that of standard output") from exc
+            raise _OutputClosed from exc
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the static table; click's own would import every command."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, short) for name, (_, short) in COMMANDS.items()])
+
+    def shell_complete(
+        self, ctx: click.Context, incomplete: str
+    ) -> list[click.shell_completion.CompletionItem]:
+        """Complete names of commands from the table, for the same reason."""
+        from click.shell_completion import CompletionItem
+
+        found = [
+            CompletionItem(name, help=short)
+            for name, (_, short) in COMMANDS.items()
+            if name.startswith(incomplete)
+        ]
+        return found + click.Command.shell_complete(self, ctx, incomplete)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, "--version", "-V", message="atomtx %(version)s")
+def cli() -> None:
+    """
+    Back up a moment: snapshot, mount, back up, unmount, destroy.
+
+    Each change to the machine is journaled before it is made. After a crash, `atomtx recover`
+    finishes the interrupted backup of the same moment, or undoes it.
+
+    \b
+    Examples:
+      atomtx backup zroot/usr/home     back up with the client that is configured
+      atomtx recover                   after a crash
+      atomtx history                   what ran, and how it ended
+
+    \b
+    EXIT STATUS
+      0  completed                     5  another run of this job is at work
+      1  failed                        6  waiting: not settled yet, and why
+      2  usage or configuration        7  backed up, a step after it failed
+      3  some files could not be read  130, 143  interrupted and cleaned up
+      4  backed up, cleanup parked: run `atomtx recover`
+    """
+
+
+def main(args: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit; the console script."""
+    words = list(sys.argv[1:] if args is None else args)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a name in another encoding must not be a traceback
+            stream.reconfigure(errors="backslashreplace")
+    status = run(words)
+    sys.exit(status)
+
+
+def run(words: Sequence[str]) -> int:
+    """
+    Run one command and return its exit status; the only place where errors become one.
+
+    A bug is none of the errors below and shows its traceback.
+    """
+    try:
+        status = cli.main(list(words), prog_name="atomtx", standalone_mode=False)
+    except AtomtxError as exc:
+        _report(exc.message, exc.hint, exc.exit_status, as_json=wants_json(words))
+        return int(exc.exit_status)
+    except click.ClickException as exc:
+        return _report_usage(exc, as_json=wants_json(words))
+    except (click.Abort, KeyboardInterrupt):
+        interrupted = Interrupted(signal.SIGINT)
+        _report(interrupted.message, None, interrupted.exit_status, as_json=wants_json(words))
+        return int(interrupted.exit_status)
+    except _OutputClosed:
+        _discard_stdout()
+        return 128 + signal.SIGPIPE  # what a shell shows for the others in the pipe
+    return int(status or 0)
+
+
+def wants_json(words: Sequence[str]) -> bool:
+    """Tell whether `--json` is among our own words; after `--` they are the client's."""
+    words = list(words)
+    return "--json" in (words[: words.index("--")] if "--" in words else words)
+
+
+def _report(message: str, hint: str | None, status: ExitStatus | int, *, as_json: bool) -> None:
+    if as_json:
+        import json  # 8 ms that `--help` need not pay
+
+        error = {"message_type": "error", "message": message, "hint": hint}
+        _write(sys.stderr, json.dumps(error | {"exit_status": int(status)}))
+        return
+    _write(sys.stderr, f"atomtx: {message}" + (f"\n  {hint}" if hint else ""))
+
+
+def _report_usage(exc: click.ClickException, *, as_json: bool) -> int:
+    path = exc.ctx.command_path if isinstance(exc, click.UsageError) and exc.ctx else "atomtx"
+    _report(exc.format_message(), f"see `{path} --help`", ExitStatus.USAGE, as_json=as_json)
+    return int(ExitStatus.USAGE)
+
+
+def _write(stream: TextIO | None, text: str) -> None:
+    """Write a line; where nobody listens any more there is nobody to tell."""
+    try:
+        print(text, file=stream, flush=True)
+    except OSError:
+        return
+
+
+def echo(text: str = "") -> None:
+    """
+    Print what a command has to show; a line is added to its end.
+
+    Standard output that cannot be written is met here, not in the interpreter's shutdown.
+    """
+    if sys.stdout is None:  # started with the descriptor closed
+        return
+    try:
+        print(text, flush=True)
+    except BrokenPipeError as exc:
+        raise _OutputClosed from exc
+    except OSError as exc:
+        _discard_stdout()
+        raise AtomtxError(f"cannot write to standard output: {exc.strerror}") from exc
+
+
+def _is_read(stream: TextIO) -> bool:
+    """Tell whether somebody still reads what we write there; true for anything but a pipe."""
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)
+        return not poll.poll(0)
+    except (OSError, ValueError):  # not a file
+        return True
+
+
+def _discard_stdout() -> None:
+    """Let the interpreter flush what is buffered to nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,276 @@
+"""`atomtx doctor`: what is installed, what is missing, what this user may do."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from .. import __version__, history, journalfile, process, statedir
+from ..errors import AtomtxError, ExitStatus, JournalError
+from . import echo, json_option, render
+
+_ASK_S = 20.0
+_CAP_SYS_ADMIN = 21  # linux/capability.h
+_CLONE_NEWNS = 0x00020000  # linux/sched.h
+_STRICT_TABLES = (3, 37, 0)  # the SQLite that brought them
+_NAMESPACE_TEST = f"""
+import ctypes, os, sys
+libc = ctypes.CDLL(None, use_errno=True)
+sys.exit(os.strerror(ctypes.get_errno()) if libc.unshare({_CLONE_NEWNS}) else 0)
+"""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing looked at: "ok", "note", "warning", or "missing" where atomtx needs it."""
+
+    name: str
+    status: str
+    detail: str
+    hint: str | None = None
+
+
+@click.command()
+@json_option
+def doctor(as_json: bool) -> ExitStatus:
+    """
+    Check what is installed, allowed and healthy.
+
+    Looks for ZFS, the clients and Python's parts, tries what this user may do, and checks the
+    journal. Changes nothing on the machine.
+
+    \b
+    Example:
+      atomtx doctor
+
+    \b
+    EXIT STATUS
+      0  all that is needed is there; there may be warnings
+      1  something that is needed is missing
+      2  wrong usage
+    """
+    state = statedir.find()
+    found = [check for look in _LOOKS for check in look(state)]
+    good = all(check.status != "missing" for check in found)
+    if as_json:
+        echo(render.to_json({"ok": good, "version": __version__, "checks": found}))
+    else:
+        echo("\n".join(line for check in found for line in _lines(check)))
+    return ExitStatus.COMPLETED if good else ExitStatus.FAILED
+
+
+def _lines(check: Check) -> list[str]:
+    first = render.printable(f"{check.status:<8}  {check.name:<18}  {check.detail}")
+    return [first, f"{'':<30}{check.hint}"] if check.hint else [first]
+
+
+# -- what is installed -------------------------------------------------------------------------
+
+
+def _python(_: Path) -> Iterator[Check]:
+    import sqlite3
+
+    yield Check("python", "ok", f"{platform.python_version()} ({sys.executable})")
+    enough = sqlite3.sqlite_version_info >= _STRICT_TABLES
+    hint = None if enough else "3.37 or later is needed"
+    yield Check("sqlite", "ok" if enough else "missing", sqlite3.sqlite_version, hint)
+
+
+def _zfs(_: Path) -> Iterator[Check]:
+    said = _ask("zfs", "version")
+    userland = _first(r"^zfs-(\d.*)$", said)
+    if userland:
+        yield Check("zfs", "ok", userland)
+    else:
+        yield Check("zfs", "missing", "not installed", "install zfsutils-linux (Debian, Ubuntu)")
+    module = _module_version()
+    if module:
+        yield Check("zfs module", "ok", module)
+    else:
+        yield Check("zfs module", "missing", "not loaded", "`modprobe zfs`, or install zfs-dkms")
+    if userland and module and userland.split("-")[0] != module.split("-")[0]:
+        yield Check("zfs versions", "warning", f"userland {userland}, module {module}", "reboot")
+    there = os.access("/dev/zfs", os.R_OK | os.W_OK)
+    yield Check("/dev/zfs", *(("ok", "usable") if there else ("missing", "absent, or not ours")))
+
+
+def _module_version() -> str:
+    try:
+        return Path("/sys/module/zfs/version").read_text().strip()
+    except OSError:
+        return _first(r"^zfs-kmod-(\d.*)$", _ask("zfs", "version"))
+
+
+def _programs(_: Path) -> Iterator[Check]:
+    """Try a channel program that changes nothing: they destroy by identity, many at once."""
+    pools = _ask("zpool", "list", "-H", "-o", "name").splitlines()
+    if not pools:
+        yield Check("channel programs", "note", "not tried: no pool is imported")
+        return
+    argv = ["zfs", "program", "-n", pools[0], "-"]
+    try:
+        tried = process.run(argv, stdin="return 0", timeout_s=_ASK_S)
+        problem = None if tried.ok else tried.last_line()
+    except AtomtxError as exc:
+        problem = exc.message
+    if problem:
+        hint = "snapshots will be destroyed one by one, which is slow for many"
+        yield Check("channel programs", "warning", problem, hint)
+    else:
+        yield Check("channel programs", "ok", f"usable (tried on {pools[0]})")
+
+
+def _clients(_: Path) -> Iterator[Check]:
+    found = {
+        "restic": _first(r"^restic (\S+)", _ask("restic", "version", env=os.environ)),
+        "kopia": _first(r"^(\S+)", _ask("kopia", "--version", env=os.environ)),
+    }
+    for name, version in found.items():
+        yield Check(name, "ok" if version else "note", version or "not installed")
+    if not any(found.values()):
+        hint = "install restic or kopia; without one, only --command can be used"
+        yield Check("clients", "warning", "neither restic nor kopia is installed", hint)
+    yield Check(
+        "clients",
+        "note",
+        "a client that leaves the run's mount namespace reads live files, not the snapshot",
+        "so do docker, podman, systemd-run and ssh in --command: start the client itself",
+    )
+
+
+# -- what this user may do ---------------------------------------------------------------------
+
+
+def _rights(_: Path) -> Iterator[Check]:
+    user = os.geteuid()
+    if user == 0:
+        yield Check("user", "ok", "root")
+    else:
+        yield Check("user", "missing", f"user {user}, not root", "run atomtx as root")
+    held = _has_capability(_CAP_SYS_ADMIN)
+    yield Check("CAP_SYS_ADMIN", "ok" if held else "missing", "held" if held else "not held")
+    problem = _namespace_problem()
+    if problem:
+        hint = "in a container, allow mounts; `--layout tree` needs no namespace"
+        yield Check("mount namespace", "missing", problem, hint)
+    else:
+        yield Check("mount namespace", "ok", "can be made")
+
+
+def _has_capability(number: int) -> bool:
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:  # not Linux
+        return os.geteuid() == 0
+    return bool(int(_first(r"^CapEff:\s*([0-9a-f]+)$", status) or "0", 16) >> number & 1)
+
+
+def _namespace_problem() -> str | None:
+    """Try, in a child, to make a mount namespace; return why it cannot be, or None."""
+    try:
+        tried = process.run([sys.executable, "-I", "-c", _NAMESPACE_TEST], timeout_s=_ASK_S)
+    except AtomtxError as exc:
+        return exc.message
+    return None if tried.ok else tried.last_line()
+
+
+# -- the journal -------------------------------------------------------------------------------
+
+
+def _state_directory(state: Path) -> Iterator[Check]:
+    if not state.is_dir():
+        yield Check("state directory", "note", f"{state} is not there; the first backup makes it")
+        return
+    kind = _file_system(state)
+    if kind in statedir.REMOTE_FILE_SYSTEMS:
+        hint = "set ATOMTX_STATE_DIR to a local disk"
+        yield Check("state directory", "missing", f"{state} is remote ({kind})", hint)
+        return
+    yield Check("state directory", "ok", f"{state} ({kind or 'unknown file system'})")
+    if kind == "zfs":
+        yield from _zfs_settings(state)
+
+
+def _file_system(path: Path) -> str:
+    from ..mounts import mountinfo
+
+    try:
+        entry = mountinfo.containing(mountinfo.read(), os.path.realpath(path))
+    except OSError:  # no /proc: not Linux
+        return ""
+    return entry.fstype if entry else ""
+
+
+def _zfs_settings(state: Path) -> Iterator[Check]:
+    said = _ask("zfs", "get", "-H", "-o", "value", "sync,refreservation", str(state)).split("\n")
+    sync, reserved = [*said, "", ""][:2]
+    if sync == "disabled":
+        hint = "`zfs inherit sync` there: a power cut can undo what the journal was promised"
+        yield Check("state directory", "warning", "its dataset has sync=disabled", hint)
+    if reserved in ("none", "0"):
+        hint = "a dataset of its own with refreservation=64M keeps room when the pool is full"
+        yield Check("state directory", "note", "its dataset has no reservation", hint)
+
+
+def _journal(state: Path) -> Iterator[Check]:
+    path = state / journalfile.NAME
+    settings = ", ".join(journalfile.PRAGMAS)
+    try:
+        if not journalfile.check(path):
+            yield Check("journal", "note", f"{path} is not there; the first backup makes it")
+            return
+        problems = history.integrity(path)
+        unfinished = len(history.open_runs(path))
+    except JournalError as exc:
+        yield Check("journal", "missing", exc.message, exc.hint)
+        return
+    except AtomtxError as exc:  # another user's
+        yield Check("journal", "warning", exc.message, exc.hint)
+        return
+    if problems:
+        error = journalfile.damaged(path, problems[0])
+        yield Check("journal", "missing", error.message, error.hint)
+    else:
+        yield Check("journal", "ok", f"healthy, version {journalfile.SCHEMA_VERSION}; {settings}")
+    if unfinished:
+        hint = "`atomtx status` tells more"
+        yield Check("runs", "note", f"{unfinished} not ended", hint)
+
+
+# -- asking ------------------------------------------------------------------------------------
+
+
+def _ask(*argv: str, env: Mapping[str, str] | None = None) -> str:
+    """
+    Return what a program prints; empty where it is not there.
+
+    Its exit status says little: `zfs version` prints the userland's and then fails, where the
+    module is not loaded.
+    """
+    try:
+        return process.run(argv, env=env, timeout_s=_ASK_S).stdout
+    except AtomtxError:
+        return ""
+
+
+def _first(pattern: str, text: str) -> str:
+    found = re.search(pattern, text, re.MULTILINE)
+    return found[1] if found else ""
+
+
+_LOOKS: tuple[Callable[[Path], Iterator[Check]], ...] = (
+    _python,
+    _zfs,
+    _programs,
+    _clients,
+    _rights,
+    _state_directory,
+    _journal,
+)

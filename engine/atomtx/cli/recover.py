@@ -1,0 +1,196 @@
+"""`atomtx recover`."""
+
+from __future__ import annotations
+
+import os
+from datetime import UTC, datetime
+from typing import Any
+
+import click
+
+from .. import adoption, recovery, statedir, states
+from ..errors import ExitStatus, UserError, WaitingError, worst
+from ..executor import Tell
+from ..interrupts import Interrupts
+from ..journal import Journal
+from ..records import Run
+from ..settling import Patience, Settled, Settler, abandon
+from ..volumes.zfs import Zfs
+from . import json_option
+from .render import Reporter, age, reporter
+from .summary import result
+
+
+@click.command()
+@click.option("--run", "prefix", metavar="ID", help="This run alone.")
+@click.option("--rollback", is_flag=True, help="Undo; do not resume.")
+@click.option("--stop", is_flag=True, help="Stop a client that is still running.")
+@click.option("--no-wait", is_flag=True, help="Leave a client that is still running alone.")
+@click.option("-n", "--dry-run", is_flag=True, help="Say what would be done, change nothing.")
+@click.option("--scan", is_flag=True, help="List what carries our marks and is in no journal.")
+@click.option("--adopt", metavar="ID", help="Take what --scan found into this journal and undo it.")
+@click.option("--abandon", "abandoned", metavar="ID", help="Forget a run whose pool never returns.")
+@json_option
+def recover(as_json: bool, **options: Any) -> ExitStatus:
+    """
+    Finish or undo interrupted runs.
+
+    For each run whose front end is gone: a client that still runs is waited for; one that ended
+    is taken at its word; else it runs again on the same snapshots, or, where one of them is
+    gone, everything is undone. What cannot be decided now (a pool that is not imported, a key,
+    a repository, a password that is not there) waits, and says for what. Only what is proven to
+    be the run's own is ever unmounted or destroyed.
+
+    \b
+    Examples:
+      atomtx recover
+      atomtx recover --rollback --run 7f3c
+      atomtx recover --scan
+
+    \b
+    EXIT STATUS
+      0 nothing is left to do     4 something is in use: parked, try again
+      1 a run failed              6 waiting, and why
+      3 a run ended partial       130, 143 interrupted
+    """
+    with reporter(as_json=as_json) as show:
+        return _Recover(show, options).run()
+
+
+class _Recover:
+    def __init__(self, show: Reporter, options: dict[str, Any]) -> None:
+        self._show = show
+        self._options = options
+        self._interrupts = Interrupts()
+
+    def run(self) -> ExitStatus:
+        if os.geteuid() != 0:
+            raise UserError("only root can recover", hint="run it with sudo")
+        if self._options["stop"] and self._options["no_wait"]:
+            raise UserError("--stop and --no-wait exclude each other")
+        self._interrupts.install()
+        state = statedir.prepare(statedir.find())
+        with Journal.open(state) as journal:
+            if self._options["scan"]:
+                return self._scan(journal)
+            if self._options["adopt"]:
+                self._adopt(journal, self._options["adopt"])
+            if self._options["abandoned"]:
+                return self._abandon(journal, self._options["abandoned"])
+            return self._settle_all(journal)
+
+    # -- open runs -------------------------------------------------------------------------
+
+    def _settle_all(self, journal: Journal) -> ExitStatus:
+        runs = _chosen(journal.open_runs(), self._options["prefix"])
+        settler = Settler(
+            journal,
+            self._interrupts,
+            Tell(self._show.step, self._show.warn, self._show.progress),
+            rollback=self._options["rollback"],
+            patience=self._patience(),
+        )
+        if self._options["dry_run"]:
+            for run in runs:
+                self._show.done(
+                    f"run {run.id} ({run.label}), {run.state}: {_would(settler.decide(run))}"
+                )
+            return ExitStatus.COMPLETED
+        statuses = [self._settle(settler, journal, run) for run in runs]
+        if not runs:
+            self._show.done("nothing to recover")
+        return worst(statuses)
+
+    def _patience(self) -> Patience:
+        if self._options["stop"]:
+            return Patience.STOP
+        return Patience.LEAVE if self._options["no_wait"] else Patience.WAIT
+
+    def _settle(self, settler: Settler, journal: Journal, run: Run) -> ExitStatus:
+        try:
+            settled = settler.settle(run)
+        except (
+            WaitingError
+        ) as exc:  # one run that must wait does not keep the others from their end
+            self._show.warn(str(exc))
+            return exc.exit_status
+        self._show.result(result(journal.path, settled.run))
+        self._show.done(_told(settled))
+        return settled.status
+
+    # -- lost journals ---------------------------------------------------------------------
+
+    def _scan(self, journal: Journal) -> ExitStatus:
+        strays = adoption.scan(Zfs(), journal.known())
+        for stray in strays:
+            when = age(datetime.fromtimestamp(stray.created_s, UTC))
+            self._show.done(f"run {stray.run}, {when} old, in no journal here:")
+            for snapshot in stray.snapshots:
+                self._show.done(f"  snapshot {snapshot.name}")
+            for mountpoint in stray.mounts:
+                self._show.done(f"  mounted at {mountpoint}")
+        if strays:
+            self._show.done("`atomtx recover --adopt ID` takes one into this journal and undoes it")
+        else:
+            self._show.done("nothing carries our marks that is not in the journal")
+        return ExitStatus.COMPLETED
+
+    def _adopt(self, journal: Journal, prefix: str) -> None:
+        zfs = Zfs()
+        stray = adoption.pick(adoption.scan(zfs, journal.known()), prefix)
+        made = adoption.plan_of(stray, zfs.pools())
+        found = {s.name: (s.guid, s.createtxg) for s in stray.snapshots}
+        run = journal.adopt(made, found, adoption.intents_of(stray, made))
+        self._options["prefix"] = run.id
+        self._show.step(f"run {run.id} is in this journal now")
+
+    def _abandon(self, journal: Journal, prefix: str) -> ExitStatus:
+        run = _chosen(journal.open_runs(), prefix)[0]
+        abandon(journal, run)
+        self._show.done(
+            f"run {run.id} ({run.label}) is abandoned; nothing on the machine was changed"
+        )
+        return ExitStatus.COMPLETED
+
+
+def _chosen(runs: list[Run], prefix: str | None) -> list[Run]:
+    if prefix is None:
+        return runs
+    matching = [run for run in runs if run.id.startswith(prefix)]
+    if len(matching) != 1:
+        many = "more than one open run" if matching else "no open run"
+        raise UserError(f"{many} begins with {prefix!r}", hint="`atomtx status` lists them")
+    return matching
+
+
+def _would(decision: recovery.Decision) -> str:
+    match decision:
+        case recovery.LeaveAlone(reason):
+            return f"would be left alone: {reason}"
+        case recovery.Adopt():
+            return "its client lives: would wait for its end"
+        case recovery.EndOrphans():
+            return "would end the processes that it left behind"
+        case recovery.Resume():
+            return "would be resumed on the same snapshots"
+        case recovery.RollForward():
+            return "would be cleaned up"
+        case recovery.RollBack(reason):
+            return f"would be rolled back: {reason}"
+        case recovery.Wait(reason):
+            return f"would wait: {reason}"
+
+
+def _told(settled: Settled) -> str:
+    run = settled.run
+    head = f"run {run.id} ({run.label})"
+    if isinstance(settled.decision, recovery.LeaveAlone):
+        return f"{head}: left alone, {settled.decision.reason}"
+    if isinstance(settled.decision, recovery.Adopt):
+        return f"{head}: its client is at work; left alone"
+    tail = f": {run.reason}" if run.reason else ""
+    if run.is_parked:
+        return f"{head}: {run.outcome}; the cleanup is parked{tail}"
+    if run.state != states.DESTROYED:
+        return f"{head}: kept waiting{tail}"
+    return f"{head}: {run.outcome}{tail}; nothing of it is left"

@@ -1,0 +1,135 @@
+"""`atomtx stop`: ask a living run to end."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import click
+
+from .. import history, journalfile, locks, statedir
+from ..errors import EffectError, ExitStatus, UserError, WaitingError
+from ..statedir import RunFolder
+from . import json_option, render
+from .attach import describe_end
+from .status import ADVICE, Life
+
+# The front end's children inherit its lock.  They are never killed: a half-made change to the
+# pool is worse than a late one.
+_NEVER_SIGNALLED = frozenset({"zfs", "zpool", "lvm"})
+POLL_S = 0.2
+
+
+@click.command()
+@click.argument("run")
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=click.FloatRange(min=0),
+    default=300.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long to wait for its end.",
+)
+@json_option
+def stop(run: str, timeout_s: float, as_json: bool) -> ExitStatus:
+    """
+    Stop a living run and undo it.
+
+    Sends SIGTERM to the run's front end, which ends the client in order, removes mounts and
+    snapshots, and exits. Where only the runner lives, it ends the client, and `atomtx recover`
+    does the rest. RUN is a run's id, or its first digits.
+
+    \b
+    Example:
+      atomtx stop 7f3c
+
+    \b
+    EXIT STATUS
+      0  it has ended, nothing of it is left; also when it had ended before
+      1  it was asked, but did not end in time
+      2  no such run, or no permission to signal it
+      4  it has ended, its cleanup is parked: run `atomtx recover`
+      6  nobody is at work on it any more: run `atomtx recover`
+    """
+    state = statedir.find()
+    found = history.run(state / journalfile.NAME, run)
+    with render.reporter(as_json=as_json) as reporter:
+        ended = found if found.is_final else _stop(state, found, reporter, timeout_s=timeout_s)
+        reporter.done(describe_end(ended))
+        reporter.result(ended.to_dict())
+    return ExitStatus.COMPLETED if ended.is_final else ExitStatus.PARKED
+
+
+def _stop(
+    state: Path, run: history.Run, reporter: render.Reporter, *, timeout_s: float
+) -> history.Run:
+    folder = RunFolder.of(state, run.id)
+    life = Life.of(folder)
+    if life.front:
+        _ask(folder.front_lock, run, "front end", reporter)
+        _wait(folder.front_lock, timeout_s)
+        return _settled(state, run)
+    if life.runner:
+        _ask(folder.runner_lock, run, "runner", reporter)
+        _wait(folder.runner_lock, timeout_s)
+        raise WaitingError(f"the client of run {run.id} was stopped", hint=ADVICE["interrupted"])
+    if life.client:
+        raise WaitingError(
+            f"only processes of run {run.id}'s client are left",
+            hint="`atomtx recover --stop` ends them",
+        )
+    return _settled(state, run)
+
+
+def _settled(state: Path, run: history.Run) -> history.Run:
+    """Return the run as it stands now; WaitingError where it is neither ended nor parked."""
+    now = history.run(state / journalfile.NAME, run.id)
+    if now.is_final or now.is_parked:
+        return now
+    raise WaitingError(
+        f"nobody is at work on run {run.id}; it is in state {now.state}", hint=ADVICE["interrupted"]
+    )
+
+
+def _ask(lock: Path, run: history.Run, who: str, reporter: render.Reporter) -> None:
+    targets = _targets(lock, run.pid)
+    try:
+        asked = [
+            process
+            for process in targets
+            if locks.send(
+                process.pid, signal.SIGTERM, if_still=lambda pid: locks.has_lock_open(pid, lock)
+            )
+        ]
+    except PermissionError as exc:
+        raise UserError(
+            f"not permitted to signal the {who} of run {run.id}", hint="run atomtx as root"
+        ) from exc
+    if not asked:
+        reporter.step(f"the {who} is gone already; waiting for what it started")
+    for process in asked:
+        reporter.step(f"asked the {who}, process {process}, to stop")
+
+
+def _targets(lock: Path, recorded_pid: int) -> list[locks.Process]:
+    """
+    Return the processes to signal among those that have the lock's file open.
+
+    Another `atomtx status` may have it open for an instant; the recorded pid tells them apart,
+    where it is one of them (it may be another pid namespace's).
+    """
+    found = [p for p in locks.holders(lock) if p.command not in _NEVER_SIGNALLED]
+    return [p for p in found if p.pid == recorded_pid] or found
+
+
+def _wait(lock: Path, timeout_s: float) -> None:
+    end = time.monotonic() + timeout_s
+    while locks.is_held(lock):
+        if time.monotonic() >= end:
+            raise EffectError(
+                f"it did not end within {timeout_s:.0f} s",
+                hint="it may be waiting for the pool or the repository; `atomtx status` shows it",
+            )
+        time.sleep(POLL_S)

@@ -1,0 +1,191 @@
+"""
+A client as an installed program: its words, the options that the user adds, a question to it.
+
+Options are read as the program itself reads them (restic: pflag, kopia: kingpin), because an
+option that is not seen here, such as `-r` in `-vr REPO`, would be missing where it counts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .. import process
+from ..errors import EffectError, UserError
+from ..redact import Redactor, check_arguments
+from . import Settings
+
+ASK_TIMEOUT_S = 60.0
+
+# Words of Go's net, os and TLS packages, and of the clients, for what may be better later.
+_TROUBLE = re.compile(
+    r"connection (refused|reset|timed out|closed)|no such host|could not resolve|unreachable"
+    r"|no route to host|broken pipe|i/o timeout|timed out|timeout|unexpected EOF|: EOF\b"
+    r"|TLS handshake|deadline exceeded|already locked|no space left|input/output error"
+    r"|read-only file system|stale (NFS )?file handle|quota exceeded|too many requests"
+    r"|server response unexpected|(status|response|HTTP)\D{0,20}50[0234]\b|session.*failed"
+    r"|cannot open storage|repository does not exist|unable to open (config file|repository)"
+    r"|server unexpectedly closed|load\(<|save\(<",
+    re.IGNORECASE,
+)
+_HOPELESS = re.compile(
+    r"wrong password|no key found|invalid repository password|empty password|unknown.* flag"
+    r"|password prompt|resolving password failed|specify repository location|invalid backend",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option under its long name, or a word that is none: then *name* is empty."""
+
+    name: str
+    value: str | None = None
+
+    @property
+    def word(self) -> str:
+        if not self.name:
+            return self.value or ""
+        return self.name if self.value is None else f"{self.name}={self.value}"
+
+
+@dataclass(frozen=True)
+class Syntax:
+    """Which options a program has: *valued* ones take the next word where there is no `=`."""
+
+    valued: frozenset[str]
+    short: Mapping[str, str]  # "-r" -> "--repo"
+
+    def parse(self, words: Sequence[str]) -> tuple[Option, ...]:
+        """Read *words*; a :class:`UserError` where an option lacks its value."""
+        return tuple(self._options(iter(words)))
+
+    def _options(self, words: Iterator[str]) -> Iterator[Option]:
+        for word in words:
+            if word == "--":
+                yield from (Option("", rest) for rest in words)
+            elif word.startswith("--"):
+                name, equals, value = word.partition("=")
+                yield self._option(name, value if equals else None, words)
+            elif word.startswith("-") and len(word) > 1:
+                yield from self._cluster(word[1:], words)
+            else:
+                yield Option("", word)
+
+    def _cluster(self, letters: str, words: Iterator[str]) -> Iterator[Option]:
+        """Read `-vq`, `-rREPO`, `-r=REPO` or the beginning of `-r REPO`."""
+        while letters:
+            name = self.short.get(f"-{letters[0]}", f"-{letters[0]}")
+            letters = letters[1:]
+            if name in self.valued or letters.startswith("="):
+                yield self._option(name, letters.removeprefix("=") or None, words)
+                return
+            yield Option(name)
+
+    def _option(self, name: str, value: str | None, words: Iterator[str]) -> Option:
+        if value is None and name in self.valued:
+            value = next(words, None)
+            if value is None:
+                raise UserError(f"{name} needs a value")
+        return Option(name, value)
+
+
+def refuse(options: Iterable[Option], reasons: Mapping[str, str], client: str) -> None:
+    """Raise a :class:`UserError` for an option that would break a promise, with the reason."""
+    for option in options:
+        if not option.name:
+            raise UserError(
+                f"cannot pass {option.value!r} to {client}: atomtx itself names what to back up",
+                hint="write the value of an option as --option=value",
+            )
+        if option.name in reasons:
+            raise UserError(f"cannot pass {option.name} to {client}: {reasons[option.name]}")
+
+
+def last_value(options: Iterable[Option], name: str) -> str | None:
+    """Return the value of the option *name*; the last one counts."""
+    return next((o.value for o in reversed(tuple(options)) if o.name == name), None)
+
+
+def program(settings: Settings, default: str) -> tuple[str, ...]:
+    """Return the words that start the client: the wrapper's, or the program's own name."""
+    first, *rest = settings.command or (default,)
+    if "/" in first:
+        first = os.path.normpath(os.path.join(settings.cwd, first))
+    argv = (first, *rest)
+    check_arguments(argv)
+    return argv
+
+
+def find(argv: Sequence[str], settings: Settings) -> None:
+    """Raise a :class:`UserError` if the program is not installed."""
+    if process.which(argv[0], settings.env) is None:
+        raise UserError(
+            f"{argv[0]} is not installed, or not in the PATH",
+            hint="install it, or name it with --command",
+        )
+
+
+def ask(argv: Sequence[str], settings: Settings) -> process.Completed:
+    """Run a short question to its end; a :class:`UserError` if it cannot be asked."""
+    try:
+        return process.run(argv, env=settings.env, cwd=settings.cwd, timeout_s=ASK_TIMEOUT_S)
+    except EffectError as exc:
+        text = Redactor(settings.env).redact(exc.message)
+        raise UserError(text, hint="can the repository be reached?") from exc
+
+
+def message_of(line: str) -> dict[str, Any] | None:
+    """Return the JSON object on *line*; None for any other text."""
+    if not line.lstrip().startswith("{"):
+        return None
+    try:
+        message = json.loads(line)
+    except ValueError:
+        return None
+    return message if isinstance(message, dict) else None
+
+
+def document_of(text: str) -> dict[str, Any] | None:
+    """Return the JSON object in *text*; a wrapper may print lines of its own around it."""
+    return message_of(text[text.find("{") : text.rfind("}") + 1])
+
+
+def ended(status: int) -> str:
+    """Say how a program ended."""
+    if status >= 0:
+        return f"exit status {status}"
+    return f"killed by {signal.Signals(-status).name}"
+
+
+def is_trouble(lines: Iterable[str]) -> bool:
+    """Tell whether a failure is one of the network or the repository, worth another attempt."""
+    text = "\n".join(lines)
+    return bool(_TROUBLE.search(text)) and not _HOPELESS.search(text)
+
+
+def absolute(paths: Iterable[str], cwd: str) -> tuple[str, ...]:
+    """Return *paths* absolute and normal, each once."""
+    return tuple(dict.fromkeys(os.path.normpath(os.path.join(cwd, path)) for path in paths))
+
+
+def local_repository(location: str) -> str | None:
+    """Return the path of a restic repository in the file system; None for any other."""
+    if location.startswith("local:"):
+        return location.removeprefix("local:")
+    # restic takes a word with a colon for a path only if it begins like one.
+    if ":" in location and not location.startswith(("/", "./", "../")):
+        return None
+    return location or None
+
+
+def home_folder(env: Mapping[str, str], variable: str, below_home: str) -> Collection[str]:
+    """Return the XDG folder that *variable* names, or its default in HOME; empty without both."""
+    if env.get(variable):
+        return (env[variable],)
+    return (os.path.join(env["HOME"], below_home),) if env.get("HOME") else ()

@@ -1,0 +1,423 @@
+"""
+restic 0.14 to 0.19, and wrappers of it that pass their arguments on.
+
+SIGINT is the stop signal of all versions: below 0.17 a SIGTERM kills restic at once and leaves
+its lock in the repository, and from 0.17 on both do the same.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from datetime import UTC, datetime, tzinfo
+from zoneinfo import ZoneInfo
+
+from .. import process
+from ..errors import UserError
+from ..redact import Redactor, check_arguments
+from . import Backup, Facts, Launch, Moment, Settings
+from .program import (
+    Option,
+    Syntax,
+    absolute,
+    ask,
+    document_of,
+    ended,
+    find,
+    home_folder,
+    last_value,
+    local_repository,
+    program,
+    refuse,
+)
+from .restic_reader import ResticReader
+
+Version = tuple[int, int]
+
+OLDEST: Version = (0, 14)
+_WITH_GROUP_BY: Version = (0, 16)  # and --retry-lock, and `repair index`
+# An unknown feature is a fatal error, and this one is announced to go with repository format 3.
+_WITH_HARDLINK_FEATURE: tuple[Version, Version] = ((0, 17), (0, 19))
+_HARDLINK_FEATURE = "device-id-for-hardlinks"
+_RETRY_LOCK = "10m"
+
+_GLOBAL_VALUED = frozenset(
+    [
+        "--cacert",
+        "--cache-dir",
+        "--compression",
+        "--http-user-agent",
+        "--key-hint",
+        "--limit-download",
+        "--limit-upload",
+        "--option",
+        "--pack-size",
+        "--password-command",
+        "--password-file",
+        "--repo",
+        "--repository-file",
+        "--retry-lock",
+        "--stuck-request-timeout",
+        "--tls-client-cert",
+    ]
+)
+_GLOBAL = _GLOBAL_VALUED | frozenset(
+    [
+        "--cleanup-cache",
+        "--insecure-no-password",
+        "--insecure-tls",
+        "--no-cache",
+        "--no-extra-verify",
+    ]
+)
+_SYNTAX = Syntax(
+    valued=_GLOBAL_VALUED
+    | frozenset(
+        [
+            "--exclude",
+            "--exclude-file",
+            "--exclude-if-present",
+            "--exclude-larger-than",
+            "--files-from",
+            "--files-from-raw",
+            "--files-from-verbatim",
+            "--group-by",
+            "--host",
+            "--iexclude",
+            "--iexclude-file",
+            "--parent",
+            "--read-concurrency",
+            "--stdin-filename",
+            "--tag",
+            "--time",
+        ]
+    ),
+    short={
+        "-e": "--exclude",
+        "-f": "--force",
+        "-g": "--group-by",
+        "-H": "--host",
+        "-h": "--help",
+        "-n": "--dry-run",
+        "-o": "--option",
+        "-p": "--password-file",
+        "-q": "--quiet",
+        "-r": "--repo",
+        "-v": "--verbose",
+        "-x": "--one-file-system",
+    },
+)
+_STREAM = "atomtx backs up the files of snapshots, not a stream"
+_OWN_PATHS = "atomtx itself names what to back up"
+_REFUSED = {
+    "--dry-run": "nothing would be saved; `atomtx backup --dry-run` prints the plan",
+    "--files-from": _OWN_PATHS,
+    "--files-from-raw": _OWN_PATHS,
+    "--files-from-verbatim": _OWN_PATHS,
+    "--help": "nothing would be saved",
+    "--one-file-system": "each snapshot is a file system of its own, and those below another "
+    "would be saved as empty directories without a warning; name the datasets instead",
+    "--stdin": _STREAM,
+    "--stdin-filename": _STREAM,
+    "--stdin-from-command": _STREAM,
+    "--time": "the time of a backup is the time of its snapshots",
+}
+_FILE_OPTIONS = frozenset(
+    [
+        "--cacert",
+        "--cache-dir",
+        "--exclude-file",
+        "--iexclude-file",
+        "--password-file",
+        "--repository-file",
+        "--tls-client-cert",
+    ]
+)
+_FILE_VARIABLES = (
+    "RESTIC_CACERT",
+    "RESTIC_CACHE_DIR",
+    "RESTIC_PASSWORD_FILE",
+    "RESTIC_REPOSITORY_FILE",
+    "RESTIC_TLS_CLIENT_CERT",
+)
+# Where Go's time package looks, in this order (src/time/zoneinfo_unix.go).
+_ZONE_FOLDERS = (
+    "/usr/share/zoneinfo",
+    "/usr/share/lib/zoneinfo",
+    "/usr/lib/locale/TZ",
+    "/etc/zoneinfo",
+)
+
+
+def _options(settings: Settings) -> tuple[Option, ...]:
+    """Read the user's options; a :class:`UserError` for one that breaks a promise."""
+    options = _SYNTAX.parse(settings.extra)
+    check_arguments([option.word for option in options])
+    refuse(options, _REFUSED, "restic")
+    return tuple(option for option in options if option.name != "--json")
+
+
+def _globals(options: Iterable[Option]) -> tuple[str, ...]:
+    """Return what also `cat`, `unlock` and `restore` must be told: where and how to connect."""
+    return tuple(option.word for option in options if option.name in _GLOBAL)
+
+
+def _parse_version(text: str) -> Version | None:
+    match = re.search(r"(\d+)\.(\d+)", text)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def _location(settings: Settings, options: Iterable[Option]) -> str:
+    """Return the repository's location, from where restic takes it; empty for none."""
+    options = tuple(options)
+    named = last_value(options, "--repo") or settings.env.get("RESTIC_REPOSITORY")
+    if named:
+        return named
+    pointer = last_value(options, "--repository-file") or settings.env.get("RESTIC_REPOSITORY_FILE")
+    return _first_text(os.path.join(settings.cwd, pointer)) if pointer else ""
+
+
+def _first_text(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read().strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _zone(env: Mapping[str, str]) -> tzinfo | None:
+    """
+    Return the time zone that a Go program takes for the local one; None if it is not to be had.
+
+    Not by `ZoneInfo(name)`: that may find a zone where Go does not, which then takes UTC.
+    """
+    name = env.get("TZ", "/etc/localtime").removeprefix(":")
+    if name in ("", "UTC"):
+        return UTC
+    for path in [os.path.join(folder, name) for folder in _ZONE_FOLDERS]:
+        try:
+            with open(path, "rb") as file:
+                return ZoneInfo.from_file(file)
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+def local_time(at: datetime, env: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+    """
+    Return *at* as `--time` reads it, and what to set so that it is read so.
+
+    The local zone is kept where it can be: restic's `forget` counts days in it.  A local time
+    that happens twice, when clocks are put back, is given in UTC.
+    """
+    zone = _zone(env)
+    local = at.astimezone(zone or UTC)
+    again = local.replace(fold=1 - local.fold)
+    if zone is None or local.utcoffset() != again.utcoffset():
+        return f"{at.astimezone(UTC):%Y-%m-%d %H:%M:%S}", {"TZ": "UTC"}
+    return f"{local:%Y-%m-%d %H:%M:%S}", {}
+
+
+def escaped(path: str) -> str:
+    """Return the exclude pattern that matches exactly *path* (and what lies below it)."""
+    return re.sub(r"([\\*?\[])", r"\\\1", path)
+
+
+def _features(env: Mapping[str, str], version: Version) -> dict[str, str]:
+    """
+    Ask to store a file's device only where it has hard links, if the user did not decide it.
+
+    Each snapshot has a device number of its own: without it every directory looks changed.
+    """
+    given = env.get("RESTIC_FEATURES", "")
+    oldest, newest = _WITH_HARDLINK_FEATURE
+    if not oldest <= version <= newest or _HARDLINK_FEATURE in given:
+        return {}
+    return {"RESTIC_FEATURES": ",".join(filter(None, (given, _HARDLINK_FEATURE)))}
+
+
+def _anchored(options: Iterable[Option], cwd: str) -> Iterator[Option]:
+    """Make the files in *options* absolute: a tree is backed up from another directory."""
+    for option in options:
+        if option.name == "--repo" and option.value:
+            yield replace(option, value=_anchored_location(option.value, cwd))
+        elif option.name in _FILE_OPTIONS and option.value:
+            yield replace(option, value=os.path.join(cwd, option.value))
+        else:
+            yield option
+
+
+def _anchored_location(location: str, cwd: str) -> str:
+    path = local_repository(location)
+    return location if path is None else os.path.join(cwd, path)
+
+
+def _anchored_variables(settings: Settings) -> dict[str, str]:
+    """Return the variables that name a relative file, made absolute."""
+    env, cwd = settings.env, settings.cwd
+    found = {name: os.path.join(cwd, env[name]) for name in _FILE_VARIABLES if env.get(name)}
+    if env.get("RESTIC_REPOSITORY"):
+        found["RESTIC_REPOSITORY"] = _anchored_location(env["RESTIC_REPOSITORY"], cwd)
+    return {name: value for name, value in found.items() if value != env[name]}
+
+
+def _own_options(version: Version, moment: Moment, given: frozenset[str]) -> Iterator[str]:
+    """Return the options that atomtx adds where the user did not decide."""
+    if version >= _WITH_GROUP_BY and "--retry-lock" not in given:
+        yield f"--retry-lock={_RETRY_LOCK}"
+    if moment.root and version >= _WITH_GROUP_BY and "--group-by" not in given:
+        yield "--group-by=host,tags"
+    if moment.parent is not None and not given & {"--parent", "--force"}:
+        yield f"--parent={moment.parent}"
+    # Patterns are matched with the real location, also of a relative argument.
+    root = moment.root.rstrip("/")
+    yield from (f"--exclude={escaped(root + path)}" for path in moment.excludes)
+
+
+def _targets(moment: Moment) -> tuple[str, ...]:
+    """
+    Return the arguments: below a root relative ones.
+
+    The tree in the repository is then the same as at the live paths, and the directories above
+    the volumes, made anew for each run, are not in it.
+    """
+    if not moment.root:
+        return moment.targets
+    return tuple(target.lstrip("/") or "." for target in moment.targets)
+
+
+def _unusable(answer: process.Completed, settings: Settings) -> UserError:
+    """Return the error that tells why the repository cannot be used, in one line."""
+    text = Redactor(settings.env).redact(answer.stderr)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    fatal = next((line for line in lines if "Fatal" in line or "Resolving" in line), "")
+    said = (fatal or (lines or [ended(answer.status)])[-1]).replace("Fatal: ", "")
+    if answer.status == 12 or "wrong password or no key found" in text:
+        return UserError("restic: the password is wrong for this repository")
+    if "an empty password is not" in text:
+        return UserError(
+            "restic: there is no password for the repository",
+            hint="set RESTIC_PASSWORD_FILE or RESTIC_PASSWORD_COMMAND: nobody can be asked",
+        )
+    if "specify repository location" in text:
+        return UserError(
+            "restic: no repository is named", hint="set RESTIC_REPOSITORY, or add `-- -r REPO`"
+        )
+    if answer.status == 10 or "unable to open" in said:
+        return UserError(
+            f"restic: the repository is absent or out of reach: {said}",
+            hint="`restic init` makes a new one",
+        )
+    return UserError(f"restic: the repository cannot be used: {said}")
+
+
+class Restic:
+    """Backs up with `restic backup --json`."""
+
+    name = "restic"
+    stop_signal = signal.SIGINT
+
+    def inspect(self, settings: Settings) -> Facts:
+        """Ask for the version and the repository's id; makes nothing but restic's own cache."""
+        argv = program(settings, "restic")
+        options = _options(settings)
+        find(argv, settings)
+        version, notes = self._version(argv, settings)
+        answer = ask((*argv, "cat", "config", "--no-lock", *_globals(options)), settings)
+        config = document_of(answer.stdout)
+        if not answer.ok or not config or "id" not in config:
+            raise _unusable(answer, settings)
+        return Facts(version, str(config["id"]), notes)
+
+    def _version(self, argv: tuple[str, ...], settings: Settings) -> tuple[str, tuple[str, ...]]:
+        """Return the version; of a wrapper that does not tell, the oldest that can be used."""
+        match = re.search(r"\brestic v?(\d+\.\d+[.\d]*)", ask((*argv, "version"), settings).stdout)
+        if not match:
+            oldest = "{}.{}".format(*OLDEST)
+            note = f"{argv[0]} does not tell restic's version: nothing newer than {oldest} is used"
+            return oldest, (note,)
+        version = _parse_version(match[1])
+        if version is None or version < OLDEST:
+            raise UserError(
+                f"restic {match[1]} is too old", hint="atomtx needs {}.{} or newer".format(*OLDEST)
+            )
+        return match[1], ()
+
+    def check(
+        self, settings: Settings, targets: tuple[str, ...], excludes: tuple[str, ...]
+    ) -> None:
+        """Do nothing: restic leaves out any path."""
+
+    def live_paths(self, settings: Settings) -> tuple[str, ...]:
+        """Return the cache, a local repository, TMPDIR and the directory of the agent's socket."""
+        return absolute(self._live_paths(settings), settings.cwd)
+
+    def _live_paths(self, settings: Settings) -> Iterator[str]:
+        env, options = settings.env, _options(settings)
+        if not any(option.name == "--no-cache" for option in options):
+            yield from self._cache(env, options)
+        location = _location(settings, options)
+        repository = local_repository(location)
+        if repository is not None:
+            yield repository
+        if env.get("TMPDIR"):
+            yield env["TMPDIR"]
+        if location.startswith("sftp:") and env.get("SSH_AUTH_SOCK"):
+            yield os.path.dirname(env["SSH_AUTH_SOCK"])
+
+    def _cache(self, env: Mapping[str, str], options: tuple[Option, ...]) -> Iterator[str]:
+        named = last_value(options, "--cache-dir") or env.get("RESTIC_CACHE_DIR")
+        if named:
+            yield named
+        else:
+            folders = home_folder(env, "XDG_CACHE_HOME", ".cache")
+            yield from (os.path.join(folder, "restic") for folder in folders)
+
+    def launch(self, settings: Settings, facts: Facts, moment: Moment) -> Launch:
+        """Return one `restic backup`; its own options first, so that the user's count."""
+        options = _options(settings)
+        version = _parse_version(facts.version) or OLDEST
+        env = {"RESTIC_PROGRESS_FPS": "1", **_features(settings.env, version)}
+        time, zone = local_time(moment.at, settings.env)
+        if moment.root:
+            options = tuple(_anchored(options, settings.cwd))
+            env |= _anchored_variables(settings)
+        argv = (
+            *program(settings, "restic"),
+            *("backup", "--json", f"--time={time}"),
+            *_own_options(version, moment, frozenset(option.name for option in options)),
+            *(option.word for option in options),
+            *("--", *_targets(moment)),
+        )
+        return Launch((argv,), moment.root or settings.cwd, env | zone)
+
+    def reader(self, moment: Moment) -> ResticReader:
+        return ResticReader(moment)
+
+    def after_loss(self, settings: Settings, facts: Facts) -> tuple[str, ...]:
+        """
+        Remove stale locks and index the packs that the killed client had uploaded.
+
+        `unlock` takes away only locks of this host whose process is gone, and very old ones.
+        Without an index those packs would be uploaded once more.
+        """
+        version = _parse_version(facts.version) or OLDEST
+        modern = version >= _WITH_GROUP_BY
+        index = ("repair", "index") if modern else ("rebuild-index",)
+        return tuple(self._mend(settings, verb) for verb in (("unlock",), index))
+
+    def _mend(self, settings: Settings, verb: tuple[str, ...]) -> str:
+        argv = (*program(settings, "restic"), *verb, *_globals(_options(settings)))
+        # Never killed: a half-mended repository is worse than a late answer.
+        answer = process.run(argv, env=settings.env, cwd=settings.cwd)
+        said = Redactor(settings.env).redact(answer.last_line())
+        name = f"restic {' '.join(verb)}"
+        return f"{name}: done" if answer.ok else f"{name} failed: {said}"
+
+    def restore_command(self, settings: Settings, backup: Backup, to: str) -> tuple[str, ...]:
+        """Return the command; a backup without an id was the same as the one before it."""
+        words = ("restore", backup.backup_id or "latest", "--target", to)
+        return (*program(settings, "restic"), *words, *_globals(_options(settings)))

@@ -1,0 +1,171 @@
+"""The front end's end of a runner: start it, let the client go, stop it, wait for its end."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
+
+from . import locks, process
+from .clients import End, Progress
+from .errors import EffectError, Interrupted
+from .interrupts import Interrupts
+from .runner import Task, end_from_json
+from .statedir import RunFolder
+
+_MOUNT_S = 600.0  # a thousand mounts on a slow machine take a minute
+_LOOK_S = 0.5
+
+
+class Errand:
+    """One attempt's runner, started by this process."""
+
+    def __init__(
+        self, task: Task, folder: RunFolder, *, env: Mapping[str, str], front: int
+    ) -> None:
+        ours, theirs = socket.socketpair()
+        log = os.open(
+            folder.runner_log, os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o600
+        )
+        try:
+            self.pid = process.spawn_runner(
+                control=theirs.fileno(), front=front, stderr=log, env=env
+            )
+        finally:
+            os.close(log)
+            theirs.close()
+        self._control = ours
+        self._folder = folder
+        self._control.sendall(task.to_json().encode() + b"\n")
+
+    def mounted(self) -> frozenset[str]:
+        """Wait until everything is mounted; return the mountpoints that are empty."""
+        self._control.settimeout(_MOUNT_S)
+        try:
+            line = self._control.makefile("rb").readline()
+        except TimeoutError as exc:
+            raise EffectError(f"the mounts were not made within {_MOUNT_S:.0f} s") from exc
+        if not line:
+            raise EffectError(f"the runner died: {self._last_words()}")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise EffectError(answer["error"], hint=answer["hint"])
+        return frozenset(answer["empty"])
+
+    def _last_words(self) -> str:
+        lines = self._folder.runner_log.read_text(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "it said nothing"
+
+    def go(self) -> None:
+        """Let the client start; call it when that is durable in the journal."""
+        with suppress(OSError):  # killed: the wait that follows sees it
+            self._control.sendall(b"go\n")
+
+    def dismiss(self) -> None:
+        """Tell a runner that was not let go to exit, and wait for it; idempotent."""
+        self._control.close()
+        self.reap()
+
+    def reap(self) -> None:
+        """Wait for the runner's end."""
+        with suppress(ChildProcessError):
+            os.waitpid(self.pid, 0)
+
+
+def runner_pid(folder: RunFolder) -> int | None:
+    """Return the process that holds R, or None."""
+    if not locks.is_held(folder.runner_lock):
+        return None
+    holders = locks.holders(folder.runner_lock)
+    return holders[0].pid if holders else None
+
+
+def stop(folder: RunFolder, number: signal.Signals) -> bool:
+    """Ask the runner to stop its client; SIGINT: for good, SIGTERM: to be resumed."""
+    pid = runner_pid(folder)
+    if pid is None:
+        return False
+    return locks.send(pid, number, if_still=lambda p: locks.has_lock_open(p, folder.runner_lock))
+
+
+def wait(
+    folder: RunFolder,
+    interrupts: Interrupts,
+    show: Callable[[Progress], None],
+    *,
+    stop_on_signal: bool,
+) -> None:
+    """
+    Wait until the runner of a run has ended, showing progress.
+
+    On a signal raises Interrupted, after the client was stopped in order if *stop_on_signal*.
+    """
+    interruption: Interrupted | None = None
+    while (pid := runner_pid(folder)) is not None:
+        descriptor = _open(pid)
+        if descriptor is None:
+            continue
+        try:
+            interruption = interruption or _until_ended(
+                descriptor, folder, interrupts, show, patient=False
+            )
+            if interruption and not stop_on_signal:
+                raise interruption
+            if interruption:
+                stop(folder, signal.SIGINT)
+                _until_ended(descriptor, folder, interrupts, show, patient=True)
+        finally:
+            os.close(descriptor)
+        _reap(pid)
+    if interruption:
+        raise interruption
+
+
+def _open(pid: int) -> int | None:
+    with suppress(ProcessLookupError):
+        return os.pidfd_open(pid)
+    return None
+
+
+def _until_ended(
+    descriptor: int,
+    folder: RunFolder,
+    interrupts: Interrupts,
+    show: Callable[[Progress], None],
+    *,
+    patient: bool,
+) -> Interrupted | None:
+    while not select.select([descriptor], [], [], _LOOK_S)[0]:
+        show(progress(folder))
+        if patient:
+            continue
+        try:
+            interrupts.check()
+        except Interrupted as exc:
+            return exc
+    return None
+
+
+def _reap(pid: int) -> None:
+    with suppress(ChildProcessError):  # not ours: adopted, or waited for already
+        os.waitpid(pid, 0)
+
+
+def progress(folder: RunFolder) -> Progress:
+    """Return where the client is."""
+    data = folder.read_progress()
+    return Progress(**{k: v for k, v in data.items() if k in Progress.__dataclass_fields__})
+
+
+def end(folder: RunFolder, attempt: int) -> tuple[End, int | None] | None:
+    """Return how the client of *attempt* ended, and the signal that stopped it; None if unknown."""
+    data = folder.read_end()
+    if data is None:
+        return None
+    found, of_attempt, stopped = end_from_json(data)
+    return (found, stopped) if of_attempt == attempt else None

@@ -1,0 +1,456 @@
+"""
+Carry a run forward: journal the intent, make the effect, journal the outcome.
+
+`Executor.advance` takes a run from whatever state it is in to `destroyed`: a new run, one that
+is resumed and one that is rolled back go through the same few steps, and an interruption only
+changes the direction.  Each step is at most one transaction after its effects; what a later
+step needs is read from the journal again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from . import clients, errand, locks, plan, states
+from .cleaning import Cleaner
+from .clients import Client, End, Facts, Launch, Moment, Progress, Settings
+from .errors import (
+    ClientError,
+    EffectError,
+    Interrupted,
+    JournalFullError,
+    StaleRunError,
+    UserError,
+)
+from .intents import (
+    EndClient,
+    HoldSnapshots,
+    KeepSnapshots,
+    MountVolumes,
+    RunClient,
+    TakeSnapshots,
+    UnmountVolumes,
+)
+from .interrupts import Interrupts
+from .journal import Change, Journal
+from .mounts import tree
+from .names import RunId
+from .plan import ClientPlan
+from .probing import end_survivors, same_moment
+from .records import Run
+from .recovery import MAX_ATTEMPTS, within_patience
+from .runner import Task
+from .statedir import RunFolder
+from .states import Event, Outcome
+from .volumes.zfs import Identity, Zfs
+
+GRACE_S = 60.0
+_RETRY_S = (10.0, 60.0, 300.0)
+_DEFAULT_TMP = "/tmp"
+_SAVED = (Outcome.COMPLETED, Outcome.PARTIAL)
+
+
+@dataclass(frozen=True)
+class Tell:
+    """What the front end shows; each does nothing by default."""
+
+    step: Callable[[str], None] = lambda _: None
+    warn: Callable[[str], None] = lambda _: None
+    progress: Callable[[Progress], None] = lambda _: None
+
+
+class Executor:
+    """One front end's work on one run; *front* is the descriptor that holds lock F."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        folder: RunFolder,
+        *,
+        front: int,
+        interrupts: Interrupts,
+        tell: Tell,
+    ) -> None:
+        self._journal = journal
+        self._folder = folder
+        self._front = front
+        self._zfs = Zfs(front)
+        self._interrupts = interrupts
+        self._tell = tell
+        self._cleaner = Cleaner(journal, folder, self._zfs, tell.warn)
+        self._errand: errand.Errand | None = None
+        self._taken = False  # the snapshots of a planned run are there already
+        self.interrupted: Interrupted | None = None
+
+    # -- the course ------------------------------------------------------------------------
+
+    def advance(self, run: Run) -> Run:
+        """
+        Take *run* on until it is destroyed, parked, or kept waiting in `snapshotted`.
+
+        Whatever fails before the client's end is a reason to give up and clean up; a signal as
+        well, and it is then found in :attr:`interrupted`.
+        """
+        steps = {
+            states.PLANNED: self._take,
+            states.SNAPSHOTTED: self._hold_and_mount,
+            states.MOUNTED: self._start,
+            states.BACKING_UP: self._await_end,
+        }
+        try:
+            while run.state in steps:
+                run = self._try(steps[run.state], run)
+                if run.state == states.SNAPSHOTTED and self._is_kept_waiting(run):
+                    return run
+        finally:
+            self._dismiss()
+        if run.state == states.UNMOUNTING:
+            self._tell.step("cleaning up")
+            run = self._cleaner.clean(run)
+        return run
+
+    def _try(self, step: Callable[[Run], Run], run: Run) -> Run:
+        try:
+            self._interrupts.check()
+            return step(run)
+        except Interrupted as exc:
+            self.interrupted = exc
+            return self.give_up(self._journal.load(run.id), Outcome.ROLLED_BACK, exc.message)
+        except StaleRunError:
+            raise
+        except (EffectError, ClientError, UserError) as exc:
+            self._tell.warn(str(exc))
+            return self.give_up(self._journal.load(run.id), Outcome.FAILED, str(exc))
+
+    def give_up(self, run: Run, outcome: Outcome, reason: str) -> Run:
+        """Decide that the client will not run again: record why and turn back."""
+        self._dismiss()
+
+        def record(change: Change) -> None:
+            change.set(outcome=outcome.value, reason=reason)
+            for step in run.pending(RunClient):
+                change.ended(step, "failed", reason)
+            change.fire(Event.GIVEN_UP, reason=reason)
+
+        return self._record_or_make_room(run, record)
+
+    def resume(self, run: Run) -> Run:
+        """Go back to `snapshotted`: the same moment, the client once more."""
+        if run.state == states.PLANNED:
+            self._taken = True
+            return run
+        self._cleaner.unmount(run)
+        with self._journal.change(run) as change:
+            for kind in (MountVolumes, UnmountVolumes, RunClient, EndClient):
+                for step in run.pending(kind):
+                    change.ended(
+                        step, "done" if kind is UnmountVolumes else "not-needed", "resumed"
+                    )
+            change.set(boot_id=locks.boot_id(), pid=os.getpid(), reason=None)
+            if run.state != states.SNAPSHOTTED:
+                change.fire(Event.RESUMED, reason=f"attempt {run.attempts + 1}")
+        return self._journal.load(run.id)
+
+    def record_end(self, run: Run) -> Run:
+        """Journal the client's end that the runner left, if it was not yet."""
+        known = errand.end(self._folder, run.attempts)
+        assert known
+        return self._record_end(run, known[0])
+
+    def _dismiss(self) -> None:
+        if self._errand:
+            self._errand.dismiss()
+            self._errand = None
+
+    # -- planned -> snapshotted ------------------------------------------------------------
+
+    def _take(self, run: Run) -> Run:
+        started = datetime.now(UTC)
+        steps = run.pending(TakeSnapshots)
+        complaints = [] if self._taken else [self._take_pool(step.intent) for step in steps]
+        took = (datetime.now(UTC) - started).total_seconds()
+        found = self._zfs.identities([v.snapshot for v in run.volumes])
+        _check_taken(run, found, [c for c in complaints if c])
+        detail = f"one transaction group a pool; {len(steps)} pools within {took:.3f} s"
+        with self._journal.change(run) as change:
+            for step in steps:
+                change.ended(step, "done", detail if len(steps) > 1 else None)
+                change.intend(_hold(step.intent))
+            for volume in run.volumes:
+                identity = found[volume.snapshot]
+                change.identify(volume, identity.guid, identity.createtxg)
+            moment = min(found[v.snapshot].creation_s for v in run.volumes)
+            change.set(moment_at=moment * 1_000_000)
+            change.fire(Event.SNAPSHOTS_TAKEN)
+        if len(steps) > 1:
+            self._tell.step(f"the snapshots of {len(steps)} pools were taken within {took:.3f} s")
+        return self._journal.load(run.id)
+
+    def _take_pool(self, intent: object) -> EffectError | None:
+        assert isinstance(intent, TakeSnapshots)
+        self._tell.step(intent.describe())
+        return self._zfs.take(intent.snapshots, run=intent.run)
+
+    # -- snapshotted -> mounted ------------------------------------------------------------
+
+    def _hold_and_mount(self, run: Run) -> Run:
+        holds = run.pending(HoldSnapshots)
+        for step in holds:
+            assert isinstance(step.intent, HoldSnapshots)
+            self._zfs.hold(step.intent.snapshots, tag=step.intent.tag)
+        intent = self._mount_intent(run)
+        run = self._intend_mounts(run, intent)
+        launch, task = self._task(run, intent)
+        self._tell.step(intent.describe())
+        if intent.root:
+            tree.make(intent.mounts, intent.directories)
+        env = _environment(run.plan.client)
+        self._errand = errand.Errand(task, self._folder, env=env, front=self._front)
+        empty = self._errand.mounted()
+        roots = {
+            m.mountpoint: v.mountpoint for m, v in zip(intent.mounts, run.volumes, strict=True)
+        }
+        empty = frozenset(roots[path] for path in empty)
+        self._check_empty(run, empty)
+        with self._journal.change(run) as change:
+            for step in run.pending(MountVolumes):
+                change.ended(step, "done")
+            change.saw(empty)
+            change.intend(RunClient(run.plan.client.name, launch.commands, launch.cwd))
+            change.fire(Event.VOLUMES_MOUNTED)
+        return self._journal.load(run.id)
+
+    def _mount_intent(self, run: Run) -> MountVolumes:
+        mounts = plan.mounts(run.plan)
+        if not run.plan.root:
+            return MountVolumes("", mounts)
+        tree.check_free(mounts)
+        tops = tuple(t.rstrip("/") for t in run.plan.targets)
+        return MountVolumes(run.plan.root, mounts, tree.directories_to_make(run.plan.root, tops))
+
+    def _intend_mounts(self, run: Run, intent: MountVolumes) -> Run:
+        with self._journal.change(run) as change:
+            for step in run.pending(HoldSnapshots):
+                change.ended(step, "done")
+            change.set(attempts=run.attempts + 1)
+            change.attempt = run.attempts + 1
+            change.intend(intent)
+        return self._journal.load(run.id)
+
+    def _task(self, run: Run, intent: MountVolumes) -> tuple[Launch, Task]:
+        client = clients.load(run.plan.client.name)
+        settings = settings_of(run.plan.client)
+        moment = self._moment(run)
+        launch = client.launch(settings, facts_of(run.plan.client), moment)
+        env = dict(launch.env)
+        live = run.plan.live_paths
+        if self._freezes_tmp(run, settings):
+            env["TMPDIR"] = str(self._folder.temporary)
+        return launch, Task(
+            run=run.id,
+            attempt=run.attempts,
+            folder=str(self._folder.path),
+            in_namespace=not intent.root,
+            mounts=intent.mounts,
+            live=live,
+            client=client.name,
+            commands=launch.commands,
+            cwd=launch.cwd,
+            env=env,
+            moment=moment,
+            stop_signal=int(client.stop_signal),
+            grace_s=GRACE_S,
+        )
+
+    def _freezes_tmp(self, run: Run, settings: Settings) -> bool:
+        """Tell whether the client would find its folder for temporary files read-only."""
+        tmp = settings.env.get("TMPDIR", _DEFAULT_TMP)
+        return not run.plan.root and plan.is_frozen(run.plan, tmp)
+
+    def _moment(self, run: Run) -> Moment:
+        assert run.moment_at is not None
+        return Moment(
+            targets=run.plan.targets,
+            root=run.plan.root,
+            at=datetime.fromtimestamp(run.moment_at // 1_000_000, UTC),
+            excludes=run.plan.excludes,
+            parent=self._newer_parent(run),
+        )
+
+    def _newer_parent(self, run: Run) -> str | None:
+        """
+        Return the last backup where its moment is later than ours: the clock was set back.
+
+        A client that looks for its parent by time would not find it and read all anew.
+        """
+        last = self._journal.last_completed(run.job)
+        if last is None or run.moment_at is None or not last[2] or last[1] <= run.moment_at:
+            return None
+        return last[2][0]
+
+    def _check_empty(self, run: Run, empty: frozenset[str]) -> None:
+        """Promise 7: an empty set, or a volume that was not empty before, is no backup."""
+        if empty and len(empty) == len(run.volumes):
+            raise EffectError(
+                "there is nothing to back up: every dataset of the set is empty",
+                hint="is what belongs there mounted?",
+            )
+        last = self._journal.last_completed(run.job)
+        before = last[0] if last else {}
+        guids = {v.mountpoint: v.guid for v in run.plan.volumes}
+        lost = [path for path in empty if before.get(guids[path]) is False]
+        if lost:
+            raise EffectError(
+                f"{sorted(lost)[0]} is empty, and was not in the last completed backup",
+                hint="if that is right, back it up once in a job of its own",
+            )
+
+    # -- mounted -> backing-up -> unmounting -----------------------------------------------
+
+    def _start(self, run: Run) -> Run:
+        if self._errand is None:  # nobody holds the mounts any more
+            return self.resume(run)
+        with self._journal.change(run) as change:
+            change.fire(Event.CLIENT_STARTED)
+        run = self._journal.load(run.id)
+        self._tell.step(f"{run.plan.client.name} reads {', '.join(run.plan.targets)}")
+        self._errand.go()
+        return run
+
+    def _await_end(self, run: Run) -> Run:
+        interruption: Interrupted | None = None
+        try:
+            errand.wait(self._folder, self._interrupts, self._tell.progress, stop_on_signal=True)
+        except Interrupted as exc:
+            interruption = exc
+        self._dismiss()
+        known = errand.end(self._folder, run.attempts)
+        if interruption and not (known and known[0].outcome in _SAVED):
+            raise interruption
+        self.interrupted = interruption  # too late: the backup is in the repository
+        if known is None:
+            return self._after_lost_runner(run)
+        end, _ = known
+        if end.outcome is Outcome.FAILED and end.retriable and run.attempts <= run.plan.retries:
+            return self._again(run, end)
+        trouble = end.outcome is Outcome.FAILED and end.retriable
+        if trouble and run.plan.keep_for_s and within_patience(run, _now_us()):
+            return self._keep_waiting(run, end)
+        return self._record_end(run, end)
+
+    def _after_lost_runner(self, run: Run) -> Run:
+        end_survivors(run, self._folder, self._tell.warn)
+        if run.attempts >= MAX_ATTEMPTS + run.plan.retries:
+            return self.give_up(run, Outcome.FAILED, "the runner was killed again and again")
+        self._tell.warn("the runner was killed; the client starts again on the same snapshots")
+        return self._mended(self.resume(run))
+
+    def _again(self, run: Run, end: End) -> Run:
+        pause = _RETRY_S[min(run.attempts, len(_RETRY_S)) - 1]
+        self._tell.warn(f"{end.reason}; again in {pause:.0f} s, on the same snapshots")
+        run = self.resume(run)
+        self._interrupts.sleep(pause)
+        return self._mended(run)
+
+    def _keep_waiting(self, run: Run, end: End) -> Run:
+        run = self.resume(run)
+        with self._journal.change(run) as change:
+            change.set(reason=end.reason)
+        return self._journal.load(run.id)
+
+    def _is_kept_waiting(self, run: Run) -> bool:
+        return run.reason is not None and run.attempts > run.plan.retries
+
+    def mend(self, run: Run) -> None:
+        """Let the client mend what its killed predecessor left in the repository."""
+        config = run.plan.client
+        client: Client = clients.load(config.name)
+        if run.attempts:
+            for line in client.after_loss(settings_of(config), facts_of(config)):
+                self._tell.step(line)
+
+    def _mended(self, run: Run) -> Run:
+        self.mend(run)
+        return run
+
+    def _record_end(self, run: Run, end: End) -> Run:
+        keeps = run.plan.keep_snapshots and end.outcome in _SAVED
+
+        def record(change: Change) -> None:
+            failed = end.outcome is Outcome.FAILED
+            for step in run.pending(RunClient):
+                change.ended(step, "failed" if failed else "done", end.reason)
+            change.result(end)
+            if keeps:
+                for take in run.steps:
+                    if isinstance(take.intent, TakeSnapshots):
+                        change.intend(_keep(take.intent))
+            change.fire(Event.CLIENT_ENDED, reason=end.reason)
+
+        return self._record_or_make_room(run, record, may_destroy=not keeps)
+
+    def _record_or_make_room(
+        self, run: Run, record: Callable[[Change], None], *, may_destroy: bool = True
+    ) -> Run:
+        """
+        Journal that the run turns back; on a full disk, undo first and record after.
+
+        Our own snapshot may be what fills the disk (promise 10).  Nothing is lost by the order:
+        the client's end is in the run's folder, and each undo is in the journal since its intent.
+        """
+        try:
+            with self._journal.change(run) as change:
+                record(change)
+        except JournalFullError:
+            if not may_destroy:
+                raise
+            self._tell.warn("no space left for the journal: removing the snapshots first")
+            self._cleaner.remove_traces(run)
+            with self._journal.change(run) as change:
+                record(change)
+        return self._journal.load(run.id)
+
+
+def _check_taken(run: Run, found: dict[str, Identity], complaints: list[EffectError]) -> None:
+    missing = [v.snapshot for v in run.volumes if v.snapshot not in found]
+    if missing and complaints:
+        raise complaints[0]
+    if missing:
+        raise EffectError(f"the snapshot {missing[0]} was not taken, or is gone already")
+    foreign = [name for name, identity in found.items() if identity.mark != run.id]
+    if foreign:
+        raise EffectError(f"{foreign[0]} exists and is not ours")
+    if not same_moment(run.volumes, found):
+        raise EffectError("the snapshots are not of one moment: their createtxg differ")
+
+
+def _hold(intent: object) -> HoldSnapshots:
+    assert isinstance(intent, TakeSnapshots)
+    tag = RunId(intent.run).token
+    return HoldSnapshots(intent.pool, intent.pool_guid, intent.snapshots, tag)
+
+
+def _keep(intent: TakeSnapshots) -> KeepSnapshots:
+    return KeepSnapshots(intent.pool, intent.pool_guid, intent.snapshots, intent.run)
+
+
+def _environment(client: ClientPlan) -> dict[str, str]:
+    """Return the client's environment: ours, and what was journaled of the first attempt's."""
+    return {**os.environ, **dict(client.environment)}
+
+
+def settings_of(client: ClientPlan) -> Settings:
+    """Return how to run the client, at the plan and at a resume alike."""
+    return Settings(client.command, client.extra, _environment(client), client.cwd)
+
+
+def facts_of(client: ClientPlan) -> Facts:
+    """Return what was found when the run was planned."""
+    return Facts(client.version, client.repository)
+
+
+def _now_us() -> int:
+    return int(datetime.now(UTC).timestamp() * 1e6)

@@ -1,0 +1,236 @@
+"""
+What a run does to the machine, as data: one frozen dataclass an effect.  Pure.
+
+The journal stores an intent before its effect, together with its compensation, so that an undo
+never needs room for a new row.  ``executor.py`` carries them out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True)
+class _Intent:
+    kind: ClassVar[str]
+
+    def to_json(self) -> str:
+        """Return the payload that :func:`from_json` reads back to an equal intent."""
+        # In ASCII: a path that is not UTF-8 has surrogates, which SQLite could not store.
+        return json.dumps(asdict(self), sort_keys=True)
+
+
+@dataclass(frozen=True)
+class TakeSnapshots(_Intent):
+    """All snapshots of one pool, in one command and so in one transaction group."""
+
+    kind: ClassVar[str] = "take-snapshots"
+    pool: str
+    pool_guid: str
+    snapshots: tuple[str, ...]
+    run: str
+
+    def describe(self) -> str:
+        return (
+            f"snapshot {_count(self.snapshots, 'dataset')} of pool {self.pool} in one transaction"
+        )
+
+    def compensation(self) -> DestroySnapshots:
+        return DestroySnapshots(self.pool, self.pool_guid, self.snapshots, self.run)
+
+
+@dataclass(frozen=True)
+class DestroySnapshots(_Intent):
+    """Each is destroyed only if it is proven to be the one that this run took."""
+
+    kind: ClassVar[str] = "destroy-snapshots"
+    pool: str
+    pool_guid: str
+    snapshots: tuple[str, ...]
+    run: str
+
+    def describe(self) -> str:
+        return f"destroy {_count(self.snapshots, 'snapshot')} of pool {self.pool}"
+
+    def compensation(self) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class KeepSnapshots(_Intent):
+    """Change the mark from `atomtx:run` to `atomtx:kept`: from then on they are the user's."""
+
+    kind: ClassVar[str] = "keep-snapshots"
+    pool: str
+    pool_guid: str
+    snapshots: tuple[str, ...]
+    run: str
+
+    def describe(self) -> str:
+        return f"keep {_count(self.snapshots, 'snapshot')} of pool {self.pool}"
+
+    def compensation(self) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class HoldSnapshots(_Intent):
+    """Holds keep other tools from destroying a snapshot that is being read."""
+
+    kind: ClassVar[str] = "hold-snapshots"
+    pool: str
+    pool_guid: str
+    snapshots: tuple[str, ...]
+    tag: str
+
+    def describe(self) -> str:
+        return f"hold {_count(self.snapshots, 'snapshot')} of pool {self.pool}"
+
+    def compensation(self) -> ReleaseSnapshots:
+        return ReleaseSnapshots(self.pool, self.pool_guid, self.snapshots, self.tag)
+
+
+@dataclass(frozen=True)
+class ReleaseSnapshots(_Intent):
+    kind: ClassVar[str] = "release-snapshots"
+    pool: str
+    pool_guid: str
+    snapshots: tuple[str, ...]
+    tag: str
+
+    def describe(self) -> str:
+        return f"release {_count(self.snapshots, 'hold')} of pool {self.pool}"
+
+    def compensation(self) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class Mount:
+    """One snapshot, read-only, at *mountpoint*."""
+
+    source: str
+    mountpoint: str
+
+
+@dataclass(frozen=True)
+class MountVolumes(_Intent):
+    """
+    Every mount of the set, parents first.
+
+    *root* is empty for the run's own namespace, where each mountpoint is the live one; else the
+    directory of the host's namespace under which the tree is assembled.  *directories* are those
+    that are made for it, parents first.
+    """
+
+    kind: ClassVar[str] = "mount-volumes"
+    root: str
+    mounts: tuple[Mount, ...]
+    directories: tuple[str, ...] = ()
+
+    def describe(self) -> str:
+        where = (
+            f"under {self.root}" if self.root else "at the live paths, in a namespace of its own"
+        )
+        return f"mount {_count(self.mounts, 'snapshot')} read-only {where}"
+
+    def compensation(self) -> UnmountVolumes:
+        return UnmountVolumes(self.root, self.mounts, self.directories)
+
+
+@dataclass(frozen=True)
+class UnmountVolumes(_Intent):
+    """Children first; in a namespace the end of its last process does it."""
+
+    kind: ClassVar[str] = "unmount-volumes"
+    root: str
+    mounts: tuple[Mount, ...]
+    directories: tuple[str, ...] = ()
+
+    def describe(self) -> str:
+        where = f"under {self.root}" if self.root else "with the namespace"
+        return f"unmount {_count(self.mounts, 'snapshot')} {where}"
+
+    def compensation(self) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class RunClient(_Intent):
+    """The client's commands, in order, on the mounted set.  Arguments hold no secret."""
+
+    kind: ClassVar[str] = "run-client"
+    client: str
+    commands: tuple[tuple[str, ...], ...]
+    cwd: str
+
+    def describe(self) -> str:
+        import shlex
+
+        return "run " + " && ".join(shlex.join(argv) for argv in self.commands)
+
+    def compensation(self) -> EndClient:
+        return EndClient(self.client)
+
+
+@dataclass(frozen=True)
+class EndClient(_Intent):
+    """End every process that the client left behind."""
+
+    kind: ClassVar[str] = "end-client"
+    client: str
+
+    def describe(self) -> str:
+        return f"end {self.client} and all that it started"
+
+    def compensation(self) -> None:
+        return None
+
+
+Intent = (
+    TakeSnapshots
+    | DestroySnapshots
+    | KeepSnapshots
+    | HoldSnapshots
+    | ReleaseSnapshots
+    | MountVolumes
+    | UnmountVolumes
+    | RunClient
+    | EndClient
+)
+KINDS: Mapping[str, type[Intent]] = {
+    cls.kind: cls
+    for cls in (
+        TakeSnapshots,
+        DestroySnapshots,
+        KeepSnapshots,
+        HoldSnapshots,
+        ReleaseSnapshots,
+        MountVolumes,
+        UnmountVolumes,
+        RunClient,
+        EndClient,
+    )
+}
+
+
+def from_json(kind: str, payload: str) -> Intent:
+    """Read an intent back from the journal; a KeyError for a kind that this release lacks."""
+    cls = KINDS[kind]
+    data: dict[str, Any] = json.loads(payload)
+    return cls(**{field.name: _frozen(field.name, data[field.name]) for field in fields(cls)})
+
+
+def _frozen(name: str, value: Any) -> Any:
+    if name == "mounts":
+        return tuple(Mount(**mount) for mount in value)
+    if isinstance(value, list):
+        return tuple(_frozen("", item) for item in value)
+    return value
+
+
+def _count(things: tuple[Any, ...], noun: str) -> str:
+    return f"{len(things)} {noun}" + ("" if len(things) == 1 else "s")

@@ -1,0 +1,573 @@
+"""
+The journal: the only module that writes to the database.
+
+SQLite with `journal_mode=PERSIST` and `synchronous=EXTRA`: an acknowledged commit survives a
+power cut (FULL, Python's default, loses the last one; WAL with NORMAL loses all since the last
+checkpoint).  Each change of a run is one transaction, begun with BEGIN IMMEDIATE and fenced by
+the run's state and revision: a process that was overtaken gets :class:`StaleRunError`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import sqlite3
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Engine, Row, create_engine, event, insert, select, update
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.pool import StaticPool
+
+from . import journalfile, locks, plan, schema
+from .clients import Backup, End
+from .errors import BusyError, JournalError, JournalFullError, StaleRunError, WaitingError
+from .intents import Intent, from_json
+from .plan import Plan
+from .records import Run, Step, Volume
+from .schema import backups, journals, moves, runs, steps, volumes
+from .statedir import RunFolder, sync_directory
+from .states import PLANNED, Event, StateMachine
+
+BUSY_TIMEOUT_MS = 30_000
+RESERVE_BYTES = 65_536  # free pages, so that a full disk does not stop an undo from being recorded
+_UPGRADE_WAIT_S = 10.0
+
+
+def now_us() -> int:
+    """Return the time as the journal stores it."""
+    return time.time_ns() // 1000
+
+
+class ActiveRunError(BusyError):
+    """The job has an active run already: *run* is its id."""
+
+    def __init__(self, run: str) -> None:
+        super().__init__(f"run {run} of this job has not ended", hint="see `atomtx status`")
+        self.run = run
+
+
+class Journal:
+    """An open journal, brought up to date; holds the writers' lock, shared, until closed."""
+
+    def __init__(self, path: Path, engine: Engine, lock: int) -> None:
+        self.path = path
+        self.state = path.parent
+        self._engine = engine
+        self._lock = lock
+        self._machine = StateMachine(_persist)
+
+    @classmethod
+    def open(cls, state: Path) -> Journal:
+        """
+        Open the journal of a state directory; make or upgrade it where needed.
+
+        Raises JournalNewerError for one that a newer atomtx wrote, JournalError for one that is
+        damaged, or belongs to another machine: neither is touched.
+        """
+        path = state / journalfile.NAME
+        journalfile.check(path)
+        lock = os.open(state / "journal.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            with _translated(path):
+                engine = _bring_up_to_date(path, lock)
+                journal = cls(path, engine, lock)
+                journal._prove_machine()
+                journal._reserve()
+        except BaseException:
+            os.close(lock)
+            raise
+        return journal
+
+    def close(self) -> None:
+        """Close the database and give up the lock; idempotent."""
+        self._engine.dispose()
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[Connection]:
+        with _translated(self.path), self._engine.begin() as connection:
+            yield connection
+
+    def _prove_machine(self) -> None:
+        """A journal that was copied to another machine must not act there (promise 2)."""
+        here = _machine_id()
+        with self._transaction() as connection:
+            row = connection.execute(select(journals)).one_or_none()
+            if row is None:
+                connection.execute(
+                    insert(journals).values(
+                        uuid=str(uuid.uuid4()), machine_id=here, created_at=now_us()
+                    )
+                )
+            elif row.machine_id != here:
+                raise JournalError(
+                    f"the journal {self.path} was written on another machine",
+                    hint=f"move {self.state} away to begin a new one here",
+                )
+
+    def _reserve(self) -> None:
+        with self._engine.connect() as connection:
+            free = connection.exec_driver_sql("PRAGMA freelist_count").scalar_one()
+            size = connection.exec_driver_sql("PRAGMA page_size").scalar_one()
+        if free * size >= RESERVE_BYTES // 2:
+            return
+        with suppress(JournalFullError):  # nothing to reserve from; what there was is still there
+            with self._transaction() as connection:
+                connection.exec_driver_sql("CREATE TABLE reserve (space BLOB)")
+                connection.exec_driver_sql(
+                    f"INSERT INTO reserve VALUES (zeroblob({RESERVE_BYTES}))"
+                )
+            with self._transaction() as connection:
+                connection.exec_driver_sql("DROP TABLE reserve")
+
+    # -- reading ---------------------------------------------------------------------------
+
+    def load(self, run: str) -> Run:
+        """Return a run; JournalError where there is none."""
+        with self._transaction() as connection:
+            row = connection.execute(select(runs).where(runs.c.id == run)).one_or_none()
+            if row is None:
+                raise JournalError(f"no run {run} in {self.path}", hint="see `atomtx history`")
+            return _run(connection, row)
+
+    def open_runs(self) -> list[Run]:
+        """Return every run that is not destroyed, the oldest first."""
+        query = select(runs).where(runs.c.state != "destroyed").order_by(runs.c.started_at)
+        with self._transaction() as connection:
+            return [_run(connection, row) for row in connection.execute(query).all()]
+
+    def last_completed(self, job: str) -> tuple[dict[str, bool], int, tuple[str, ...]] | None:
+        """
+        Return what the job's last completed run saw; None where there is none.
+
+        Which dataset guids were empty, the moment (microseconds), the ids of its backups.
+        """
+        query = (
+            select(runs.c.id, runs.c.moment_at)
+            .where(runs.c.job == job, runs.c.outcome == "completed", runs.c.moment_at.is_not(None))
+            .order_by(runs.c.started_at.desc())
+            .limit(1)
+        )
+        with self._transaction() as connection:
+            row = connection.execute(query).one_or_none()
+            if row is None:
+                return None
+            seen = select(volumes.c.guid, volumes.c.is_empty).where(volumes.c.run == row.id)
+            ids = select(backups.c.backup_id).where(
+                backups.c.run == row.id, backups.c.backup_id.is_not(None)
+            )
+            empty = {v.guid: bool(v.is_empty) for v in connection.execute(seen)}
+            return empty, row.moment_at, tuple(connection.scalars(ids.order_by(backups.c.n)))
+
+    # -- writing ---------------------------------------------------------------------------
+
+    def begin(self, the_plan: Plan, intents: Sequence[Intent]) -> Run:
+        """
+        Insert a run in state `planned` with its first intents; it is durable on return.
+
+        Raises ActiveRunError where the job has an active run.
+        """
+        values = {
+            "id": the_plan.run,
+            "job": the_plan.job,
+            "label": the_plan.label,
+            "state": PLANNED,
+            "rev": 0,
+            "attempts": 0,
+            "plan": plan.to_json(the_plan),
+            "client": the_plan.client.name,
+            "repository": the_plan.client.repository,
+            "started_at": now_us(),
+            "boot_id": locks.boot_id(),
+            "pid": os.getpid(),
+        }
+        try:
+            with self._transaction() as connection:
+                connection.execute(insert(runs).values(values))
+                connection.execute(insert(volumes), _volume_rows(the_plan))
+                for intent in intents:
+                    _intend(connection, the_plan.run, 0, intent)
+        except IntegrityError as exc:
+            raise ActiveRunError(self._active(the_plan.job) or "?") from exc
+        return self.load(the_plan.run)
+
+    def adopt(
+        self, the_plan: Plan, found: Mapping[str, tuple[str, str]], intents: Sequence[Intent]
+    ) -> Run:
+        """
+        Insert a run of a lost journal in state `unmounting`, its snapshots to be destroyed.
+
+        *found* gives guid and createtxg by snapshot.
+        """
+        run = self.begin(the_plan, intents)
+        with self.change(run) as change:
+            for volume in run.volumes:
+                change.identify(volume, *found[volume.snapshot])
+            change.set(outcome="rolled-back", reason="adopted: its journal was lost")
+            change.fire(Event.GIVEN_UP, reason="adopted")
+        return self.load(run.id)
+
+    def known(self) -> list[str]:
+        """Return the id of every run in this journal."""
+        with self._transaction() as connection:
+            return list(connection.scalars(select(runs.c.id)))
+
+    def _active(self, job: str) -> str | None:
+        query = select(runs.c.id).where(
+            runs.c.job == job, runs.c.state != "destroyed", runs.c.cleanup.is_(None)
+        )
+        with self._transaction() as connection:
+            return connection.scalars(query).first()
+
+    @contextmanager
+    def change(self, run: Run) -> Iterator[Change]:
+        """
+        Change a run in one transaction, fenced by its revision; durable when the block ends.
+
+        Raises StaleRunError, and changes nothing, where somebody else moved the run.
+        """
+        with self._transaction() as connection:
+            change = Change(connection, run, self._machine)
+            yield change
+            change.finish()
+
+    def expire(self, keep_s: float) -> int:
+        """Forget runs that ended more than *keep_s* seconds ago, with their files; return how many."""
+        before = now_us() - int(keep_s * 1e6)
+        old = (runs.c.state == "destroyed") & (runs.c.ended_at < before)
+        with self._transaction() as connection:
+            ids = list(connection.scalars(select(runs.c.id).where(old)))
+            if ids:
+                connection.execute(runs.delete().where(old))
+        for run in ids:
+            shutil.rmtree(RunFolder.of(self.state, run).path, ignore_errors=True)
+        return len(ids)
+
+
+class Change:
+    """What one transaction does to one run."""
+
+    def __init__(self, connection: Connection, run: Run, machine: StateMachine) -> None:
+        self._connection = connection
+        self._run = run
+        self._machine = machine
+        self.attempt = run.attempts  # of the intents that this change writes
+        self._values: dict[str, Any] = {}
+        self._written = False
+
+    def set(self, **columns: Any) -> None:
+        """Set columns of the run's row."""
+        self._values.update(columns)
+
+    def fire(self, fact: Event, *, reason: str | None = None) -> None:
+        """Move the run; once a transaction, after everything else was set."""
+        self._machine.fire(fact, self._run.state, change=self, reason=reason)
+
+    def intend(self, intent: Intent) -> None:
+        """Write an intent together with its compensation."""
+        _intend(self._connection, self._run.id, self.attempt, intent)
+
+    def ended(self, step: Step, outcome: str, detail: str | None = None) -> None:
+        """Write a step's outcome; a later one replaces "parked"."""
+        self._connection.execute(
+            update(steps)
+            .where(steps.c.id == step.id)
+            .values(outcome=outcome, ended_at=now_us(), detail=detail)
+        )
+
+    def identify(self, volume: Volume, guid: str, createtxg: str) -> None:
+        """Write the identity that was read back."""
+        self._connection.execute(
+            update(volumes)
+            .where(volumes.c.run == self._run.id, volumes.c.n == volume.n)
+            .values(snapshot_guid=guid, createtxg=createtxg)
+        )
+
+    def saw(self, empty: frozenset[str]) -> None:
+        """Write which mountpoints were empty."""
+        for volume in self._run.volumes:
+            self._connection.execute(
+                update(volumes)
+                .where(volumes.c.run == self._run.id, volumes.c.n == volume.n)
+                .values(is_empty=int(volume.mountpoint in empty))
+            )
+
+    def result(self, end: End) -> None:
+        """Write how the client's work ended, and each backup that it made."""
+        self.set(
+            outcome=end.outcome.value,
+            reason=end.reason,
+            bytes_added=_total(b.bytes_added for b in end.backups),
+            bytes_processed=_total(b.bytes_processed for b in end.backups),
+            files_processed=_total(b.files_processed for b in end.backups),
+        )
+        self._connection.execute(backups.delete().where(backups.c.run == self._run.id))
+        for n, backup in enumerate(end.backups):
+            self._connection.execute(insert(backups).values(_backup_row(self._run.id, n, backup)))
+
+    def move(self, fact: str, dest: str, reason: str | None) -> None:
+        """Write the move; called by the state machine once it has allowed it."""
+        if dest == "destroyed":
+            self._values.setdefault("ended_at", now_us())
+        self._write(state=dest)
+        self._connection.execute(
+            insert(moves).values(
+                run=self._run.id,
+                rev=self._run.rev + 1,
+                at=now_us(),
+                event=fact,
+                source=self._run.state,
+                dest=dest,
+                reason=reason,
+            )
+        )
+
+    def finish(self) -> None:
+        """Write what was set where no move did."""
+        if not self._written:
+            self._write()
+
+    def _write(self, **columns: Any) -> None:
+        assert not self._written, "one move a transaction"
+        self._written = True
+        fence = (
+            (runs.c.id == self._run.id)
+            & (runs.c.state == self._run.state)
+            & (runs.c.rev == self._run.rev)
+        )
+        values = self._values | columns | {"rev": self._run.rev + 1}
+        if self._connection.execute(update(runs).where(fence).values(values)).rowcount != 1:
+            raise StaleRunError(
+                f"run {self._run.id} was moved by another process",
+                hint="see `atomtx status`",
+            )
+
+
+def _persist(event_data: Any) -> None:
+    """`before_state_change`: the move is allowed; write it, or stop it by an exception."""
+    change: Change = event_data.kwargs["change"]
+    change.move(event_data.event.name, event_data.transition.dest, event_data.kwargs.get("reason"))
+
+
+def _intend(connection: Connection, run: str, attempt: int, intent: Intent) -> None:
+    values = {"run": run, "attempt": attempt, "intended_at": now_us()}
+    forward = insert(steps).values(values | {"kind": intent.kind, "payload": intent.to_json()})
+    number = connection.execute(forward).inserted_primary_key[0]  # type: ignore[index]
+    undo = intent.compensation()
+    if undo is not None:
+        row = {"kind": undo.kind, "payload": undo.to_json(), "compensates": number}
+        connection.execute(insert(steps).values(values | row))
+
+
+def _volume_rows(the_plan: Plan) -> list[dict[str, Any]]:
+    return [
+        {
+            "run": the_plan.run,
+            "n": n,
+            "kind": v.kind,
+            "pool": v.pool,
+            "pool_guid": v.pool_guid,
+            "name": v.name,
+            "guid": v.guid,
+            "mountpoint": v.mountpoint,
+            "snapshot": v.snapshot,
+        }
+        for n, v in enumerate(the_plan.volumes)
+    ]
+
+
+def _backup_row(run: str, n: int, backup: Backup) -> dict[str, Any]:
+    return {
+        "run": run,
+        "n": n,
+        "path": "\n".join(backup.paths),
+        "backup_id": backup.backup_id,
+        "outcome": backup.outcome.value,
+        "reason": backup.reason,
+        "bytes_added": backup.bytes_added,
+        "bytes_processed": backup.bytes_processed,
+        "files_processed": backup.files_processed,
+    }
+
+
+def _total(numbers: Iterator[int | None]) -> int | None:
+    known = [n for n in numbers if n is not None]
+    return sum(known) if known else None
+
+
+def _run(connection: Connection, row: Row[Any]) -> Run:
+    vols = select(volumes).where(volumes.c.run == row.id).order_by(volumes.c.n)
+    todo = select(steps).where(steps.c.run == row.id).order_by(steps.c.id)
+    return Run(
+        id=row.id,
+        job=row.job,
+        label=row.label,
+        state=row.state,
+        rev=row.rev,
+        outcome=row.outcome,
+        cleanup=row.cleanup,
+        reason=row.reason,
+        attempts=row.attempts,
+        plan=plan.from_json(row.plan),
+        moment_at=row.moment_at,
+        started_at=row.started_at,
+        boot_id=row.boot_id,
+        pid=row.pid,
+        volumes=tuple(_volume(v) for v in connection.execute(vols)),
+        steps=tuple(_step(s) for s in connection.execute(todo)),
+    )
+
+
+def _volume(row: Row[Any]) -> Volume:
+    return Volume(
+        n=row.n,
+        pool=row.pool,
+        pool_guid=row.pool_guid,
+        name=row.name,
+        mountpoint=row.mountpoint,
+        snapshot=row.snapshot,
+        guid=row.snapshot_guid,
+        createtxg=row.createtxg,
+    )
+
+
+def _step(row: Row[Any]) -> Step:
+    return Step(
+        id=row.id,
+        attempt=row.attempt,
+        intent=from_json(row.kind, row.payload),
+        compensates=row.compensates,
+        outcome=row.outcome,
+    )
+
+
+# -- the file --------------------------------------------------------------------------------
+
+
+def _machine_id() -> str:
+    """Return a hash of what names this machine; empty where nothing does."""
+    for source in ("/etc/machine-id", "/etc/hostid"):
+        with suppress(OSError):
+            return hashlib.sha256(b"atomtx" + Path(source).read_bytes().strip()).hexdigest()
+    return ""
+
+
+def make_engine(path: Path, *, foreign_keys: bool = True) -> Engine:
+    """Return an engine whose transactions are SQLite's own, DDL included."""
+    arguments: dict[str, Any] = {"isolation_level": None, "timeout": BUSY_TIMEOUT_MS / 1000}
+    if hasattr(sqlite3, "LEGACY_TRANSACTION_CONTROL"):  # Python 3.12; its default will change
+        arguments["autocommit"] = sqlite3.LEGACY_TRANSACTION_CONTROL
+    engine = create_engine(
+        URL.create("sqlite", database=os.fspath(path)), connect_args=arguments, poolclass=StaticPool
+    )
+
+    @event.listens_for(engine, "connect")
+    def _settings(connection: sqlite3.Connection, _: object) -> None:
+        for pragma in journalfile.PRAGMAS:
+            connection.execute(f"PRAGMA {pragma}")
+        connection.execute(f"PRAGMA foreign_keys={'ON' if foreign_keys else 'OFF'}")
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    return engine
+
+
+def _version(engine: Engine) -> int:
+    with engine.connect() as connection:
+        version: int = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
+    return version
+
+
+def _bring_up_to_date(path: Path, lock: int) -> Engine:
+    """Return an engine on an up-to-date journal; the shared lock is held on return."""
+    fcntl.flock(lock, fcntl.LOCK_SH)
+    if path.exists():
+        engine = make_engine(path)
+        if _version(engine) == journalfile.SCHEMA_VERSION:
+            return engine
+        engine.dispose()
+    _lock_for_upgrade(path, lock)
+    os.close(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+    engine = make_engine(path, foreign_keys=False)
+    if (found := _version(engine)) < journalfile.SCHEMA_VERSION:
+        if found:
+            _back_up(engine, path, found)
+        schema.upgrade(engine)
+    engine.dispose()
+    sync_directory(path.parent)
+    fcntl.flock(lock, fcntl.LOCK_SH)
+    return make_engine(path)
+
+
+def _lock_for_upgrade(path: Path, lock: int) -> None:
+    def try_lock() -> bool:
+        with suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        return False
+
+    if not locks.wait_until(try_lock, _UPGRADE_WAIT_S):
+        raise WaitingError(
+            f"the journal {path} must be upgraded, and another atomtx is using it",
+            hint="try again when it has ended; `atomtx status` shows it",
+        )
+
+
+def _back_up(engine: Engine, path: Path, version: int) -> None:
+    """Copy the journal beside itself, durable, before it is upgraded."""
+    copy = path.with_name(f"{path.name}.v{version}")
+    partial = copy.with_name(copy.name + ".partial")
+    with engine.connect() as connection:
+        target = sqlite3.connect(partial)
+        source = connection.connection.driver_connection
+        assert isinstance(source, sqlite3.Connection)
+        source.backup(target)
+        target.close()
+    descriptor = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
+    os.fsync(descriptor)
+    os.close(descriptor)
+    partial.replace(copy)
+    sync_directory(path.parent)
+
+
+@contextmanager
+def _translated(path: Path) -> Iterator[None]:
+    """Turn SQLite's errors into ours; a violated constraint stays what it is."""
+    try:
+        yield
+    except IntegrityError:
+        raise
+    except DBAPIError as exc:
+        raise _error(path, exc.orig) from exc
+    except sqlite3.DatabaseError as exc:
+        raise _error(path, exc) from exc
+
+
+def _error(path: Path, cause: BaseException | None) -> JournalError:
+    name = getattr(cause, "sqlite_errorname", "") or ""
+    if name == "SQLITE_FULL":
+        return JournalFullError(f"no space left for the journal {path}")
+    if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
+        return JournalError(
+            f"the journal {path} is damaged: {cause}",
+            hint=f"nothing was changed; move {path} aside and run `atomtx recover --scan`",
+        )
+    return JournalError(f"the journal {path} cannot be used: {cause}")

@@ -1,0 +1,106 @@
+"""
+The tree: the snapshots assembled under one stable root, in the host's namespace.
+
+These mounts outlive a crash, until the next boot, so they have compensations.  A mount is ours
+if its source is our snapshot, whose name holds the run's token, at the mountpoint that the
+journal names; nothing else is ever unmounted, and never lazily or by force.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+
+from ..errors import EffectError, UserError
+from ..intents import Mount
+from . import mountinfo
+from .namespace import mount_snapshot, unmount
+
+
+def directories_to_make(root: str, targets: Sequence[str]) -> tuple[str, ...]:
+    """Return the directories that are missing for *targets* under *root*, parents first."""
+    missing: list[str] = []
+    for target in sorted((root, *(root + target for target in targets))):
+        path, parts = "", [part for part in target.split("/") if part]
+        for part in parts:
+            path += "/" + part
+            if path not in missing and not os.path.isdir(path):
+                missing.append(path)
+    return tuple(missing)
+
+
+def check_free(mounts: Sequence[Mount]) -> None:
+    """Raise UserError where something is mounted, or files lie, at a mountpoint of the tree."""
+    table = mountinfo.read()
+    for each in mounts:
+        if any(entry.mountpoint == each.mountpoint for entry in table):
+            raise UserError(
+                f"something is mounted at {each.mountpoint} already",
+                hint="unmount it, or choose another --root",
+            )
+        with suppress(FileNotFoundError):
+            if os.listdir(each.mountpoint):
+                raise UserError(
+                    f"the directory {each.mountpoint} is not empty",
+                    hint="empty it, or choose another --root",
+                )
+
+
+def make(mounts: Sequence[Mount], directories: Sequence[str]) -> None:
+    """Make the directories and the mounts, parents first; idempotent."""
+    for directory in directories:
+        with suppress(FileExistsError):
+            os.mkdir(directory, 0o700)
+    table = mountinfo.read()
+    for each in mounts:
+        found = mountinfo.topmost(table, each.mountpoint)
+        if found is not None and found.source == each.source:
+            continue
+        try:
+            mount_snapshot(each.source, each.mountpoint)
+        except OSError as exc:
+            raise EffectError(f"cannot mount {each.source} at {each.mountpoint}: {exc}") from exc
+
+
+def remove(mounts: Sequence[Mount], directories: Sequence[str]) -> list[str]:
+    """
+    Unmount what is ours, children first, and remove the directories that were made.
+
+    Idempotent.  Returns the mountpoints that are busy; a directory with something in it stays.
+    """
+    busy = []
+    for each in reversed(mounts):
+        while _is_ours(each):
+            try:
+                unmount(each.mountpoint)
+            except OSError as exc:
+                if exc.errno != errno.EBUSY:
+                    raise EffectError(f"cannot unmount {each.mountpoint}: {exc.strerror}") from exc
+                busy.append(each.mountpoint)
+                break
+    if not busy:
+        for directory in reversed(directories):
+            with suppress(OSError):  # not empty, or gone: then it is not only ours
+                os.rmdir(directory)
+    return busy
+
+
+def _is_ours(each: Mount) -> bool:
+    found = mountinfo.topmost(mountinfo.read(), each.mountpoint)
+    return found is not None and found.source == each.source
+
+
+def expire_automounts(snapshots: Sequence[str]) -> None:
+    """
+    Unmount what somebody's look into `.zfs/snapshot` mounted of our snapshots.
+
+    The kernel would let it go after five minutes (zfs(4), zfs_expire_snapshot); until then
+    the snapshot is busy.  One that is in use stays.
+    """
+    ours = frozenset(snapshots)
+    for entry in reversed(mountinfo.read()):
+        if entry.source in ours and "/.zfs/snapshot/" in entry.mountpoint + "/":
+            with suppress(OSError):
+                unmount(entry.mountpoint)

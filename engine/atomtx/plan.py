@@ -1,0 +1,371 @@
+"""What is there, and what was asked for -> the plan of a run.  Pure."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import posixpath
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+from .errors import UserError
+from .intents import HoldSnapshots, Intent, Mount, MountVolumes, TakeSnapshots
+from .names import Dataset, RunId, is_within
+
+SYSTEM_PATHS = ("/dev", "/proc", "/run", "/sys")  # always the live ones, in a set that holds "/"
+_LABEL_CHARS = 60
+
+
+@dataclass(frozen=True)
+class DatasetFacts:
+    """One line of `zfs list`: a dataset as ZFS describes it."""
+
+    name: str
+    type: str  # "filesystem" or "volume"
+    guid: str
+    mountpoint: str  # the property: a path, "legacy", "none" or "-"
+    canmount: str  # "on", "off", "noauto" or "-"
+    mounted: bool  # in any namespace, says ZFS
+    keystatus: str  # "available", "unavailable" or "-" (not encrypted)
+
+
+@dataclass(frozen=True)
+class Pool:
+    name: str
+    guid: str
+    health: str  # "ONLINE", "DEGRADED", "SUSPENDED", ...
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for."""
+
+    names: tuple[str, ...]  # datasets or absolute paths, as typed
+    all: bool = False
+    recursive: bool = False
+    exclude: tuple[str, ...] = ()  # datasets (with their children) to leave out
+    layout: str = "namespace"  # or "tree"
+    root: str = ""  # of the tree
+
+
+class Chosen(NamedTuple):
+    """A dataset of the set, and where it is mounted live."""
+
+    facts: DatasetFacts
+    mountpoint: str
+
+
+class LeftOut(NamedTuple):
+    """Something that the backup will not hold; *name* is a dataset's, or a mountpoint."""
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{shown(self.name)} is not in the backup: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What `selection.select` made of a request."""
+
+    asked: tuple[str, ...]  # the datasets that were named, in the user's order
+    volumes: tuple[Chosen, ...]  # parents before children
+    skipped: tuple[LeftOut, ...]  # what -a or -r would have taken, and cannot
+    uncovered: tuple[LeftOut, ...]  # what lies below the volumes and was not asked for
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PlannedVolume:
+    """A dataset of the set."""
+
+    kind: str  # "zfs"
+    pool: str
+    pool_guid: str
+    name: str
+    guid: str
+    mountpoint: str  # where it is mounted live
+    snapshot: str  # the whole name of the snapshot to take
+
+
+@dataclass(frozen=True)
+class ClientPlan:
+    """The client and what a resume needs of it: never a secret's value (promise 11)."""
+
+    name: str
+    command: tuple[str, ...]
+    extra: tuple[str, ...]
+    cwd: str
+    version: str
+    repository: str | None
+    environment: tuple[tuple[str, str], ...]  # variables that are no secrets, with their values
+    secrets: tuple[str, ...]  # names of the variables that are
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole run before it begins; what `--dry-run` prints and the journal stores."""
+
+    run: str
+    job: str  # the key
+    label: str
+    volumes: tuple[PlannedVolume, ...]  # parents before children
+    targets: tuple[str, ...]  # the topmost mountpoints, given to the client
+    layout: str
+    root: str
+    live_paths: tuple[str, ...]  # bound back over the frozen files
+    excludes: tuple[str, ...]  # left out of the backup
+    notes: tuple[str, ...]  # what is not in the backup, and other things to say before
+    client: ClientPlan
+    keep_snapshots: bool = False
+    retries: int = 0
+    keep_for_s: int = 0
+
+
+# -- making a plan -----------------------------------------------------------------------------
+
+
+def assemble(
+    request: Request,
+    selection: Selection,
+    *,
+    pools: Sequence[Pool],
+    run: RunId,
+    client: ClientPlan,
+    live_paths: Iterable[str] = (),
+    notes: Iterable[str] = (),
+    keep_snapshots: bool = False,
+    retries: int = 0,
+    keep_for_s: int = 0,
+) -> Plan:
+    """
+    Put a plan together from what was selected and what the client needs.
+
+    *live_paths* and *notes* are the client's.  Raises UserError for a snapshot's name that is too
+    long, and for a named volume that the client needs as it is now.
+    """
+    tops = targets(mountpoint for _, mountpoint in selection.volumes)
+    system = SYSTEM_PATHS if "/" in tops else ()
+    needed = _live_inside(live_paths, tops, system)
+    chosen, lost = _part(selection, needed)
+    tops = targets(mountpoint for _, mountpoint in chosen)
+    live = tuple(path for path in needed if _inside(path, tops))
+    root = normal(request.root) if request.root else ""
+    return Plan(
+        run=str(run),
+        job=_job_key((facts.guid for facts, _ in chosen), client, root),
+        label=_label(request, selection.asked),
+        volumes=_planned(chosen, pools, run),
+        targets=tops,
+        layout=request.layout,
+        root=root,
+        live_paths=live,
+        excludes=targets([*live, *system]),
+        notes=(*_notes(selection, lost, live, system), *notes),
+        client=client,
+        keep_snapshots=keep_snapshots,
+        retries=retries,
+        keep_for_s=keep_for_s,
+    )
+
+
+def _part(
+    selection: Selection, live: Sequence[str]
+) -> tuple[tuple[Chosen, ...], tuple[LeftOut, ...]]:
+    """
+    Part the volumes that can be frozen from those that the client needs as they are now.
+
+    The latter, such as the dataset of a local repository or of /tmp under `-a`, are left out;
+    it is an error to name them.
+    """
+    chosen, lost = [], []
+    for volume in selection.volumes:
+        name, path = volume.facts.name, _parent_in(volume.mountpoint, live)
+        if path is None:
+            chosen.append(volume)
+            continue
+        if name in selection.asked:
+            raise UserError(
+                f"{name} cannot be backed up as it was: the client needs {path} as it is now",
+                hint="move the client's cache, repository or temporary files elsewhere",
+            )
+        lost.append(LeftOut(name, f"the client needs {path} as it is now"))
+    if not chosen:
+        raise UserError("there is nothing to back up", hint=str(lost[0]))
+    return tuple(chosen), tuple(lost)
+
+
+def _planned(
+    volumes: Iterable[Chosen], pools: Sequence[Pool], run: RunId
+) -> tuple[PlannedVolume, ...]:
+    guids = {pool.name: pool.guid for pool in pools}
+    return tuple(_planned_one(facts, mountpoint, guids, run) for facts, mountpoint in volumes)
+
+
+def _planned_one(
+    facts: DatasetFacts, mountpoint: str, guids: dict[str, str], run: RunId
+) -> PlannedVolume:
+    dataset = Dataset(facts.name)
+    return PlannedVolume(
+        kind="zfs",
+        pool=dataset.pool,
+        pool_guid=guids[dataset.pool],
+        name=dataset.name,
+        guid=facts.guid,
+        mountpoint=mountpoint,
+        snapshot=str(dataset.snapshot(run).check()),
+    )
+
+
+def _job_key(guids: Iterable[str], client: ClientPlan, root: str) -> str:
+    words = [sorted(guids), client.name, client.repository, client.command, root]
+    return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:32]
+
+
+def _label(request: Request, asked: Sequence[str]) -> str:
+    """Name the job as a person would: what was asked for, not what it came to."""
+    if request.all:
+        return "-a"
+    fit = 1
+    while fit < len(asked) and len(", ".join(asked[: fit + 1])) <= _LABEL_CHARS:
+        fit += 1
+    more = f" and {len(asked) - fit} more" if fit < len(asked) else ""
+    return ", ".join(asked[:fit]) + more + (" -r" if request.recursive else "")
+
+
+def _live_inside(
+    paths: Iterable[str], tops: Sequence[str], system: Sequence[str]
+) -> tuple[str, ...]:
+    """Return those of the client's paths that the set would hide, none below another."""
+    normals = {normal(path) for path in paths}
+    return targets(p for p in normals if _inside(p, tops) and not _inside(p, system))
+
+
+def _parent_in(path: str, parents: Iterable[str]) -> str | None:
+    return next((parent for parent in parents if is_within(path, parent)), None)
+
+
+def _inside(path: str, parents: Iterable[str]) -> bool:
+    return _parent_in(path, parents) is not None
+
+
+def _notes(
+    selection: Selection, lost: Iterable[LeftOut], live: Iterable[str], system: Iterable[str]
+) -> tuple[str, ...]:
+    left_out = map(str, (*selection.skipped, *selection.uncovered, *lost))
+    needed = (str(LeftOut(path, "the client needs it as it is now")) for path in live)
+    running = (str(LeftOut(path, "it belongs to the running system")) for path in system)
+    return (*left_out, *selection.notes, *needed, *running)
+
+
+# -- reading a plan ----------------------------------------------------------------------------
+
+
+def intents(plan: Plan, directories: tuple[str, ...] = ()) -> tuple[Intent, ...]:
+    """
+    Return the effects of the plan in order, up to the client, which its caller knows.
+
+    *directories* are those to be made for a tree, parents first.
+    """
+    take = [
+        TakeSnapshots(pool, guid, snapshots, plan.run) for pool, guid, snapshots in _by_pool(plan)
+    ]
+    tag = RunId(plan.run).token
+    hold = [HoldSnapshots(pool, guid, snapshots, tag) for pool, guid, snapshots in _by_pool(plan)]
+    return (*take, *hold, MountVolumes(plan.root, mounts(plan), directories))
+
+
+def mounts(plan: Plan) -> tuple[Mount, ...]:
+    """Return the mounts of the plan in its layout, parents first."""
+    return tree_mounts(plan) if plan.root else namespace_mounts(plan)
+
+
+def namespace_mounts(plan: Plan) -> tuple[Mount, ...]:
+    """Return each snapshot at its volume's own mountpoint."""
+    return tuple(Mount(volume.snapshot, volume.mountpoint) for volume in plan.volumes)
+
+
+def tree_mounts(plan: Plan) -> tuple[Mount, ...]:
+    """Return each snapshot at its volume's mountpoint under the root."""
+    return tuple(
+        Mount(volume.snapshot, (plan.root + volume.mountpoint).rstrip("/"))
+        for volume in plan.volumes
+    )
+
+
+def is_frozen(plan: Plan, path: str) -> bool:
+    """Tell whether the client finds *path* as it was at the moment, and read-only."""
+    live = (*plan.live_paths, *(SYSTEM_PATHS if "/" in plan.targets else ()))
+    return not plan.root and _inside(path, plan.targets) and not _inside(path, live)
+
+
+def describe(plan: Plan, steps: Sequence[Intent] | None = None) -> tuple[str, ...]:
+    """
+    Return the lines of `--dry-run`: each step, and below it what undoes it.
+
+    *steps* are all the steps of the run where the caller knows more of them than :func:`intents`.
+    """
+    lines = []
+    for number, step in enumerate(intents(plan) if steps is None else steps, start=1):
+        undo = step.compensation()
+        lines.append(f"{number}. {step.describe()}")
+        lines.append(f"   undo: {undo.describe() if undo else 'none'}")
+    return tuple(lines)
+
+
+def _by_pool(plan: Plan) -> list[tuple[str, str, tuple[str, ...]]]:
+    """Group the snapshots: those of one pool are taken in one transaction group (promise 8)."""
+    pools: dict[tuple[str, str], list[str]] = {}
+    for volume in plan.volumes:
+        pools.setdefault((volume.pool, volume.pool_guid), []).append(volume.snapshot)
+    return [(pool, guid, tuple(snapshots)) for (pool, guid), snapshots in pools.items()]
+
+
+# -- storing a plan ----------------------------------------------------------------------------
+
+
+def to_json(plan: Plan) -> str:
+    """Return the text that :func:`from_json` reads back to an equal plan."""
+    # In ASCII: a path that is not UTF-8 has surrogates, which SQLite could not store.
+    return json.dumps(asdict(plan), sort_keys=True)
+
+
+def from_json(text: str) -> Plan:
+    """Read a plan back from the journal."""
+    data = {name: _frozen(value) for name, value in json.loads(text).items()}
+    data["volumes"] = tuple(PlannedVolume(**volume) for volume in data["volumes"])
+    client = {name: _frozen(value) for name, value in data["client"].items()}
+    return Plan(**data | {"client": ClientPlan(**client)})
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+
+
+# -- paths -------------------------------------------------------------------------------------
+
+
+def targets(mountpoints: Iterable[str]) -> tuple[str, ...]:
+    """Return the topmost of some absolute, normal paths: each one is within one of them."""
+    tops: list[str] = []
+    for path in sorted(set(mountpoints), key=path_order):
+        if not tops or not is_within(path, tops[-1]):
+            tops.append(path)
+    return tuple(tops)
+
+
+def path_order(path: str) -> list[str]:
+    """Return a key that sorts parents first, and all that is below a path next to it."""
+    return path.rstrip("/").split("/")
+
+
+def normal(path: str) -> str:
+    """Return an absolute path without dots and doubled or trailing slashes."""
+    return "/" + posixpath.normpath(path).lstrip("/")
+
+
+def shown(text: str) -> str:
+    """Return a name as it can be printed, whatever bytes it has."""
+    return text if text.isprintable() else ascii(text)

@@ -1,0 +1,134 @@
+"""Ask the machine and the client, and make the plan of a run; nothing is changed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from . import clients, plan, selection
+from .clients import Client, Facts, Settings
+from .errors import UserError
+from .mounts import mountinfo
+from .names import Dataset, RunId, is_within
+from .plan import ClientPlan, DatasetFacts, Plan, Pool, Request
+from .redact import check_arguments, journaled
+from .volumes.zfs import Zfs
+
+
+def choose_client(name: str | None, command: Sequence[str], env: Mapping[str, str]) -> str:
+    """Return the client that was named, or else the one that the environment tells of."""
+    if name:
+        return name
+    if command:
+        return "command"
+    if env.get("RESTIC_REPOSITORY") or env.get("RESTIC_REPOSITORY_FILE"):
+        return "restic"
+    if _kopia_is_connected(env):
+        return "kopia"
+    raise UserError(
+        "no backup client was named, and the environment names none",
+        hint="set RESTIC_REPOSITORY, connect kopia to a repository, or give --client or --command",
+    )
+
+
+def _kopia_is_connected(env: Mapping[str, str]) -> bool:
+    config = env.get("KOPIA_CONFIG_PATH")
+    home = env.get("XDG_CONFIG_HOME") or (env.get("HOME", "/root") + "/.config")
+    return Path(config or f"{home}/kopia/repository.config").exists()
+
+
+def settings(command: Sequence[str], extra: Sequence[str], env: Mapping[str, str]) -> Settings:
+    """Return how the user wants the client to be run; refuse a secret among its arguments."""
+    check_arguments([*command, *extra])
+    return Settings(tuple(command), tuple(extra), dict(env), _cwd())
+
+
+def _cwd() -> str:
+    try:
+        return os.getcwd()
+    except FileNotFoundError as exc:
+        raise UserError(
+            "the current directory does not exist any more", hint="`cd` to another one"
+        ) from exc
+
+
+def inventory(request: Request, zfs: Zfs) -> tuple[list[Pool], list[DatasetFacts]]:
+    """List the imported pools, and the datasets of those that *request* needs: one `zfs` each."""
+    pools = zfs.pools()
+    healthy = {pool.name for pool in pools if pool.health != "SUSPENDED"}
+    wanted = healthy if request.all else _pools_of(request) & healthy
+    return pools, [facts for pool in sorted(wanted) for facts in zfs.datasets(pool)]
+
+
+def _pools_of(request: Request) -> set[str]:
+    table = mountinfo.read()
+    names = set()
+    for text in request.names:
+        if text.startswith("/"):
+            entry = mountinfo.containing(table, plan.normal(text))
+            source = entry.source if entry and entry.fstype == "zfs" else ""
+        else:
+            source = text
+        if source:
+            names.add(Dataset(source).pool)
+    return names
+
+
+def make_plan(
+    request: Request,
+    *,
+    client_name: str,
+    wanted: Settings,
+    zfs: Zfs,
+    state: Path,
+    keep_snapshots: bool = False,
+    retries: int = 0,
+    keep_for_s: int = 0,
+) -> Plan:
+    """
+    Return the plan of a new run: the one that `--dry-run` prints and the journal stores.
+
+    Raises UserError for what is wrong with the request, the datasets or the client.
+    """
+    client = clients.load(client_name)
+    pools, datasets = inventory(request, zfs)
+    chosen = selection.select(request, datasets, pools, mountinfo.read())
+    facts = client.inspect(wanted)
+    made = plan.assemble(
+        request,
+        chosen,
+        pools=pools,
+        run=RunId.new(),
+        client=_client_plan(client, wanted, facts),
+        live_paths=(*client.live_paths(wanted), str(state)),
+        notes=facts.notes,
+        keep_snapshots=keep_snapshots,
+        retries=retries,
+        keep_for_s=keep_for_s,
+    )
+    client.check(wanted, made.targets, made.excludes)
+    _check_cwd(made)
+    return made
+
+
+def _client_plan(client: Client, wanted: Settings, facts: Facts) -> ClientPlan:
+    environment, secrets = journaled(wanted.env)
+    return ClientPlan(
+        name=client.name,
+        command=wanted.command,
+        extra=wanted.extra,
+        cwd=wanted.cwd,
+        version=facts.version,
+        repository=facts.repository,
+        environment=environment,
+        secrets=secrets,
+    )
+
+
+def _check_cwd(made: Plan) -> None:
+    """The tree's root is a directory of the host: a client that stands in it would hold it."""
+    if made.root and is_within(made.client.cwd, made.root):
+        raise UserError(
+            f"the current directory is inside the root {made.root}", hint="`cd` out of it"
+        )

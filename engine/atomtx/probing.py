@@ -1,0 +1,120 @@
+"""What the machine says about a run: its processes, its pools, its snapshots."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterable
+
+from . import errand, locks
+from .errors import EffectError
+from .mounts import inhabitants
+from .names import RunId
+from .plan import Pool
+from .records import Run, Volume
+from .recovery import Ended, Presence, Probes
+from .statedir import RunFolder
+from .volumes.zfs import Identity, Zfs
+
+_END_S = 10.0
+
+
+def probe(run: Run, folder: RunFolder, zfs: Zfs) -> tuple[Probes, dict[str, Identity]]:
+    """Look at everything that the decision about *run* needs; the caller holds lock F."""
+    if locks.is_held(folder.runner_lock):
+        return Probes(runner_alive=True), {}
+    if survivors(run, folder):
+        return Probes(client_alive=True), {}
+    trouble = pool_trouble(run, zfs.pools())
+    if trouble:
+        return Probes(ended=_ended(run, folder), trouble=trouble), {}
+    found = zfs.identities([v.snapshot for v in run.volumes])
+    return (
+        Probes(
+            ended=_ended(run, folder),
+            snapshots={v.snapshot: presence(run, v, found.get(v.snapshot)) for v in run.volumes},
+            equal_createtxg=same_moment(run.volumes, found),
+        ),
+        found,
+    )
+
+
+def _ended(run: Run, folder: RunFolder) -> Ended | None:
+    known = errand.end(folder, run.attempts)
+    if known is None:
+        return None
+    end, stopped = known
+    return Ended(end.outcome, end.reason, end.retriable, stopped == signal.SIGTERM)
+
+
+def pool_trouble(run: Run, pools: Iterable[Pool]) -> str | None:
+    """Tell why a pool of the run cannot be asked; "not found" there would not mean "gone"."""
+    by_name = {pool.name: pool for pool in pools}
+    names = {pool.guid: pool.name for pool in by_name.values()}
+    for name, guid in {(v.pool, v.pool_guid) for v in run.volumes}:
+        pool = by_name.get(name)
+        if guid in names and names[guid] != name:
+            return f"pool {name} is imported under the name {names[guid]}"
+        if pool is None:
+            return f"pool {name} is not imported"
+        if pool.guid != guid:
+            return f"the pool {name} that is imported is another one"
+        if pool.health == "SUSPENDED":
+            return f"pool {name} is suspended: `zpool clear {name}`"
+    return None
+
+
+def presence(run: Run, volume: Volume, found: Identity | None) -> Presence:
+    """Judge one snapshot: by mark alone only as long as its identity is not journaled."""
+    if found is None:
+        return Presence.ABSENT
+    if found.mark != run.id:
+        return Presence.FOREIGN
+    if volume.guid is None:
+        return Presence.OURS
+    same = (found.guid, found.createtxg) == (volume.guid, volume.createtxg)
+    return Presence.OURS if same else Presence.FOREIGN
+
+
+def same_moment(volumes: Iterable[Volume], found: dict[str, Identity]) -> bool:
+    """Tell whether the snapshots of each pool were taken in one transaction group."""
+    groups: dict[str, set[str]] = {}
+    for volume in volumes:
+        if volume.snapshot in found:
+            groups.setdefault(volume.pool, set()).add(found[volume.snapshot].createtxg)
+    return all(len(group) == 1 for group in groups.values())
+
+
+def survivors(run: Run, folder: RunFolder) -> list[int]:
+    """
+    Return the processes of the run that live without its runner.
+
+    A wrapper may close inherited descriptors and drop its environment; it cannot leave the
+    run's mount namespace unseen, so the mount tables are asked as well as lock C.
+    """
+    found = set(inhabitants.of(RunId(run.id).token, in_namespace=not run.plan.root))
+    if locks.is_held(folder.client_lock):
+        found |= {p.pid for p in locks.holders(folder.client_lock)}
+    return sorted(found - {os.getpid()})
+
+
+def end_survivors(run: Run, folder: RunFolder, tell: Callable[[str], None]) -> None:
+    """End what lives of a run whose runner is gone: SIGTERM, then SIGKILL; each proven first."""
+
+    def still(pid: int) -> bool:
+        return pid in survivors(run, folder)
+
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for pid in (alive := survivors(run, folder)):
+            locks.send(pid, number, if_still=still)
+        if alive:
+            names = ", ".join(
+                str(locks.Process(pid, locks.command_of(pid) or "?")) for pid in alive
+            )
+            tell(f"ending what the interrupted run left behind: {names}")
+        if locks.wait_until(lambda: not survivors(run, folder), _END_S, step_s=0.2):
+            return
+    raise EffectError(
+        f"processes of run {run.id} cannot be ended: {survivors(run, folder)}",
+        hint="end them, then run `atomtx recover`",
+    )

@@ -1,0 +1,67 @@
+"""The journal's rows as plain values, for those who decide and those who show.  Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .intents import Intent
+from .plan import Plan
+
+
+@dataclass(frozen=True)
+class Volume:
+    """A volume of a run; *guid* and *createtxg* are None until they were read back."""
+
+    n: int
+    pool: str
+    pool_guid: str
+    name: str
+    mountpoint: str
+    snapshot: str
+    guid: str | None
+    createtxg: str | None
+
+
+@dataclass(frozen=True)
+class Step:
+    """An intent and, once known, its outcome ("done", "failed", "not-needed" or "parked")."""
+
+    id: int
+    attempt: int
+    intent: Intent
+    compensates: int | None
+    outcome: str | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run as the journal has it at revision *rev*."""
+
+    id: str
+    job: str
+    label: str
+    state: str
+    rev: int
+    outcome: str | None
+    cleanup: str | None
+    reason: str | None
+    attempts: int
+    plan: Plan
+    moment_at: int | None  # microseconds since the epoch
+    started_at: int
+    boot_id: str
+    pid: int
+    volumes: tuple[Volume, ...]
+    steps: tuple[Step, ...]
+
+    @property
+    def is_parked(self) -> bool:
+        return self.cleanup is not None
+
+    def pending(self, kind: type[Intent]) -> tuple[Step, ...]:
+        """Return the steps of a kind that have no outcome yet, or were parked."""
+        return tuple(
+            step
+            for step in self.steps
+            if isinstance(step.intent, kind) and step.outcome in (None, "parked")
+        )

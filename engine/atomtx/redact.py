@@ -1,0 +1,157 @@
+"""
+What of a client's environment and arguments is secret, and how to keep it out of sight.  Pure.
+
+Promise 11: a secret never reaches the journal, a log, an error message or a process list.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from urllib.parse import unquote
+
+from .errors import UserError
+
+HIDDEN = "***"
+_SHORTEST = 4  # hiding shorter values would make any text unreadable and hide nothing
+
+# Names that the pattern below does not find, from the clients' own lists of variables.
+_SECRET = frozenset(
+    [
+        "AZURE_CLIENT_CERTIFICATE",
+        "B2_ACCOUNT_ID",
+        "BORG_RSH",
+        "BORGSTORE_RSH",
+        "KOPIA_METRICS_PUSH_USERNAME",
+        "KOPIA_SERVER_CONTROL_USER",
+        "KOPIA_SERVER_USERNAME",
+        "KOPIA_WEBDAV_USERNAME",
+        "RESTIC_AWS_ASSUME_ROLE_EXTERNAL_ID",
+        "RESTIC_REST_USERNAME",
+    ]
+)
+# Names that the pattern finds although they hold a path, an identifier or a switch.
+_HARMLESS = frozenset(
+    [
+        "BORG_DEBUG_PASSPHRASE",
+        "BORG_DISPLAY_PASSPHRASE",
+        "GOOGLE_APPLICATION_CREDENTIALS",
+        "KOPIA_PERSIST_CREDENTIALS_ON_CONNECT",
+        "KOPIA_USE_KEYRING",
+        "RESTIC_KEY_HINT",
+    ]
+)
+_SECRET_NAME = re.compile(r"PASS|SECRET|TOKEN|KEY|SAS|CREDENTIAL|^RCLONE_CONFIG_", re.IGNORECASE)
+_POINTER_NAME = re.compile(
+    r"_(FILE|FILE2|FD|DIR|DIRECTORY|PATH|SOCK)$|^RCLONE_CONFIG_.*_(TYPE|PROVIDER|REGION)$",
+    re.IGNORECASE,
+)
+# `scheme://user:password@host`, and borg 2's `s3:key:secret@...`.
+_URL_PASSWORD = re.compile(r"((?:://|\b(?:s3|b2):)[^/\s:@]*:)([^/\s]+)@")
+
+_RELEVANT_PREFIX = re.compile(
+    r"(RESTIC|KOPIA|BORG|BORGSTORE|RCLONE|AWS|B2|AZURE|GOOGLE|OS|ST)_|(https?|no|all)_proxy$",
+    re.IGNORECASE,
+)
+_RELEVANT = frozenset(
+    [
+        "HOME",
+        "PATH",
+        "TMPDIR",
+        "TZ",
+        "LANG",
+        "LC_ALL",
+        "XDG_CACHE_HOME",
+        "XDG_CONFIG_HOME",
+        "SSH_AUTH_SOCK",
+    ]
+)
+
+_SECRET_FLAG = re.compile(
+    r"--([a-z0-9-]+-)?"
+    r"(pass|password|password-hash|passphrase|secret|token|access-key|storage-key)"
+)
+# Elsewhere `-p` and `--key` commonly name a file.
+_SECRET_KOPIA_FLAG = re.compile(r"--key|--key-id|--client-cert|-p.*")
+_ASSIGNMENT = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)=(.+)", re.DOTALL)
+
+
+def _is_secret(name: str, value: str) -> bool:
+    if _URL_PASSWORD.search(value):
+        return True
+    if name in _HARMLESS or _POINTER_NAME.search(name):
+        return False
+    return name in _SECRET or bool(_SECRET_NAME.search(name))
+
+
+def secret_names(env: Mapping[str, str]) -> frozenset[str]:
+    """Return the names of the variables whose values must not be shown or stored."""
+    return frozenset(name for name, value in env.items() if _is_secret(name, value))
+
+
+def _is_relevant(name: str) -> bool:
+    return name in _RELEVANT or bool(_RELEVANT_PREFIX.match(name))
+
+
+def journaled(env: Mapping[str, str]) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
+    """
+    Return what a resume needs of *env*: harmless variables with values, and names of secrets.
+
+    Only variables that a client reads: a resume must not wait for a secret of something else.
+    """
+    relevant = {name: env[name] for name in sorted(env) if _is_relevant(name)}
+    secrets = secret_names(relevant)
+    harmless = tuple((name, value) for name, value in relevant.items() if name not in secrets)
+    return harmless, tuple(sorted(secrets))
+
+
+def _without_url_passwords(text: str) -> str:
+    return _URL_PASSWORD.sub(rf"\1{HIDDEN}@", text)
+
+
+def _secret_parts(value: str) -> set[str]:
+    """Return what to hide of a secret's *value*: of a URL only the password, as is and decoded."""
+    passwords = {match[2] for match in _URL_PASSWORD.finditer(value)}
+    return passwords | {unquote(word) for word in passwords} or {value, value.strip()}
+
+
+class Redactor:
+    """Replaces the secrets of one environment in any text."""
+
+    def __init__(self, env: Mapping[str, str]) -> None:
+        parts = {part for name in secret_names(env) for part in _secret_parts(env[name])}
+        words = sorted((word for word in parts if len(word) >= _SHORTEST), key=len, reverse=True)
+        # The longest first: one secret may be a part of another.
+        self._pattern = re.compile("|".join(map(re.escape, words))) if words else None
+
+    def redact(self, text: str) -> str:
+        """Return *text* with each secret's value and each password of a URL replaced."""
+        if self._pattern is not None:
+            text = self._pattern.sub(HIDDEN, text)
+        return _without_url_passwords(text)
+
+
+def _secret_of(word: str, *, for_kopia: bool) -> str | None:
+    """Return how to call the secret that *word* carries, without its value; None for none."""
+    flag = word.partition("=")[0]
+    if _SECRET_FLAG.fullmatch(flag):
+        return flag
+    if for_kopia and _SECRET_KOPIA_FLAG.fullmatch(flag):
+        return "-p" if not flag.startswith("--") else flag
+    assignment = _ASSIGNMENT.fullmatch(word)
+    if assignment and _is_secret(assignment[1], assignment[2]):
+        return f"{assignment[1]}=..."
+    return _without_url_passwords(word) if _URL_PASSWORD.search(word) else None
+
+
+def check_arguments(argv: Sequence[str]) -> None:
+    """Raise a :class:`UserError` where an argument of a client would carry a secret."""
+    for_kopia = any(word.rpartition("/")[2] == "kopia" for word in argv)
+    for word in argv:
+        secret = _secret_of(word, for_kopia=for_kopia)
+        if secret is not None:
+            raise UserError(
+                f"the argument {secret} carries a secret: arguments are visible in the list of "
+                "processes, and the journal keeps them",
+                hint="put it in a file or in the environment",
+            )

@@ -1,0 +1,222 @@
+"""
+Settle interrupted runs: probe, decide, act; until nothing is left to do.
+
+The same for `atomtx recover` and for `atomtx backup`, which settles its own job's run first.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from enum import Enum
+
+from . import clients, errand, locks, recovery, states
+from .errors import AtomtxError, BusyError, ExitStatus, Interrupted, UserError, WaitingError
+from .executor import Executor, Tell, settings_of
+from .interrupts import Interrupts
+from .journal import Journal
+from .probing import end_survivors, pool_trouble, probe, survivors
+from .records import Run
+from .recovery import Decision, Probes, Wish
+from .statedir import RunFolder
+from .states import Event, Outcome
+from .volumes.zfs import Zfs
+
+
+class Patience(Enum):
+    """What to do with a runner that lives."""
+
+    WAIT = "wait"  # for the client's end, showing its progress
+    STOP = "stop"  # it, and clean up
+    LEAVE = "leave"  # it alone
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What became of a run."""
+
+    run: Run
+    decision: Decision  # the last one
+    interrupted: Interrupted | None = None
+
+    @property
+    def status(self) -> ExitStatus:
+        """Return the exit status that this alone would give."""
+        if self.interrupted:
+            return self.interrupted.exit_status
+        if isinstance(self.decision, recovery.LeaveAlone | recovery.Adopt):
+            return ExitStatus.COMPLETED
+        return status_of(self.run)
+
+
+def status_of(run: Run) -> ExitStatus:
+    """Return the exit status of a run as it stands."""
+    if run.outcome in (Outcome.FAILED, None) and run.state in (states.DESTROYED, states.UNMOUNTING):
+        return ExitStatus.FAILED
+    if run.outcome is None:
+        return ExitStatus.WAITING
+    if run.outcome == Outcome.PARTIAL:
+        return ExitStatus.PARTIAL
+    return ExitStatus.PARKED if run.is_parked else ExitStatus.COMPLETED
+
+
+class Settler:
+    """Settles the open runs of a journal."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        interrupts: Interrupts,
+        tell: Tell,
+        *,
+        rollback: bool = False,
+        patience: Patience = Patience.WAIT,
+    ) -> None:
+        self._journal = journal
+        self._interrupts = interrupts
+        self._tell = tell
+        self._rollback = rollback
+        self._patience = patience
+
+    def settle(self, run: Run) -> Settled:
+        """
+        Bring one open run to its end, or as far as it can be brought now.
+
+        Raises WaitingError where it must wait, and says for what.
+        """
+        folder = RunFolder.of(self._journal.state, run.id).make()
+        with front(folder) as lock:
+            if lock is None:
+                return Settled(run, recovery.decide(run, Probes(front_alive=True), self._wish()))
+            # Somebody may have settled it between our look and our lock.
+            run = self._journal.load(run.id)
+            return self._settle_locked(run, folder, lock)
+
+    def decide(self, run: Run) -> Decision:
+        """Return what `settle` would do first, changing nothing."""
+        folder = RunFolder.of(self._journal.state, run.id).make()
+        with front(folder) as lock:
+            if lock is None:
+                return recovery.decide(run, Probes(front_alive=True), self._wish())
+            return self._decide(run, folder, Zfs(lock))
+
+    def _wish(self) -> Wish:
+        return Wish(rollback=self._rollback, now_us=time.time_ns() // 1000)
+
+    def _decide(self, run: Run, folder: RunFolder, zfs: Zfs) -> Decision:
+        probes, _ = probe(run, folder, zfs)
+        decision = recovery.decide(run, probes, self._wish())
+        if isinstance(decision, recovery.Resume):
+            # Asking the repository may take a minute: only when everything else is ready.
+            not_ready = self._not_ready(run, zfs)
+            decision = recovery.decide(run, replace(probes, not_ready=not_ready), self._wish())
+        return decision
+
+    def _not_ready(self, run: Run, zfs: Zfs) -> str | None:
+        """Tell why the client cannot run on the run's snapshots now; None if it can."""
+        config = run.plan.client
+        missing = [name for name in config.secrets if name not in os.environ]
+        if missing:
+            return f"{', '.join(missing)} of the interrupted run is not in the environment"
+        locked = zfs.locked([v.name for v in run.volumes])
+        if locked:
+            return f"the key of {locked[0]} is not loaded: `zfs load-key {locked[0]}`"
+        try:
+            found = clients.load(config.name).inspect(settings_of(config))
+        except AtomtxError as exc:
+            return str(exc)
+        if found.repository != config.repository:
+            return "the repository is another one than the interrupted run's"
+        return None
+
+    def _settle_locked(self, run: Run, folder: RunFolder, lock: int) -> Settled:
+        executor = Executor(
+            self._journal, folder, front=lock, interrupts=self._interrupts, tell=self._tell
+        )
+        while run.state != states.DESTROYED:
+            decision = self._decide(run, folder, Zfs(lock))
+            if isinstance(decision, recovery.Adopt):
+                if self._patience is Patience.LEAVE:
+                    return Settled(run, decision)
+                self._adopt(run, folder)
+            elif isinstance(decision, recovery.EndOrphans):
+                end_survivors(run, folder, self._tell.warn)
+            elif isinstance(decision, recovery.Wait):
+                raise WaitingError(
+                    f"run {run.id} ({run.label}) waits: {decision.reason}",
+                    hint="`atomtx recover` when that is so, or `atomtx recover --rollback`",
+                )
+            else:
+                run = self._act(run, decision, executor)
+                return Settled(run, decision, executor.interrupted)
+        return Settled(run, recovery.RollForward())
+
+    def _adopt(self, run: Run, folder: RunFolder) -> None:
+        if self._patience is Patience.STOP:
+            self._tell.step(f"stopping the client of run {run.id}")
+            errand.stop(folder, signal.SIGINT)
+        else:
+            self._tell.step(f"the client of run {run.id} ({run.label}) lives: waiting for its end")
+        errand.wait(folder, self._interrupts, self._tell.progress, stop_on_signal=False)
+
+    def _act(self, run: Run, decision: Decision, executor: Executor) -> Run:
+        match decision:
+            case recovery.Resume():
+                self._tell.step(
+                    f"resuming run {run.id} ({run.label}): "
+                    f"the same snapshots, attempt {run.attempts + 1}"
+                )
+                run = executor.resume(run)
+                executor.mend(run)
+            case recovery.RollForward():
+                if run.state == states.BACKING_UP:
+                    run = executor.record_end(run)
+            case recovery.RollBack(reason):
+                self._tell.step(f"rolling back run {run.id} ({run.label}): {reason}")
+                run = executor.give_up(run, Outcome.ROLLED_BACK, reason)
+            case _:
+                raise AssertionError(decision)
+        return executor.advance(run)
+
+
+@contextmanager
+def front(folder: RunFolder) -> Iterator[int | None]:
+    """Hold lock F of a run for a block; None inside where somebody else holds it."""
+    with locks.acquired(folder.front_lock) as descriptor:
+        yield descriptor
+
+
+def abandon(journal: Journal, run: Run) -> None:
+    """
+    Close a run whose pool will never return, touching nothing on the machine.
+
+    Refused where its pool is imported: then `recover` can settle it.
+    """
+    folder = RunFolder.of(journal.state, run.id).make()
+    with front(folder) as lock:
+        if lock is None or locks.is_held(folder.runner_lock) or survivors(run, folder):
+            raise BusyError(f"run {run.id} is at work", hint="see `atomtx status`")
+        run = journal.load(run.id)
+        if pool_trouble(run, Zfs(lock).pools()) is None:
+            raise UserError(
+                f"the pools of run {run.id} are imported", hint="`atomtx recover` settles it"
+            )
+        _close(journal, run, "abandoned at the user's word")
+
+
+def _close(journal: Journal, run: Run, reason: str) -> None:
+    if run.state != states.UNMOUNTING:
+        with journal.change(run) as change:
+            change.set(outcome=Outcome.ROLLED_BACK.value, reason=reason)
+            change.fire(Event.GIVEN_UP, reason=reason)
+        run = journal.load(run.id)
+    with journal.change(run) as change:
+        for step in run.steps:
+            if step.outcome in (None, "parked"):
+                change.ended(step, "failed", reason)
+        change.set(cleanup=None)
+        change.fire(Event.CLEANED_UP, reason=reason)

@@ -1,0 +1,195 @@
+"""The state directory: where it is, what it may be on, and the folder of each run in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+
+DEFAULT = "/var/db/atomtx" if os.uname().sysname == "FreeBSD" else "/var/lib/atomtx"
+# flock and fsync mean little there, and another machine could write the same journal.
+REMOTE_FILE_SYSTEMS = frozenset(
+    [
+        "nfs",
+        "nfs4",
+        "cifs",
+        "smb3",
+        "smbfs",
+        "9p",
+        "afs",
+        "ceph",
+        "glusterfs",
+        "fuse.sshfs",
+        "fuse.glusterfs",
+        "fuse.s3fs",
+        "fuse.rclone",
+        "lustre",
+        "ocfs2",
+        "gfs2",
+        "virtiofs",
+    ]
+)
+END_RECORD_BYTES = 262_144  # reserved before the client starts: its end must find room
+
+
+def find(env: Mapping[str, str] = os.environ) -> Path:
+    """Return the state directory's path: $ATOMTX_STATE_DIR, systemd's, or the system's."""
+    if env.get("ATOMTX_STATE_DIR"):
+        return Path(os.path.abspath(env["ATOMTX_STATE_DIR"]))
+    if env.get("STATE_DIRECTORY"):
+        return Path(env["STATE_DIRECTORY"].split(":")[0])
+    return Path(DEFAULT)
+
+
+def prepare(path: Path) -> Path:
+    """
+    Make the state directory ready, mode 0700, and return it; idempotent.
+
+    Raises UserError where it cannot be written, belongs to somebody else, or is on a remote file
+    system.
+    """
+    hint = "set ATOMTX_STATE_DIR to a directory of root's on a local disk"
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        info = path.stat()
+    except OSError as exc:
+        raise UserError(
+            f"cannot use the state directory {path}: {exc.strerror}", hint=hint
+        ) from exc
+    if not stat.S_ISDIR(info.st_mode):
+        raise UserError(f"cannot use the state directory {path}: it is not a directory", hint=hint)
+    if info.st_uid != os.geteuid():
+        raise UserError(
+            f"the state directory {path} belongs to user {info.st_uid}, not to {os.geteuid()}",
+            hint="run atomtx as its owner (root), or set ATOMTX_STATE_DIR",
+        )
+    if stat.S_IMODE(info.st_mode) & 0o077:
+        path.chmod(0o700)
+    fstype = _file_system(path)
+    if fstype in REMOTE_FILE_SYSTEMS:
+        raise UserError(
+            f"the state directory {path} is on a remote file system ({fstype})", hint=hint
+        )
+    try:
+        (path / "runs").mkdir(mode=0o700, exist_ok=True)
+    except OSError as exc:
+        raise UserError(
+            f"the state directory {path} cannot be written: {exc.strerror}", hint=hint
+        ) from exc
+    return path
+
+
+def _file_system(path: Path) -> str:
+    from .mounts import mountinfo
+
+    try:
+        table = mountinfo.read()
+    except OSError:  # no /proc: not Linux
+        return ""
+    entry = mountinfo.containing(table, os.path.realpath(path))
+    return entry.fstype if entry else ""
+
+
+class RunFolder:
+    """
+    The files of one run, in ``<state directory>/runs/<run id>``.
+
+    front.lock, runner.lock, client.lock   the locks F, R and C; see locks.py
+    client.log      what the client printed, redacted and capped
+    progress.json   where the client is; replaced about once a second, never synced
+    end             how the client's work ended; durable, in space reserved before it started
+    runner.log      what the runner itself had to say when it failed
+    marker          where a run whose mounts are the host's marks its own namespace
+    tmp             the client's TMPDIR where the set would freeze the usual one
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.front_lock = path / "front.lock"
+        self.runner_lock = path / "runner.lock"
+        self.client_lock = path / "client.lock"
+        self.log = path / "client.log"
+        self.progress = path / "progress.json"
+        self.end = path / "end"
+        self.runner_log = path / "runner.log"
+        self.marker = path / "marker"
+        self.temporary = path / "tmp"
+
+    @classmethod
+    def of(cls, state: Path, run: str) -> RunFolder:
+        return cls(state / "runs" / run)
+
+    def make(self) -> RunFolder:
+        """Make the folder and its lock files, durable; idempotent."""
+        for directory in (self.path, self.marker, self.temporary):
+            directory.mkdir(mode=0o700, exist_ok=True)
+        for lock in (self.front_lock, self.runner_lock, self.client_lock):
+            os.close(os.open(lock, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+        sync_directory(self.path)
+        sync_directory(self.path.parent)
+        return self
+
+    def write_progress(self, data: Mapping[str, Any]) -> None:
+        """Replace the progress file; a reader sees the old one or the new one, whole."""
+        new = self.progress.with_suffix(".new")
+        new.write_text(json.dumps(data))
+        new.replace(self.progress)
+
+    def read_progress(self) -> dict[str, Any]:
+        """Return the last progress, or nothing."""
+        try:
+            data: dict[str, Any] = json.loads(self.progress.read_text())
+        except (OSError, ValueError):  # none yet, or the disk was full: it is only a display
+            return {}
+        return data
+
+    def reserve_end(self) -> None:
+        """Allocate the space of the end record, durable and empty; forgets an older end."""
+        descriptor = os.open(self.end, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+        try:
+            os.pwrite(descriptor, bytes(END_RECORD_BYTES), 0)
+            os.ftruncate(descriptor, END_RECORD_BYTES)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        sync_directory(self.path)
+
+    def write_end(self, data: Mapping[str, Any]) -> None:
+        """Write the end record over the reserved space and make it durable."""
+        body = json.dumps(data).encode()
+        record = hashlib.sha256(body).hexdigest().encode() + b" " + body + b"\n"
+        if len(record) > END_RECORD_BYTES:
+            raise ValueError(f"an end record of {len(record)} bytes")
+        descriptor = os.open(self.end, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.pwrite(descriptor, record, 0)
+            os.fdatasync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def read_end(self) -> dict[str, Any] | None:
+        """Return the end record; None where the client's end was not, or only half, written."""
+        try:
+            record = self.end.read_bytes().split(b"\n", 1)[0]
+        except FileNotFoundError:
+            return None
+        digest, _, body = record.partition(b" ")
+        if not body or hashlib.sha256(body).hexdigest().encode() != digest:
+            return None
+        data: dict[str, Any] = json.loads(body)
+        return data
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

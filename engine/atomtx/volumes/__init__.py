@@ -1,0 +1,1 @@
+"""What a snapshot can be taken of: find, snapshot, probe, hold, release, destroy."""

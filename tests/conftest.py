@@ -1,0 +1,25 @@
+"""What holds for every test: nothing of the user's own is read or written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+
+# Under emulation, and on a machine at work, no single example has a deadline.
+hypothesis.settings.register_profile("atomtx", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("atomtx")
+
+FOREIGN = ("ATOMTX_STATE_DIR", "STATE_DIRECTORY", "RESTIC_", "KOPIA_", "BORG_", "AWS_", "B2_")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the tests away from the machine's journal, its repositories and their passwords."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith(FOREIGN)]:
+            patch.delenv(name)
+        patch.setenv("ATOMTX_STATE_DIR", str(tmp_path_factory.mktemp("state") / "absent"))
+        yield

@@ -1,0 +1,149 @@
+"""A secret is known by its name or its form, and shown nowhere (promise 11)."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from atomtx.errors import UserError
+from atomtx.redact import Redactor, check_arguments, journaled, secret_names
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "RESTIC_PASSWORD",
+        "RESTIC_PASSWORD2",
+        "RESTIC_PASSWORD_COMMAND",
+        "RESTIC_REST_USERNAME",
+        "AWS_ACCESS_KEY_ID",
+        "AWS_SESSION_TOKEN",
+        "AZURE_ACCOUNT_SAS",
+        "B2_ACCOUNT_ID",
+        "OS_APPLICATION_CREDENTIAL_SECRET",
+        "ST_KEY",
+        "RCLONE_CONFIG_PASS",
+        "RCLONE_CONFIG_REMOTE_ACCOUNT",
+        "BORG_PASSCOMMAND",
+        "BORG_RSH",
+        "KOPIA_SERVER_CONTROL_USER",
+        "my_token",
+    ],
+)
+def test_secret_name(name: str) -> None:
+    """A variable that a client documents as a secret, or that is named like one, is secret."""
+    assert secret_names({name: "a value"}) == {name}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("RESTIC_PASSWORD_FILE", "/root/pw"),
+        ("RESTIC_KEY_HINT", "0a1b"),
+        ("AWS_SHARED_CREDENTIALS_FILE", "/root/aws"),
+        ("GOOGLE_APPLICATION_CREDENTIALS", "/root/gs.json"),
+        ("AZURE_FEDERATED_TOKEN_FILE", "/run/token"),
+        ("BORG_KEY_FILE", "/root/key"),
+        ("KOPIA_USE_KEYRING", "true"),
+        ("RCLONE_CONFIG", "/root/rclone.conf"),
+        ("RCLONE_CONFIG_REMOTE_TYPE", "sftp"),
+        ("RESTIC_REPOSITORY", "sftp:me@host:/srv"),
+        ("RESTIC_REPOSITORY", "rest:https://host:8000/a@b/"),
+        ("SSH_AUTH_SOCK", "/run/agent"),
+    ],
+)
+def test_harmless_name(name: str, value: str) -> None:
+    """A pointer to a secret, or a switch, is none: a resume needs its value."""
+    assert not secret_names({name: value})
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["rest:https://me:sesame@host/", "s3:key:secret@https://host/bucket", "http://:p@proxy:3128"],
+)
+def test_url_password(url: str) -> None:
+    """A repository is a secret only where its URL carries a password."""
+    assert secret_names({"RESTIC_REPOSITORY": url}) == {"RESTIC_REPOSITORY"}
+
+
+def test_journaled() -> None:
+    """The journal gets the values of harmless variables of clients, and names of their secrets."""
+    env = {
+        "RESTIC_REPOSITORY": "/srv/repo",
+        "RESTIC_PASSWORD": "sesame",
+        "HOME": "/root",
+        "https_proxy": "http://proxy:3128",
+        "EDITOR": "vi",
+        "GITHUB_TOKEN": "other",
+    }
+    harmless, secrets = journaled(env)
+    assert harmless == (
+        ("HOME", "/root"),
+        ("RESTIC_REPOSITORY", "/srv/repo"),
+        ("https_proxy", "http://proxy:3128"),
+    )
+    assert secrets == ("RESTIC_PASSWORD",)
+
+
+def test_redact_longest_first() -> None:
+    """A secret that contains another one is replaced as a whole."""
+    redactor = Redactor({"RESTIC_PASSWORD": "sesame", "AWS_SECRET_ACCESS_KEY": "sesame-open"})
+    assert redactor.redact("key sesame-open, password sesame!") == "key ***, password ***!"
+
+
+def test_redact_url() -> None:
+    """Of a URL only the password is hidden, whoever printed it, encoded or not."""
+    redactor = Redactor({"RESTIC_REPOSITORY": "rest:https://me:p%40ssword@host/"})
+    assert redactor.redact("at https://me:p%40ssword@host/") == "at https://me:***@host/"
+    assert redactor.redact("tried p@ssword") == "tried ***"
+    assert redactor.redact("ftp://you:other@there") == "ftp://you:***@there"
+
+
+def test_short_secret() -> None:
+    """A very short value is not hunted for: the log would be unreadable."""
+    assert Redactor({"RESTIC_PASSWORD": "a"}).redact("a banana") == "a banana"
+
+
+@given(st.text(min_size=4).filter(str.strip), st.text(), st.text())
+def test_never_shown(secret: str, before: str, after: str) -> None:
+    """Whatever a secret looks like and wherever it stands, it is not in the redacted text."""
+    redacted = Redactor({"KOPIA_PASSWORD": secret}).redact(f"{before}{secret}{after}")
+    assert secret not in redacted or secret in "***"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("restic", "-r", "rest:https://me:sesame@host/"),
+        ("restic", "--repo=s3:key:sesame@https://host/bucket"),
+        ("env", "RESTIC_PASSWORD=sesame", "restic"),
+        ("kopia", "--password=sesame"),
+        ("/usr/bin/kopia", "-p", "sesame"),
+        ("kopia", "-psesame"),
+        ("kopia", "--secret-access-key", "sesame"),
+        ("kopia", "--key=sesame"),
+        ("rclone", "--sftp-pass=sesame"),
+        ("own", "--user-password-hash=sesame"),
+    ],
+)
+def test_secret_argument(argv: tuple[str, ...]) -> None:
+    """An argument with a secret is refused, and the message does not repeat it."""
+    with pytest.raises(UserError, match="carries a secret") as caught:
+        check_arguments(argv)
+    assert "sesame" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("restic", "-p", "/root/pw", "--password-file=/root/pw", "--key-hint=0a1b"),
+        ("restic", "--password-command=pass show restic"),
+        ("env", "RESTIC_REPOSITORY=/srv", "restic"),
+        ("restic", "-r", "sftp:me@host:/srv", "--exclude=*.key"),
+        ("scp", "--key=/root/id"),
+    ],
+)
+def test_harmless_argument(argv: tuple[str, ...]) -> None:
+    """A name of a file, a command or a repository may be an argument."""
+    check_arguments(argv)

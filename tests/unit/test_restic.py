@@ -1,0 +1,350 @@
+"""What restic is told, and what its answers mean; the real programs are in tests/contract."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from atomtx.clients import Backup, End, Facts, Moment, Settings, load
+from atomtx.clients.restic import Restic, escaped, local_time
+from atomtx.errors import UserError
+from atomtx.states import Outcome
+
+AT = datetime(2026, 7, 1, 10, 0, 0, tzinfo=UTC)
+HOME = Moment(targets=("/home", "/srv"), root="", at=AT)
+SUMMARY = {"message_type": "summary", "snapshot_id": "ab12", "data_added": 7}
+NEW = Facts("0.19.1", "id")
+OLD = Facts("0.14.0", "id")
+
+
+def settings(
+    *extra: str, command: tuple[str, ...] = (), cwd: str = "/work", **env: str
+) -> Settings:
+    return Settings(command, extra, {"TZ": "UTC", **env}, cwd)
+
+
+def words(*extra: str, moment: Moment = HOME, facts: Facts = NEW, **env: str) -> tuple[str, ...]:
+    """Return the one command that restic is started with."""
+    (argv,) = Restic().launch(settings(*extra, **env), facts, moment).commands
+    return argv
+
+
+def read(
+    *lines: object, status: int | None = 0, text: Iterable[str] = (), moment: Moment = HOME
+) -> End:
+    """Return how the reader judges these lines."""
+    reader = Restic().reader(moment)
+    for line in lines:
+        reader.stdout(json.dumps(line))
+    for line in text:
+        reader.stderr(line)
+    if status is not None:
+        reader.end_command(0, status)
+    return reader.end()
+
+
+def test_load() -> None:
+    """The client is found by its name."""
+    assert isinstance(load("restic"), Restic)
+
+
+def test_launch() -> None:
+    """The backup has the snapshots' time, the user's options, and absolute targets last."""
+    launch = Restic().launch(settings("--tag", "a"), NEW, HOME)
+    assert launch.commands == (
+        (
+            *("restic", "backup", "--json", "--time=2026-07-01 10:00:00", "--retry-lock=10m"),
+            *("--tag=a", "--", "/home", "/srv"),
+        ),
+    )
+    assert launch.cwd == "/work"
+    assert launch.env == {
+        "RESTIC_PROGRESS_FPS": "1",
+        "RESTIC_FEATURES": "device-id-for-hardlinks",
+    }
+
+
+def test_old_version() -> None:
+    """A version gets only the options that it has."""
+    moment = Moment(("/home",), "/tree", AT)
+    assert words(facts=OLD, moment=moment) == (
+        *("restic", "backup", "--json", "--time=2026-07-01 10:00:00", "--", "home"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("version", "given", "expected"),
+    [
+        ("0.16.5", "", None),
+        ("0.17.0", "", "device-id-for-hardlinks"),
+        ("0.19.1", "s3-restore", "s3-restore,device-id-for-hardlinks"),
+        ("0.19.1", "device-id-for-hardlinks=false", None),
+        ("0.20.0", "", None),
+    ],
+)
+def test_features(version: str, given: str, expected: str | None) -> None:
+    """The feature is asked for only where it is known: an unknown one is a fatal error."""
+    launch = Restic().launch(settings(RESTIC_FEATURES=given), Facts(version, "id"), HOME)
+    assert launch.env.get("RESTIC_FEATURES") == expected
+
+
+def test_tree() -> None:
+    """A tree is backed up by relative arguments, so that its paths are the live ones."""
+    moment = Moment(("/usr/home", "/srv"), "/tree", AT, excludes=("/srv/a*",))
+    launch = Restic().launch(settings(), NEW, moment)
+    assert launch.cwd == "/tree"
+    assert launch.commands[0][4:] == (
+        *("--retry-lock=10m", "--group-by=host,tags", "--exclude=/tree/srv/a\\*"),
+        *("--", "usr/home", "srv"),
+    )
+
+
+def test_tree_of_root() -> None:
+    """The target / is the tree's root itself."""
+    assert words(moment=Moment(("/",), "/tree", AT))[-2:] == ("--", ".")
+    assert words(moment=Moment(("/",), "", AT))[-2:] == ("--", "/")
+
+
+def test_tree_keeps_relative_files() -> None:
+    """Files that the user named relatively are still found when restic runs in the tree."""
+    given = settings(
+        *("-r", "repo", "--password-file", "pw", "--exclude-file=/abs"),
+        command=("./wrapper",),
+        RESTIC_REPOSITORY="sftp:host:/srv",
+        RESTIC_CACERT="ca.pem",
+    )
+    launch = Restic().launch(given, NEW, Moment(("/home",), "/tree", AT))
+    argv = launch.commands[0]
+    assert argv[0] == "/work/wrapper"
+    assert {"--repo=/work/repo", "--password-file=/work/pw", "--exclude-file=/abs"} <= set(argv)
+    assert launch.env["RESTIC_CACERT"] == "/work/ca.pem"
+    assert "RESTIC_REPOSITORY" not in launch.env
+
+
+@pytest.mark.parametrize(
+    ("extra", "absent"),
+    [
+        (("--parent", "1234"), "--parent=ab12"),
+        (("-f",), "--parent=ab12"),
+        (("--retry-lock=1h",), "--retry-lock=10m"),
+        (("--json",), "--json=true"),
+    ],
+)
+def test_user_decides(extra: tuple[str, ...], absent: str) -> None:
+    """What the user says about parent or locks replaces our own."""
+    argv = words(*extra, moment=Moment(("/home",), "", AT, parent="ab12"))
+    assert absent not in argv
+    assert argv.count("--json") == 1
+
+
+def test_parent() -> None:
+    """A known parent is named: a clock that was put back would hide it."""
+    assert "--parent=ab12" in words(moment=Moment(("/home",), "", AT, parent="ab12"))
+
+
+@pytest.mark.parametrize(
+    ("extra", "reason"),
+    [
+        (("-x",), "empty directories"),
+        (("-vx",), "empty directories"),
+        (("--one-file-system",), "empty directories"),
+        (("-n",), "nothing would be saved"),
+        (("--stdin",), "not a stream"),
+        (("--stdin-from-command", "--", "ls"), "not a stream"),
+        (("--files-from", "list"), "itself names"),
+        (("--time=now",), "time of its snapshots"),
+        (("/etc",), "itself names"),
+        (("--", "/etc"), "itself names"),
+        (("--exclude",), "needs a value"),
+        (("-r", "rest:http://u:sesame@h/"), "carries a secret"),
+    ],
+)
+def test_refused(extra: tuple[str, ...], reason: str) -> None:
+    """An option that would break a promise is refused with the reason, before anything runs."""
+    with pytest.raises(UserError, match=reason):
+        words(*extra)
+
+
+def test_short_options() -> None:
+    """Options are read as restic reads them: joined, with a value behind, or after an =."""
+    argv = words("-vr", "/a b", "-e=x", "-ey", "-qH", "host")
+    assert argv[5:-3] == (
+        *("--verbose", "--repo=/a b", "--exclude=x", "--exclude=y", "--quiet", "--host=host"),
+    )
+
+
+@pytest.mark.parametrize("path", ["/a*", "/a?b", "/[x]", "/back\\slash"])
+def test_escaped(path: str) -> None:
+    """A path with the characters of a pattern is excluded as itself."""
+    assert escaped(path).replace("\\", "") == path.replace("\\", "")
+    assert escaped(path).count("\\") >= 1
+
+
+@pytest.mark.parametrize(
+    ("at", "zone", "expected"),
+    [
+        ((2026, 7, 1, 10), "Europe/Berlin", ("2026-07-01 12:00:00", {})),
+        ((2026, 7, 1, 10), ":Europe/Berlin", ("2026-07-01 12:00:00", {})),
+        ((2026, 7, 1, 10), "", ("2026-07-01 10:00:00", {})),
+        ((2026, 10, 25, 0), "Europe/Berlin", ("2026-10-25 00:00:00", {"TZ": "UTC"})),
+        ((2026, 10, 25, 1), "Europe/Berlin", ("2026-10-25 01:00:00", {"TZ": "UTC"})),
+        ((2026, 10, 25, 2), "Europe/Berlin", ("2026-10-25 03:00:00", {})),
+        ((2026, 3, 29, 1), "Europe/Berlin", ("2026-03-29 03:00:00", {})),
+        ((2026, 7, 1, 10), "No/Such", ("2026-07-01 10:00:00", {"TZ": "UTC"})),
+    ],
+)
+def test_local_time(
+    at: tuple[int, int, int, int], zone: str, expected: tuple[str, dict[str, str]]
+) -> None:
+    """The time is given in the local zone where it is unique there, and else in UTC."""
+    assert local_time(datetime(*at, tzinfo=UTC), {"TZ": zone}) == expected
+
+
+def test_live_paths() -> None:
+    """Cache, local repository, folder for temporary files and agent must be the live ones."""
+    env = {"HOME": "/root", "TMPDIR": "/var/tmp", "SSH_AUTH_SOCK": "/run/a/sock"}
+    live = Restic().live_paths(settings(RESTIC_REPOSITORY="local:repo", **env))
+    assert live == ("/root/.cache/restic", "/work/repo", "/var/tmp")
+    live = Restic().live_paths(settings("-r", "sftp:h:/srv", XDG_CACHE_HOME="/c", **env))
+    assert live == ("/c/restic", "/var/tmp", "/run/a")
+
+
+def test_live_paths_named(tmp_path: Path) -> None:
+    """The user's own cache and a repository named in a file are found; no cache, no path."""
+    (tmp_path / "where").write_text("/srv/repo\n")
+    live = Restic().live_paths(
+        settings("--repository-file", "where", "--cache-dir=c", cwd=str(tmp_path))
+    )
+    assert live == (str(tmp_path / "c"), "/srv/repo")
+    assert Restic().live_paths(settings("--no-cache", RESTIC_REPOSITORY="s3:host/b")) == ()
+
+
+def test_restore_command() -> None:
+    """The command restores from the same repository."""
+    backup = Backup(("/home",), Outcome.COMPLETED, backup_id="ab12")
+    given = settings("-r", "/repo", "--tag", "a", command=("sudo", "restic"))
+    assert Restic().restore_command(given, backup, "/to") == (
+        *("sudo", "restic", "restore", "ab12", "--target", "/to", "--repo=/repo"),
+    )
+
+
+def test_completed() -> None:
+    """A summary with a snapshot and exit status 0 is a whole backup."""
+    end = read({**SUMMARY, "total_bytes_processed": 9, "data_added_packed": 5})
+    assert end == End(
+        Outcome.COMPLETED,
+        backups=(
+            Backup(
+                ("/home", "/srv"),
+                Outcome.COMPLETED,
+                backup_id="ab12",
+                bytes_added=5,
+                bytes_processed=9,
+            ),
+        ),
+    )
+
+
+def test_unchanged() -> None:
+    """A summary without the field (--skip-if-unchanged) is whole; with an empty id it is not."""
+    assert read({"message_type": "summary"}).outcome is Outcome.COMPLETED
+    assert read({**SUMMARY, "snapshot_id": ""}).outcome is Outcome.FAILED
+
+
+@pytest.mark.parametrize("status", [1, 2, 10, 11, 12, 130, 42, -9, None])
+def test_failed_status(status: int | None) -> None:
+    """An exit status that is not documented to mean success is failure, summary or not."""
+    assert read(SUMMARY, status=status).outcome is Outcome.FAILED
+
+
+def test_nothing_said() -> None:
+    """Exit status 0 or 3 without a summary is failure: a wrapper may have hidden the real one."""
+    assert read(status=0).outcome is Outcome.FAILED
+    assert read(status=3).outcome is Outcome.FAILED
+    assert read({**SUMMARY, "dry_run": True}).outcome is Outcome.FAILED
+
+
+@pytest.mark.parametrize("status", [0, 3])
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("/srv does not exist, skipping", "/srv does not exist"),
+        (
+            '{"message_type":"error","error":{"Op":"open","Path":"/a","Err":13},"item":"/a"}',
+            "1 file could not be read: /a: open: Permission denied",
+        ),
+        (
+            '{"message_type":"error","error":{"message":"open /a: denied"},"item":"/a"}',
+            "1 file could not be read: /a: open /a: denied",
+        ),
+    ],
+)
+def test_partial(status: int, line: str, reason: str) -> None:
+    """A file or target that could not be read makes the backup partial, also at status 0."""
+    end = read(SUMMARY, status=status, text=[line])
+    assert end.outcome is Outcome.PARTIAL
+    assert end.reason == reason
+    assert end.backups[0].backup_id == "ab12"
+
+
+def test_partial_counts_once() -> None:
+    """A file that the scan and the backup could not read counts once."""
+    error = '{"message_type":"error","error":{"message":"m"},"item":"/a","during":"%s"}'
+    end = read(SUMMARY, status=3, text=[error % "scan", error % "archival"])
+    assert end.reason == "1 file could not be read: /a: m"
+    assert "some files" in (read(SUMMARY, status=3).reason or "")
+
+
+@pytest.mark.parametrize(
+    ("status", "line", "retriable"),
+    [
+        (11, "", True),
+        (10, "", True),
+        (1, 'Fatal: Head "http://h": dial tcp 127.0.0.1:1: connect: connection refused', True),
+        (1, "Fatal: unable to save snapshot: no space left on device", True),
+        (1, "Fatal: repository is already locked by PID 1", True),
+        (1, "Fatal: wrong password or no key found", False),
+        (1, "unknown flag: --nope", False),
+        (12, "Fatal: wrong password or no key found", False),
+        (-9, "", False),
+    ],
+)
+def test_retriable(status: int, line: str, retriable: bool) -> None:
+    """The moment is kept for trouble that may pass, not for what the user has to change."""
+    end = read(status=status, text=[line])
+    assert end.outcome is Outcome.FAILED
+    assert end.retriable is retriable
+
+
+def test_reason() -> None:
+    """The reason is restic's own last word, with the exit status."""
+    exit_error = '{"message_type":"exit_error","code":1,"message":"Fatal: no"}'
+    assert read(status=1, text=["text", exit_error, "noise"]).reason == "no (exit status 1)"
+    assert read(status=1, text=["Fatal: old", "noise"]).reason == "old (exit status 1)"
+    assert read(status=-15).reason == "killed by SIGTERM"
+
+
+def test_noise() -> None:
+    """Lines that are no JSON, or JSON of another kind, do not disturb."""
+    reader = Restic().reader(HOME)
+    for line in ("", "hello", "{not json", "[1]", '{"message_type":"verbose_status"}', "a\rb"):
+        reader.stdout(line)
+        reader.stderr(line)
+    reader.stdout(json.dumps(SUMMARY))
+    reader.end_command(0, 0)
+    assert reader.end().outcome is Outcome.COMPLETED
+
+
+def test_progress() -> None:
+    """Progress is read from status lines; the mistyped end of 0.14's scan is none."""
+    reader = Restic().reader(HOME)
+    status = {"message_type": "status", "percent_done": 0.5, "total_bytes": 10, "bytes_done": 5}
+    reader.stdout(json.dumps({**status, "seconds_remaining": 3}))
+    reader.stdout('{"message_type":"status","action":"scan_finished","total_files":4}')
+    assert reader.progress.percent == 50
+    assert reader.progress.bytes_done == 5
+    assert reader.progress.eta_s == 3

@@ -1,0 +1,54 @@
+"""
+The virtual machine as fixtures.
+
+Where it cannot run, these tests fail and say why; they are never skipped.  To leave them out:
+`pytest -m 'not vm'`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.vm.machine import DATA_DISKS, Machine, MachineError, install, open_machine
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test below this folder."""
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker("vm")
+
+
+@pytest.fixture(scope="session")
+def machine() -> Iterator[Machine]:
+    """The machine with this checkout's program; its states 'clean' and, with a pool, 'tank'."""
+    try:
+        with open_machine() as machine:
+            install(machine)
+            machine.run("python3 -m compileall -q /venv/lib/python3.*/site-packages/atomtx")
+            machine.run("atomtx --version && atomtx --help")
+            machine.save("clean")
+            machine.run(f"zpool create tank {DATA_DISKS[0]} && zfs list tank >/dev/null && sync")
+            machine.save("tank")
+            yield machine
+    except MachineError as exc:
+        pytest.fail(f"the virtual machine: {exc}\n(to leave its tests out: -m 'not vm')")
+
+
+@pytest.fixture
+def vm(machine: Machine) -> Machine:
+    """The machine as new, with an empty pool `tank` on its first data disk."""
+    machine.load("tank")
+    return machine
+
+
+@pytest.fixture
+def bare_vm(machine: Machine) -> Machine:
+    """The machine as new, without any pool."""
+    machine.load("clean")
+    return machine

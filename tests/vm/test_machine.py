@@ -1,0 +1,55 @@
+"""The virtual machine itself: what the other tests take for granted."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.vm.machine import Machine, MachineError
+
+
+def test_command(vm: Machine) -> None:
+    """A command is a shell string as root; its input, outputs and exit status come back."""
+    result = vm.run("id -u; cat; echo no >&2; exit 3", check=False, input="in\n")
+    assert (result.status, result.stdout, result.stderr) == (3, "0\nin\n", "no\n")
+    with pytest.raises(MachineError, match="exit status 1"):
+        vm.run("false")
+
+
+def test_files(vm: Machine, tmp_path: Path) -> None:
+    """Files and folders are copied both ways, whatever their names."""
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    (folder / "a 'file'").write_bytes(b"\0text")
+    vm.put(folder, "/tmp/of mine")
+    vm.get("/tmp/of mine", tmp_path / "back")
+    assert (tmp_path / "back" / "a 'file'").read_bytes() == b"\0text"
+
+
+def test_load(vm: Machine) -> None:
+    """A saved state comes back whole, its clock is right, and the pool is as it was."""
+    vm.run("zfs create tank/x && touch /etc/changed")
+    vm.load("tank")
+    assert vm.run("zfs list -H -o name").stdout == "tank\n"
+    assert vm.run("test -e /etc/changed", check=False).status == 1
+    assert abs(float(vm.run("date +%s.%N").stdout) - time.time()) < 5
+
+
+def test_crash(vm: Machine) -> None:
+    """After a crash and a boot what was flushed is there, and the pool can be imported."""
+    vm.run("zfs create tank/x && echo kept >/tank/x/file && sync && zpool sync")
+    vm.power_off_hard()
+    vm.boot()
+    assert vm.run("zpool list -H", check=False).stdout == ""
+    vm.run("zpool import tank")
+    assert vm.run("cat /tank/x/file").stdout == "kept\n"
+
+
+def test_programs(vm: Machine) -> None:
+    """Each client version that the tests name is there, and so is the program under test."""
+    for version in ("0.14", "0.16", "0.18", "0.19"):
+        assert f"restic {version}" in vm.run(f"/clients/restic-{version}* version").stdout
+    assert vm.run("kopia --version").stdout
+    assert vm.run("atomtx --version").stdout.startswith("atomtx ")

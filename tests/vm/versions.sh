@@ -1,0 +1,17 @@
+# What the test machine holds.  A change here makes a new machine: raise IMAGE_VERSION.
+IMAGE_VERSION=1
+
+# restic 0.18 is Debian's own; the others and kopia are built with Go, each version pinned.
+RESTIC_VERSIONS='0.14.0 0.16.5 0.19.1'
+KOPIA_VERSION=0.23.1
+
+DEBIAN_PACKAGES='
+  linux-image-cloud-amd64 linux-headers-cloud-amd64 zfs-dkms zfsutils-linux
+  systemd-sysv udev kmod dbus initramfs-tools openssh-server iproute2 procps
+  python3 python3-venv restic strace sudo util-linux e2fsprogs psmisc ca-certificates less
+'
+
+PYTHON_PACKAGES='
+  click>=8.1 sqlalchemy>=2.1,<2.2 alembic>=1.16 transitions>=0.9.3,<0.10 rich>=13
+  pytest hypothesis
+'
