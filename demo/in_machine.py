@@ -17,9 +17,8 @@ def main() -> int:
     with open_machine() as machine:
         install(machine)
         machine.put(HERE / "session.sh", "/root/session.sh")
-        return subprocess.run(
-            [*machine.ssh(tty=sys.stdout.isatty()), "/root/session.sh"]
-        ).returncode
+        argv = [*machine.ssh(tty=sys.stdout.isatty()), "/root/session.sh"]
+        return subprocess.run(argv).returncode
 
 
 if __name__ == "__main__":

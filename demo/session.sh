@@ -16,7 +16,10 @@ export ATOMTX_STATE_DIR=$work/state RESTIC_REPOSITORY=$work/repository \
   RESTIC_PASSWORD_FILE=$work/password RESTIC_CACHE_DIR=$work/cache
 echo 'not a secret' >password
 
-note() { printf '\n# %s\n' "$*"; }
+note() { # LINE...
+  echo
+  printf '# %s\n' "$@"
+}
 run() { # COMMAND LINE: show it as typed, and run it
   printf '$ %s\n' "$1"
   eval "$1"
@@ -26,29 +29,29 @@ note 'A pool on a file, two datasets, some files, and a restic repository.'
 run 'truncate -s 1G disk'
 run "zpool create -m \$PWD/pool $pool \$PWD/disk"
 run "zfs create $pool/home && zfs create $pool/home/ann"
-run 'head -c 16M /dev/urandom | split -b 64K - pool/home/file-'
-run 'head -c 16M /dev/urandom | split -b 64K - pool/home/ann/file-'
+run 'head -c 8M /dev/urandom | split -b 64K - pool/home/file-'
+run 'head -c 8M /dev/urandom | split -b 64K - pool/home/ann/file-'
 run 'restic init --quiet'
 
 note 'The first backup: both datasets, at the same moment.'
 run "atomtx backup --recursive $pool/home"
 
-note 'More files.  The second backup is slowed down, and killed in the middle: atomtx, its'
-note 'runner and restic, all with SIGKILL.'
-run 'head -c 32M /dev/urandom | split -b 64K - pool/home/ann/new-'
+note 'More files.  The second backup is slowed down, and killed in the middle: atomtx, its' \
+  'runner and restic, all with SIGKILL.'
+run 'head -c 24M /dev/urandom | split -b 128K - pool/home/ann/new-'
 run 'cp -a pool/home expected    # to compare with later'
 printf '$ %s\n' "atomtx backup --recursive $pool/home -- --limit-upload 4096 >log 2>&1 &"
 atomtx backup --recursive "$pool/home" -- --limit-upload 4096 >log 2>&1 &
 backup=$!
 repository_size() { du -s repository | cut -f1; }
 before=$(repository_size)
-until [ "$(repository_size)" -gt $((before + 8000)) ]; do
+until [ "$(repository_size)" -gt $((before + 4000)) ]; do
   kill -0 $backup || { cat log; echo 'demo: the backup ended before it could be killed' >&2; exit 1; }
   sleep 0.1
 done
 runner=$(pgrep -P $backup | tr '\n' ' ')
 client=$(for pid in $runner; do pgrep -P "$pid"; done | tr '\n' ' ')
-run "kill -9 $backup $runner$client"
+run "kill -9 $backup $runner${client% }"
 wait $backup 2>/dev/null || true
 run "zfs list -H -t snapshot -o name -r $pool"
 

@@ -24,6 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
+_GLANCE_S = 0.1  # `is_held` takes the lock, shared, for an instant: not to be taken for a holder
+
+
 @dataclass(frozen=True)
 class Process:
     """A living process, for messages: who it is and what it runs."""
@@ -42,17 +45,23 @@ def boot_id() -> str:
 
 def try_acquire(path: Path) -> int | None:
     """
-    Take the lock without waiting: a descriptor that holds it, close-on-exec, or None if held.
+    Take the lock, hardly waiting: a descriptor that holds it, close-on-exec, or None if held.
 
     The file must exist; close the descriptor to release.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    if wait_until(lambda: _lock(descriptor, fcntl.LOCK_EX), _GLANCE_S, step_s=0.01):
+        return descriptor
+    os.close(descriptor)
+    return None
+
+
+def _lock(descriptor: int, kind: int) -> bool:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(descriptor)
-        return None
-    return descriptor
+        return False
+    return True
 
 
 def is_held(path: Path) -> bool:
@@ -62,12 +71,9 @@ def is_held(path: Path) -> bool:
     except FileNotFoundError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        return not _lock(descriptor, fcntl.LOCK_SH)
     finally:
         os.close(descriptor)
-    return False
 
 
 @contextmanager

@@ -89,6 +89,7 @@ Index(
     sqlite_where=text("state <> 'destroyed' AND cleanup IS NULL"),
 )
 Index("ix_runs_started_at", runs.c.started_at)
+Index("ix_runs_open", runs.c.started_at, sqlite_where=text("state <> 'destroyed'"))
 
 volumes = Table(
     "volumes",

@@ -80,6 +80,9 @@ def _runs() -> None:
         sqlite_where=sa.text("state <> 'destroyed' AND cleanup IS NULL"),
     )
     op.create_index("ix_runs_started_at", "runs", ["started_at"])
+    op.create_index(
+        "ix_runs_open", "runs", ["started_at"], sqlite_where=sa.text("state <> 'destroyed'")
+    )
 
 
 def _volumes() -> None:

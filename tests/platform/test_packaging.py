@@ -80,10 +80,12 @@ def installation(
         "editable": ["--editable", str(CHECKOUT)],
     }[request.param]
     folder = tmp_path_factory.mktemp(request.param)
-    venv.create(folder, with_pip=True)
-    installation = Installation(folder)
-    installation.run("python", "-m", "pip", "install", "--quiet", *source)
-    return installation
+    venv.create(folder)
+    python = str(folder / "bin" / "python")
+    argv = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", *source]
+    done = subprocess.run(argv, cwd="/tmp", capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}"
+    return Installation(folder)
 
 
 def test_version(installation: Installation) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from atomtx.clients import Backup, End, Facts, Moment, Settings, load
+from atomtx.clients import Backup, End, Facts, Moment, Progress, Settings, load
 from atomtx.clients.kopia import Kopia, ignore_rule, is_ignored
 from atomtx.errors import UserError
 from atomtx.states import Outcome
@@ -256,7 +256,7 @@ def test_progress() -> None:
     """Progress is read loosely from the text; the last piece of a line counts."""
     reader = Kopia().reader(HOME)
     reader.stderr(" | 1 hashing, 0 hashed (3 B), 0 cached (0 B), uploaded 0 B, estimating...")
-    assert reader.progress.percent is None
+    assert reader.progress == Progress(bytes_done=3, files_done=0)
     reader.stderr(
         "\r / 2 hashing, 3 hashed (1 GB), 1 cached (500 MB), uploaded 264 MB (1 fatal errors), "
         "estimated 1.3 GB (35.9%) 1m8s left"

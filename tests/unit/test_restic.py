@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from atomtx.clients import Backup, End, Facts, Moment, Settings, load
-from atomtx.clients.restic import Restic, escaped, local_time
+from atomtx.clients.program import local_time
+from atomtx.clients.restic import Restic, escaped
 from atomtx.errors import UserError
 from atomtx.states import Outcome
 
@@ -21,10 +23,8 @@ NEW = Facts("0.19.1", "id")
 OLD = Facts("0.14.0", "id")
 
 
-def settings(
-    *extra: str, command: tuple[str, ...] = (), cwd: str = "/work", **env: str
-) -> Settings:
-    return Settings(command, extra, {"TZ": "UTC", **env}, cwd)
+def settings(*extra: str, **env: str) -> Settings:
+    return Settings((), extra, {"TZ": "UTC", **env}, "/work")
 
 
 def words(*extra: str, moment: Moment = HOME, facts: Facts = NEW, **env: str) -> tuple[str, ...]:
@@ -111,12 +111,9 @@ def test_tree_of_root() -> None:
 
 def test_tree_keeps_relative_files() -> None:
     """Files that the user named relatively are still found when restic runs in the tree."""
-    given = settings(
-        *("-r", "repo", "--password-file", "pw", "--exclude-file=/abs"),
-        command=("./wrapper",),
-        RESTIC_REPOSITORY="sftp:host:/srv",
-        RESTIC_CACERT="ca.pem",
-    )
+    files = ("-r", "repo", "--password-file", "pw", "--exclude-file=/abs")
+    given = settings(*files, RESTIC_REPOSITORY="sftp:host:/srv", RESTIC_CACERT="ca.pem")
+    given = replace(given, command=("./wrapper",))
     launch = Restic().launch(given, NEW, Moment(("/home",), "/tree", AT))
     argv = launch.commands[0]
     assert argv[0] == "/work/wrapper"
@@ -216,9 +213,8 @@ def test_live_paths() -> None:
 def test_live_paths_named(tmp_path: Path) -> None:
     """The user's own cache and a repository named in a file are found; no cache, no path."""
     (tmp_path / "where").write_text("/srv/repo\n")
-    live = Restic().live_paths(
-        settings("--repository-file", "where", "--cache-dir=c", cwd=str(tmp_path))
-    )
+    given = settings("--repository-file", "where", "--cache-dir=c")
+    live = Restic().live_paths(replace(given, cwd=str(tmp_path)))
     assert live == (str(tmp_path / "c"), "/srv/repo")
     assert Restic().live_paths(settings("--no-cache", RESTIC_REPOSITORY="s3:host/b")) == ()
 
@@ -226,7 +222,7 @@ def test_live_paths_named(tmp_path: Path) -> None:
 def test_restore_command() -> None:
     """The command restores from the same repository."""
     backup = Backup(("/home",), Outcome.COMPLETED, backup_id="ab12")
-    given = settings("-r", "/repo", "--tag", "a", command=("sudo", "restic"))
+    given = replace(settings("-r", "/repo", "--tag", "a"), command=("sudo", "restic"))
     assert Restic().restore_command(given, backup, "/to") == (
         *("sudo", "restic", "restore", "ab12", "--target", "/to", "--repo=/repo"),
     )

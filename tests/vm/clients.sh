@@ -7,6 +7,13 @@ cache=${1:?usage: clients.sh CACHE_DIR}
 PATH=$PATH:/usr/local/go/bin
 mkdir -p "$cache/clients"
 
+case $(go env GOVERSION) in
+  go1.1? | go1.1?.* | go1.20 | go1.20.*)
+    printf 'vm: %s is too old: from 1.21 on, Go fetches the version that it needs\n' \
+      "$(go env GOVERSION)" >&2
+    exit 1 ;;
+esac
+
 # A module of our own that requires exactly one version, not `go install MODULE@VERSION`: that
 # also asks the proxy for the list of all versions, which some mirrors do not serve.
 build() { # NAME MODULE VERSION PACKAGE
@@ -16,6 +23,7 @@ build() { # NAME MODULE VERSION PACKAGE
   rm -rf "$work"
   mkdir "$work"
   (cd "$work" && go mod init atomtx.invalid/clients &&
+   go mod edit -go="$GO_VERSION" &&
    go mod edit -require="$2@$3" &&
    CGO_ENABLED=0 go build -mod=mod -trimpath -o client "$4") >"$cache/go.log" 2>&1 ||
     { tail -20 "$cache/go.log" >&2; exit 1; }

@@ -13,6 +13,8 @@ By hand, one machine of your own that stays up until it is stopped:
     python3 tests/vm/machine.py crash       kill it as a power cut would, and boot it again
     python3 tests/vm/machine.py stop
 
+`ATOMTX_MACHINE=NAME` names another one than the first; each takes 2 GiB of memory.
+
 `start` builds what is missing: the first time that takes a quarter of an hour.  In the machine:
 root, two empty disks (`DATA_DISKS`), zfs loaded, `atomtx` and `kopia` on the PATH, restic 0.18 as
 `restic` and others as `/clients/restic-*`.  There is no way out to the network.  All files are in
@@ -133,7 +135,6 @@ class Machine:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
         self._wait_for_end()
-        shutil.rmtree(self._sockets, ignore_errors=True)
 
     def save(self, name: str) -> None:
         """Save the whole machine, memory and disks, under *name*; it goes on running."""
@@ -152,6 +153,7 @@ class Machine:
         """End it and remove its files."""
         if self.pid:
             self.power_off_hard()
+        shutil.rmtree(self._sockets, ignore_errors=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def attach(self) -> None:
@@ -380,10 +382,9 @@ def _booted(cache: Path, image_folder: Path) -> Path:
             timeout=300,
         )
         machine.save("booted")
+    finally:
         machine.power_off_hard()
-    except BaseException:
-        machine.power_off_hard()
-        raise
+        shutil.rmtree(machine._sockets, ignore_errors=True)
     (partial / "complete").touch()
     partial.rename(folder)
     return folder
@@ -417,7 +418,7 @@ def open_machine() -> Iterator[Machine]:
     work.mkdir(exist_ok=True)
     for left in work.iterdir():  # by a process that was killed
         if not os.path.exists(f"/proc/{left.name.partition('-')[0]}"):
-            shutil.rmtree(left, ignore_errors=True)
+            Machine(left, left).close()
     folder = Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=work))
     machine = Machine(folder, _copy_booted(cache, folder))
     try:
@@ -428,9 +429,11 @@ def open_machine() -> Iterator[Machine]:
 
 
 def developers_machine() -> Machine:
-    """Return the one machine that `start` starts, whether it runs or not."""
+    """Return the machine that `start` starts, whether it runs or not."""
     cache = cache_folder()
-    return Machine(cache / "developer", image(cache), outlive=True)
+    name = os.environ.get("ATOMTX_MACHINE")
+    folder = cache / (f"developer-{name}" if name else "developer")
+    return Machine(folder, image(cache), outlive=True)
 
 
 def build_wheel(folder: Path) -> Path:

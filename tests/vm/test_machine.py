@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.vm.machine import Machine, MachineError
+from tests.vm.tank import leftovers, make_datasets
 
 
 def test_command(vm: Machine) -> None:
@@ -53,3 +54,21 @@ def test_programs(vm: Machine) -> None:
         assert f"restic {version}" in vm.run(f"/clients/restic-{version}* version").stdout
     assert vm.run("kopia --version").stdout
     assert vm.run("atomtx --version").stdout.startswith("atomtx ")
+
+
+def test_leftovers(vm: Machine) -> None:
+    """What a run leaves is seen: a snapshot, a hold, and a mount in any process's namespace."""
+    make_datasets(vm, "tank/a b", "tank/c")
+    assert leftovers(vm) == []
+    vm.run(
+        "zfs snapshot 'tank/a b@atomtx-1' tank/c@mine && zfs hold tag 'tank/a b@atomtx-1' &&"
+        " (unshare -m sh -c 'mount -t zfs \"tank/a b@atomtx-1\" /mnt && exec sleep 60'"
+        " >/dev/null 2>&1 </dev/null &) && sleep 3"
+    )
+    found = [line.split("\t")[0] for line in leftovers(vm)]
+    assert found == [
+        "snapshot tank/a b@atomtx-1",
+        "hold tank/a b@atomtx-1",
+        "mount tank/a\\040b@atomtx-1",
+    ]
+    assert leftovers(vm, foreign=["tank/a b@atomtx-1"]) == found[2:]

@@ -4,6 +4,7 @@ IMAGE_VERSION=1
 # restic 0.18 is Debian's own; the others and kopia are built with Go, each version pinned.
 RESTIC_VERSIONS='0.14.0 0.16.5 0.19.1'
 KOPIA_VERSION=0.23.1
+GO_VERSION=1.25.8 # the highest that they ask for
 
 DEBIAN_PACKAGES='
   linux-image-cloud-amd64 linux-headers-cloud-amd64 zfs-dkms zfsutils-linux

@@ -38,8 +38,8 @@ def stop(run: str, timeout_s: float, as_json: bool) -> ExitStatus:
     Stop a living run and undo it.
 
     Sends SIGTERM to the run's front end, which ends the client in order, removes mounts and
-    snapshots, and exits. Where only the runner lives, it ends the client, and `atomtx recover`
-    does the rest. RUN is a run's id, or its first digits.
+    snapshots, and exits. Where the front end is gone, does all that itself. RUN is a run's id, or
+    its first digits.
 
     \b
     Example:
@@ -71,16 +71,25 @@ def _stop(
         _ask(folder.front_lock, run, "front end", reporter)
         _wait(folder.front_lock, timeout_s)
         return _settled(state, run)
-    if life.runner:
-        _ask(folder.runner_lock, run, "runner", reporter)
-        _wait(folder.runner_lock, timeout_s)
-        raise WaitingError(f"the client of run {run.id} was stopped", hint=ADVICE["interrupted"])
-    if life.client:
-        raise WaitingError(
-            f"only processes of run {run.id}'s client are left",
-            hint="`atomtx recover --stop` ends them",
-        )
+    if life.runner or life.client:
+        _settle(state, run, reporter)
+        return _settled(state, run)
     return _settled(state, run)
+
+
+def _settle(state: Path, run: history.Run, reporter: render.Reporter) -> None:
+    """End what lives of a run whose front end is gone, and undo it, as `recover --stop` does."""
+    from ..executor import Tell
+    from ..interrupts import Interrupts
+    from ..journal import Journal
+    from ..settling import Patience, Settler
+
+    tell = Tell(reporter.step, reporter.warn, reporter.progress)
+    with Journal.open(statedir.prepare(state)) as journal:
+        settler = Settler(
+            journal, Interrupts().install(), tell, rollback=True, patience=Patience.STOP
+        )
+        settler.settle(journal.load(run.id))
 
 
 def _settled(state: Path, run: history.Run) -> history.Run:

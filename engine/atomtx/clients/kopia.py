@@ -138,9 +138,10 @@ def _source(path: str, config: Mapping[str, Any]) -> str:
 
 def _unusable(answer: process.Completed, settings: Settings) -> UserError:
     """Return the error that tells why the repository cannot be used, in one line."""
-    text = Redactor(settings.env).redact(answer.stderr)
+    # Judged as it came: a password may be one of the words that are looked for.
+    text = answer.stderr
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    said = lines[-1] if lines else ended(answer.status)
+    said = Redactor(settings.env).redact(lines[-1] if lines else ended(answer.status))
     if "is not connected" in text:
         return UserError(
             "kopia is not connected to a repository", hint="`kopia repository connect`"

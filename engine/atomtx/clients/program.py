@@ -13,7 +13,9 @@ import re
 import signal
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, tzinfo
 from typing import Any
+from zoneinfo import ZoneInfo
 
 from .. import process
 from ..errors import EffectError, UserError
@@ -37,6 +39,14 @@ _HOPELESS = re.compile(
     r"wrong password|no key found|invalid repository password|empty password|unknown.* flag"
     r"|password prompt|resolving password failed|specify repository location|invalid backend",
     re.IGNORECASE,
+)
+
+# Where Go's time package looks, in this order (src/time/zoneinfo_unix.go).
+_ZONE_FOLDERS = (
+    "/usr/share/zoneinfo",
+    "/usr/share/lib/zoneinfo",
+    "/usr/lib/locale/TZ",
+    "/etc/zoneinfo",
 )
 
 
@@ -189,3 +199,36 @@ def home_folder(env: Mapping[str, str], variable: str, below_home: str) -> Colle
     if env.get(variable):
         return (env[variable],)
     return (os.path.join(env["HOME"], below_home),) if env.get("HOME") else ()
+
+
+def _zone(env: Mapping[str, str]) -> tzinfo | None:
+    """
+    Return the time zone that a Go program takes for the local one; None if it is not to be had.
+
+    Not by `ZoneInfo(name)`: that may find a zone where Go does not, which then takes UTC.
+    """
+    name = env.get("TZ", "/etc/localtime").removeprefix(":")
+    if name in ("", "UTC"):
+        return UTC
+    for path in [os.path.join(folder, name) for folder in _ZONE_FOLDERS]:
+        try:
+            with open(path, "rb") as file:
+                return ZoneInfo.from_file(file)
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+def local_time(at: datetime, env: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+    """
+    Return *at* as `--time` reads it, and what to set so that it is read so.
+
+    The local zone is kept where it can be: restic's `forget` counts days in it.  A local time
+    that happens twice, when clocks are put back, is given in UTC.
+    """
+    zone = _zone(env)
+    local = at.astimezone(zone or UTC)
+    again = local.replace(fold=1 - local.fold)
+    if zone is None or local.utcoffset() != again.utcoffset():
+        return f"{at.astimezone(UTC):%Y-%m-%d %H:%M:%S}", {"TZ": "UTC"}
+    return f"{local:%Y-%m-%d %H:%M:%S}", {}

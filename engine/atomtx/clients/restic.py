@@ -12,8 +12,6 @@ import re
 import signal
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from datetime import UTC, datetime, tzinfo
-from zoneinfo import ZoneInfo
 
 from .. import process
 from ..errors import UserError
@@ -30,6 +28,7 @@ from .program import (
     home_folder,
     last_value,
     local_repository,
+    local_time,
     program,
     refuse,
 )
@@ -143,13 +142,6 @@ _FILE_VARIABLES = (
     "RESTIC_REPOSITORY_FILE",
     "RESTIC_TLS_CLIENT_CERT",
 )
-# Where Go's time package looks, in this order (src/time/zoneinfo_unix.go).
-_ZONE_FOLDERS = (
-    "/usr/share/zoneinfo",
-    "/usr/share/lib/zoneinfo",
-    "/usr/lib/locale/TZ",
-    "/etc/zoneinfo",
-)
 
 
 def _options(settings: Settings) -> tuple[Option, ...]:
@@ -186,39 +178,6 @@ def _first_text(path: str) -> str:
             return file.read().strip()
     except (OSError, UnicodeDecodeError):
         return ""
-
-
-def _zone(env: Mapping[str, str]) -> tzinfo | None:
-    """
-    Return the time zone that a Go program takes for the local one; None if it is not to be had.
-
-    Not by `ZoneInfo(name)`: that may find a zone where Go does not, which then takes UTC.
-    """
-    name = env.get("TZ", "/etc/localtime").removeprefix(":")
-    if name in ("", "UTC"):
-        return UTC
-    for path in [os.path.join(folder, name) for folder in _ZONE_FOLDERS]:
-        try:
-            with open(path, "rb") as file:
-                return ZoneInfo.from_file(file)
-        except (OSError, ValueError):
-            continue
-    return None
-
-
-def local_time(at: datetime, env: Mapping[str, str]) -> tuple[str, dict[str, str]]:
-    """
-    Return *at* as `--time` reads it, and what to set so that it is read so.
-
-    The local zone is kept where it can be: restic's `forget` counts days in it.  A local time
-    that happens twice, when clocks are put back, is given in UTC.
-    """
-    zone = _zone(env)
-    local = at.astimezone(zone or UTC)
-    again = local.replace(fold=1 - local.fold)
-    if zone is None or local.utcoffset() != again.utcoffset():
-        return f"{at.astimezone(UTC):%Y-%m-%d %H:%M:%S}", {"TZ": "UTC"}
-    return f"{local:%Y-%m-%d %H:%M:%S}", {}
 
 
 def escaped(path: str) -> str:
@@ -291,10 +250,12 @@ def _targets(moment: Moment) -> tuple[str, ...]:
 
 def _unusable(answer: process.Completed, settings: Settings) -> UserError:
     """Return the error that tells why the repository cannot be used, in one line."""
-    text = Redactor(settings.env).redact(answer.stderr)
+    # Judged as it came: a password may be one of the words that are looked for.
+    text = answer.stderr
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     fatal = next((line for line in lines if "Fatal" in line or "Resolving" in line), "")
     said = (fatal or (lines or [ended(answer.status)])[-1]).replace("Fatal: ", "")
+    said = Redactor(settings.env).redact(said)
     if answer.status == 12 or "wrong password or no key found" in text:
         return UserError("restic: the password is wrong for this repository")
     if "an empty password is not" in text:
@@ -306,7 +267,7 @@ def _unusable(answer: process.Completed, settings: Settings) -> UserError:
         return UserError(
             "restic: no repository is named", hint="set RESTIC_REPOSITORY, or add `-- -r REPO`"
         )
-    if answer.status == 10 or "unable to open" in said:
+    if answer.status == 10 or "unable to open" in text:
         return UserError(
             f"restic: the repository is absent or out of reach: {said}",
             hint="`restic init` makes a new one",
