@@ -41,7 +41,8 @@ def scan(zfs: Zfs, known: Iterable[str]) -> list[Stray]:
             names.setdefault(run, []).append(name)
     found = zfs.identities([name for group in names.values() for name in group])
     table = mountinfo.read()
-    return [_stray(run, group, found, table) for run, group in sorted(names.items())]
+    strays = [_stray(run, group, found, table) for run, group in sorted(names.items())]
+    return [stray for stray in strays if stray.snapshots]  # not what was destroyed meanwhile
 
 
 def _stray(run: str, names: list[str], found: dict[str, Identity], table: mountinfo.Table) -> Stray:

@@ -24,7 +24,7 @@ from .intents import (
 from .journal import Change, Journal
 from .mounts import inhabitants, tree
 from .names import RunId
-from .probing import end_survivors, presence
+from .probing import end_survivors, pool_trouble, presence
 from .records import Run, Step
 from .recovery import Presence
 from .statedir import RunFolder
@@ -77,6 +77,8 @@ class Cleaner:
             keep = [identity for identity in of_pool if identity.name in kept]
             verdicts |= self._zfs.keep(keep, run=run.id)
             verdicts |= self._destroy([i for i in of_pool if i.name not in kept], run)
+        if "absent" in verdicts.values() and (trouble := pool_trouble(run, self._zfs.pools())):
+            raise EffectError(trouble)  # "not found" is then not "gone" (promise 2)
         return verdicts
 
     def _identities(self, run: Run) -> dict[str, Identity]:

@@ -129,12 +129,13 @@ class Journal:
             return
         with suppress(JournalFullError):  # nothing to reserve from; what there was is still there
             with self._transaction() as connection:
-                connection.exec_driver_sql("CREATE TABLE reserve (space BLOB)")
+                # It may be there: another process is at this point, or was killed at it.
+                connection.exec_driver_sql("CREATE TABLE IF NOT EXISTS reserve (space BLOB)")
                 connection.exec_driver_sql(
                     f"INSERT INTO reserve VALUES (zeroblob({RESERVE_BYTES}))"
                 )
             with self._transaction() as connection:
-                connection.exec_driver_sql("DROP TABLE reserve")
+                connection.exec_driver_sql("DROP TABLE IF EXISTS reserve")
 
     # -- reading ---------------------------------------------------------------------------
 
@@ -499,12 +500,13 @@ def _version(engine: Engine) -> int:
 def _bring_up_to_date(path: Path, lock: int) -> Engine:
     """Return an engine on an up-to-date journal; the shared lock is held on return."""
     fcntl.flock(lock, fcntl.LOCK_SH)
-    if path.exists():
+    if journalfile.check(path):
         engine = make_engine(path)
         if _version(engine) == journalfile.SCHEMA_VERSION:
             return engine
         engine.dispose()
     _lock_for_upgrade(path, lock)
+    journalfile.check(path)  # a newer atomtx may have had the lock before us
     os.close(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600))
     engine = make_engine(path, foreign_keys=False)
     if (found := _version(engine)) < journalfile.SCHEMA_VERSION:
@@ -513,8 +515,8 @@ def _bring_up_to_date(path: Path, lock: int) -> Engine:
         schema.upgrade(engine)
     engine.dispose()
     sync_directory(path.parent)
-    fcntl.flock(lock, fcntl.LOCK_SH)
-    return make_engine(path)
+    # flock(2): a lock is not converted in one step, so look again under the shared one.
+    return _bring_up_to_date(path, lock)
 
 
 def _lock_for_upgrade(path: Path, lock: int) -> None:
@@ -535,6 +537,9 @@ def _back_up(engine: Engine, path: Path, version: int) -> None:
     """Copy the journal beside itself, durable, before it is upgraded."""
     copy = path.with_name(f"{path.name}.v{version}")
     partial = copy.with_name(copy.name + ".partial")
+    # Emptied, should an earlier try have left one, and for nobody else to read.
+    flags = os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC
+    os.close(os.open(partial, flags, 0o600))
     with engine.connect() as connection:
         target = sqlite3.connect(partial)
         source = connection.connection.driver_connection

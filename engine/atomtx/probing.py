@@ -92,7 +92,7 @@ def survivors(run: Run, folder: RunFolder) -> list[int]:
     A wrapper may close inherited descriptors and drop its environment; it cannot leave the
     run's mount namespace unseen, so the mount tables are asked as well as lock C.
     """
-    found = set(inhabitants.of(RunId(run.id).token, in_namespace=not run.plan.root))
+    found = set(inhabitants.of(RunId(run.id).token))
     if locks.is_held(folder.client_lock):
         found |= {p.pid for p in locks.holders(folder.client_lock)}
     return sorted(found - {os.getpid()})

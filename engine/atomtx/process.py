@@ -98,6 +98,8 @@ def run(
             errors="surrogateescape",
         )
     except FileNotFoundError as exc:
+        if cwd is not None and not os.path.isdir(cwd):
+            raise EffectError(f"cannot start {argv[0]} in {cwd}: {exc.strerror}") from exc
         raise EffectError(
             f"{argv[0]} is not installed", hint="`atomtx doctor` tells what is missing"
         ) from exc

@@ -24,7 +24,6 @@ class Presence(Enum):
     OURS = "ours"
     ABSENT = "absent"  # in a pool that is imported and is the same pool
     FOREIGN = "foreign"  # something else has the name
-    UNKNOWN = "unknown"  # its pool cannot be asked
 
 
 @dataclass(frozen=True)

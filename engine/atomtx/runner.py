@@ -23,7 +23,6 @@ import select
 import selectors
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -31,7 +30,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from . import clients, locks, process
 from .clients import Backup, End, Moment, Reader
@@ -42,6 +41,9 @@ from .names import RunId
 from .redact import Redactor
 from .statedir import RunFolder
 from .states import Outcome
+
+if TYPE_CHECKING:
+    from subprocess import Popen
 
 LOG_BYTES = 16 << 20
 LINE_BYTES = 1 << 20
@@ -161,7 +163,7 @@ class Supervisor:
         self._redactor = Redactor(dict(os.environ))
         self._log = Log(folder.log, self._redactor)
         self._reader: Reader = clients.load(task.client).reader(task.moment)
-        self._child: subprocess.Popen[bytes] | None = None
+        self._child: Popen[bytes] | None = None
         self._progress_at = 0.0
         self._kill_at: float | None = None
         self.stopped: int | None = None
@@ -190,7 +192,7 @@ class Supervisor:
         self._reader.end_command(n, self._child.wait())
         self._child = None
 
-    def _watch(self, child: subprocess.Popen[bytes]) -> None:
+    def _watch(self, child: Popen[bytes]) -> None:
         """Read both outputs until the child has ended and what it printed is read."""
         assert child.stdout
         assert child.stderr
@@ -416,9 +418,12 @@ def _assemble(task: Task) -> namespace.Assembly:
     namespace.enter()
     if task.in_namespace:
         namespace.drop_pinned([*(m.mountpoint for m in task.mounts), *task.live, task.folder])
-        return namespace.assemble(task.mounts, live=task.live)
+        assembly = namespace.assemble(task.mounts, live=task.live)
+    else:
+        assembly = namespace.observe(task.mounts)
+    # After the assembly, which may have made another tree the root.
     namespace.leave_marker(RunId(task.run).token, str(RunFolder(Path(task.folder)).marker))
-    return namespace.observe(task.mounts)
+    return assembly
 
 
 def _stand_in(cwd: str) -> None:

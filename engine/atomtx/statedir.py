@@ -69,15 +69,16 @@ def prepare(path: Path) -> Path:
             f"the state directory {path} belongs to user {info.st_uid}, not to {os.geteuid()}",
             hint="run atomtx as its owner (root), or set ATOMTX_STATE_DIR",
         )
-    if stat.S_IMODE(info.st_mode) & 0o077:
-        path.chmod(0o700)
     fstype = _file_system(path)
     if fstype in REMOTE_FILE_SYSTEMS:
         raise UserError(
             f"the state directory {path} is on a remote file system ({fstype})", hint=hint
         )
     try:
+        if stat.S_IMODE(info.st_mode) & 0o077:
+            path.chmod(0o700)
         (path / "runs").mkdir(mode=0o700, exist_ok=True)
+        os.utime(path)  # mkdir(2) finds no fault where there is nothing to make
     except OSError as exc:
         raise UserError(
             f"the state directory {path} cannot be written: {exc.strerror}", hint=hint
@@ -105,7 +106,7 @@ class RunFolder:
     progress.json   where the client is; replaced about once a second, never synced
     end             how the client's work ended; durable, in space reserved before it started
     runner.log      what the runner itself had to say when it failed
-    marker          where a run whose mounts are the host's marks its own namespace
+    marker          where a run marks its own namespace
     tmp             the client's TMPDIR where the set would freeze the usual one
     """
 

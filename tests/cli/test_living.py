@@ -37,9 +37,7 @@ UNDONE = (
     "UPDATE runs SET state = 'destroyed', outcome = 'rolled-back', ended_at = started_at + 1, "
     "reason = 'interrupted by SIGTERM'"
 )
-COMPLETED = (
-    "UPDATE runs SET state = 'destroyed', outcome = 'completed', ended_at = started_at + 1"
-)
+COMPLETED = "UPDATE runs SET state = 'destroyed', outcome = 'completed', ended_at = started_at + 1"
 PARKED = "UPDATE runs SET state = 'unmounting', outcome = 'completed', cleanup = 'parked'"
 
 

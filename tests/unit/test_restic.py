@@ -98,7 +98,7 @@ def test_tree() -> None:
     launch = Restic().launch(settings(), NEW, moment)
     assert launch.cwd == "/tree"
     assert launch.commands[0][4:] == (
-        *("--retry-lock=10m", "--group-by=host,tags", "--exclude=/tree/srv/a\\*"),
+        *("--retry-lock=10m", "--exclude=/tree/srv/a\\*"),
         *("--", "usr/home", "srv"),
     )
 

@@ -10,74 +10,72 @@ set -euo pipefail
 
 cache=${1:?usage: build.sh CACHE_DIR}
 here=$(cd "$(dirname "$0")" && pwd)
+# shellcheck source=tests/vm/versions.sh
 . "$here/versions.sh"
+python=${PYTHON:-python3}
 root=$cache/root.partial
 final=$cache/machine-$IMAGE_VERSION
 
 say() { printf 'vm: %s\n' "$*" >&2; }
-[ "$(id -u)" = 0 ] || { say 'building the test machine needs root'; exit 1; }
+give_up() { tail -20 "$1" >&2; say "failed, see $1"; exit 1; }
+
 [ -e "$final/complete" ] && exit 0
+[ "$(id -u)" = 0 ] || { say 'building the test machine needs root'; exit 1; }
+# In a mount namespace of its own: a build that is killed leaves no mounts behind.
+[ "${ATOMTX_BUILD:-}" = unshared ] || exec env ATOMTX_BUILD=unshared unshare --mount "$0" "$cache"
+mkdir -p "$cache"
 exec 9>"$cache/build.lock"
 flock 9
 [ -e "$final/complete" ] && exit 0
 
-need=()
-for pair in qemu-system-x86_64:qemu-system-x86 qemu-img:qemu-utils mmdebstrap:mmdebstrap \
-            ssh:openssh-client mke2fs:e2fsprogs; do
-  command -v "${pair%%:*}" >/dev/null || need+=("${pair##*:}")
-done
-if [ ${#need[@]} -gt 0 ]; then
-  say "installing on this host: ${need[*]}"
-  apt-get update -q >&2
-  DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends "${need[@]}" >&2
-fi
-command -v go >/dev/null || { say 'Go is needed to build kopia and the restic versions'; exit 1; }
-
-mkdir -p "$cache"
+"$here/needs.sh" qemu-system-x86_64 qemu-img mmdebstrap ssh ssh-keygen mke2fs go pip
 "$here/clients.sh" "$cache"
 
-mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 2>/dev/null |
-         grep -m1 -E '/debian/?$' || echo http://deb.debian.org/debian)
-say "installing Debian trixie from $mirror (some minutes)"
+sources=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 2>/dev/null || true)
+mirror=$(grep -m1 -E '/debian/?$' <<<"$sources" || echo http://deb.debian.org/debian)
+options=(--aptopt='APT::Install-Recommends "false"')
+while read -r line; do
+  options+=(--aptopt="$line")
+done < <(apt-config dump Acquire | grep -iE '^Acquire::https?::proxy' || true)
+say "installing Debian trixie from $mirror and compiling its ZFS module (about 10 minutes)"
 rm -rf --one-file-system "$root"
-mmdebstrap --variant=minbase --components=main,contrib \
-  --aptopt='APT::Install-Recommends "false"' \
-  --include="$(echo "$DEBIAN_PACKAGES" | tr -s ' \n' ',,' | sed 's/^,//;s/,$//')" \
-  trixie "$root" "$mirror" >"$cache/debootstrap.log" 2>&1 ||
-  { tail -20 "$cache/debootstrap.log" >&2; exit 1; }
+# shellcheck disable=SC2086  # a list of words
+mmdebstrap --variant=minbase --components=main,contrib "${options[@]}" \
+  --include="$(printf '%s,' $DEBIAN_PACKAGES)" \
+  trixie "$root" "$mirror" >"$cache/debootstrap.log" 2>&1 || give_up "$cache/debootstrap.log"
 kernel=$(basename "$(ls -d "$root"/lib/modules/*)")
-
-say "compiling the ZFS module for $kernel (about 5 minutes)"
 mount -t proc proc "$root/proc"
 mount --bind /dev "$root/dev"
-trap 'umount "$root/proc" "$root/dev" 2>/dev/null || true' EXIT
-chroot "$root" dkms autoinstall -k "$kernel" >"$cache/dkms.log" 2>&1 ||
-  { tail -20 "$cache/dkms.log" >&2; exit 1; }
-chroot "$root" depmod "$kernel"
-chroot "$root" modinfo -k "$kernel" zfs >/dev/null
+{
+  chroot "$root" dkms autoinstall -k "$kernel"  # most likely done by the package already
+  chroot "$root" depmod "$kernel"
+  chroot "$root" modinfo -k "$kernel" zfs
+} >"$cache/dkms.log" 2>&1 || give_up "$cache/dkms.log"
 
 say 'installing our Python dependencies'
-python3 -m pip download -q --dest "$root/wheels" --python-version 3.13 --only-binary=:all: \
+# shellcheck disable=SC2086  # a list of words
+"$python" -m pip download -q --dest "$root/wheels" --python-version 3.13 --only-binary=:all: \
   $PYTHON_PACKAGES
 chroot "$root" python3 -m venv /venv
-chroot "$root" /venv/bin/pip install -q --no-index --find-links /wheels $PYTHON_PACKAGES
+# shellcheck disable=SC2086
+chroot "$root" env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin /venv/bin/pip install -q --no-index --find-links /wheels $PYTHON_PACKAGES
 
 say 'configuring the machine'
-install -d -m 700 "$root/root/.ssh" "$root/clients"
+install -d -m 700 "$root/root/.ssh"
+install -d -m 755 "$root/clients"
 install -m 755 "$cache/clients"/* "$root/clients/"
+ln -s /usr/bin/restic "$root/clients/restic-0.18"
 ln -s /clients/kopia "$root/usr/local/bin/kopia"
-ssh-keygen -q -t ed25519 -N '' -f "$cache/key.partial"
+rm -f "$cache/key.partial" "$cache/key.partial.pub"
+ssh-keygen -q -t ed25519 -N '' -C atomtx-vm -f "$cache/key.partial"
 install -m 600 "$cache/key.partial.pub" "$root/root/.ssh/authorized_keys"
 "$here/configure.sh" "$root"
-cat >"$root/etc/initramfs-tools/conf.d/atomtx" <<'EOF'
-MODULES=list
-RESUME=none
-EOF
+printf '%s\n' MODULES=list RESUME=none >"$root/etc/initramfs-tools/conf.d/atomtx"
 printf '%s\n' virtio_pci virtio_blk virtio_net ext4 >"$root/etc/initramfs-tools/modules"
+rm -f "$root/boot/initrd.img-$kernel"
 chroot "$root" update-initramfs -c -k "$kernel" >"$cache/initramfs.log" 2>&1 ||
-  chroot "$root" update-initramfs -u -k "$kernel" >>"$cache/initramfs.log" 2>&1
+  give_up "$cache/initramfs.log"
 umount "$root/proc" "$root/dev"
-trap - EXIT
 
 say 'writing the disk'
 rm -rf "$final.partial"

@@ -31,9 +31,14 @@ chroot "$root" systemctl mask apt-daily.timer apt-daily-upgrade.timer man-db.tim
   systemd-timesyncd.service e2scrub_all.timer dpkg-db-backup.timer zfs-zed.service \
   zfs-import-cache.service zfs-import-scan.service fstrim.timer logrotate.timer \
   systemd-tmpfiles-clean.timer systemd-networkd-wait-online.service e2scrub_reap.service \
-  >/dev/null 2>&1
+  systemd-udev-settle.service >/dev/null 2>&1
+mkdir -p "$root/etc/systemd/system-generators"
+ln -sf /dev/null "$root/etc/systemd/system-generators/systemd-ssh-generator"
 # No questions at the first boot, and no journal that writes to the disk under test.
 chroot "$root" systemd-machine-id-setup >/dev/null 2>&1
 mkdir -p "$root/etc/systemd/journald.conf.d"
 printf '[Journal]\nStorage=volatile\n' >"$root/etc/systemd/journald.conf.d/atomtx.conf"
 chroot "$root" passwd -d root >/dev/null
+echo 'LANG=C.UTF-8' >"$root/etc/default/locale"
+# Nothing to bring up to date at the first boot.
+touch "$root/etc/.updated" "$root/var/.updated"

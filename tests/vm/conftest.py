@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.vm import remote
 from tests.vm.machine import DATA_DISKS, Machine, MachineError, install, open_machine
 
 HERE = Path(__file__).parent
@@ -32,6 +33,7 @@ def machine() -> Iterator[Machine]:
             install(machine)
             machine.run("python3 -m compileall -q /venv/lib/python3.*/site-packages/atomtx")
             machine.run("atomtx --version && atomtx --help")
+            remote.install(machine)
             machine.save("clean")
             machine.run(f"zpool create tank {DATA_DISKS[0]} && zfs list tank >/dev/null && sync")
             machine.save("tank")

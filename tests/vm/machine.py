@@ -49,12 +49,16 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 DISKS = ("root", "data1", "data2")
 DATA_DISKS = ("/dev/disk/by-id/virtio-data1", "/dev/disk/by-id/virtio-data2")
 DATA_DISK_SIZE = "8G"
+AGENT_PORT = 7777  # in the machine; see agent.py
 # Never `-accel kvm`, nor a list that has it: /dev/kvm can be there and not work.  With cx16
 # qemu 7.2 corrupts the guest kernel's slab lists.
 QEMU = (
     *("qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "Nehalem,-cx16", "-smp", "2"),
     *("-m", "2048", "-nodefaults", "-no-user-config", "-display", "none"),
-    *("-netdev", "user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:0-:22"),
+    *(
+        "-netdev",
+        "user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:0-:22,hostfwd=tcp:127.0.0.1:0-:7777",
+    ),
     *("-device", "virtio-net-pci,netdev=net", "-device", "virtio-rng-pci"),
 )
 KERNEL_ARGUMENTS = "root=/dev/vda rw console=ttyS0 net.ifnames=0 mitigations=off panic=-1 quiet"
@@ -88,6 +92,7 @@ class Machine:
         self.image = image  # the kernel, the initrd and the ssh key
         self._outlive = outlive  # qemu stays when this process ends
         self.port = 0
+        self.agent_port = 0
         self.pid = 0
         # A socket's path may have 107 bytes, and a cache folder's can be long.
         name = hashlib.sha256(os.fsencode(folder)).hexdigest()[:12]
@@ -271,10 +276,11 @@ class Machine:
                     raise
                 time.sleep(0.05)
                 continue
-            found = re.search(r"HOST_FORWARD\D+\d+\s+127\.0\.0\.1\s+(\d+)", told)
-            if found is None:
+            ports = dict(re.findall(r"HOST_FORWARD.*127\.0\.0\.1\s+(\d+)\s+\S+\s+(\d+)", told))
+            by_guest = {int(guest): int(host) for host, guest in ports.items()}
+            if 22 not in by_guest:
                 raise MachineError("qemu forwards no port")
-            self.port = int(found[1])
+            self.port, self.agent_port = by_guest[22], by_guest[AGENT_PORT]
             return
 
     def _alive(self) -> bool:

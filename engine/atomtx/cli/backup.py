@@ -170,7 +170,7 @@ class _Backup:
             recursive=options["recursive"],
             exclude=options["exclude"],
             layout=options["layout"],
-            root=options["root"],
+            root=_resolved(options["root"]),
         )
 
     def _check_atomic(self, made: Plan) -> None:

@@ -227,8 +227,6 @@ def _own_options(version: Version, moment: Moment, given: frozenset[str]) -> Ite
     """Return the options that atomtx adds where the user did not decide."""
     if version >= _WITH_GROUP_BY and "--retry-lock" not in given:
         yield f"--retry-lock={_RETRY_LOCK}"
-    if moment.root and version >= _WITH_GROUP_BY and "--group-by" not in given:
-        yield "--group-by=host,tags"
     if moment.parent is not None and not given & {"--parent", "--force"}:
         yield f"--parent={moment.parent}"
     # Patterns are matched with the real location, also of a relative argument.

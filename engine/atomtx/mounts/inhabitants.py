@@ -11,20 +11,20 @@ from . import mountinfo
 from .namespace import identity
 
 
-def of(token: str, *, in_namespace: bool) -> list[int]:
+def of(token: str) -> list[int]:
     """
     Return the processes whose mount namespace is the one of the run with *token*.
 
-    It shows a mount with the token as its source, or, where the run's mounts are *in_namespace*
-    and so nobody else's, a snapshot with the token as its name.
+    It shows the marker, a mount with the token as its source.  A mounted snapshot of the run
+    would prove nothing: what somebody mounts on the host, or looks at in `.zfs/snapshot`, is
+    seen in the namespace of every service as well, and these processes are ended.
     """
-
-    def is_ours(table: mountinfo.Table) -> bool:
-        return any(
-            e.source == token or (in_namespace and e.source.endswith(f"@{token}")) for e in table
-        )
-
-    return [pid for pids, table in _foreign_namespaces() if is_ours(table) for pid in pids]
+    return [
+        pid
+        for pids, table in _foreign_namespaces()
+        if any(entry.source == token for entry in table)
+        for pid in pids
+    ]
 
 
 def mounted(snapshots: Collection[str]) -> list[str]:

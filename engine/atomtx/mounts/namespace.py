@@ -92,8 +92,9 @@ def leave_marker(token: str, folder: str) -> None:
     """
     Mount an empty file system named *token* on *folder*, in this namespace.
 
-    It tells the run's processes by their mount table where the run's mounts are the host's,
-    and so cannot: a wrapper may close every inherited descriptor, but not leave a namespace.
+    It tells the run's processes by their mount table: a wrapper may close every inherited
+    descriptor, but hardly leaves the namespace.  Nothing propagates from here, so that nobody
+    else's table shows it.
     """
     mount(token, folder, "tmpfs", MS_RDONLY | MS_NOSUID | MS_NODEV, "size=4k,mode=700")
 

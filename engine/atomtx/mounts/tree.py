@@ -40,19 +40,36 @@ def check_free(mounts: Sequence[Mount]) -> None:
                 f"something is mounted at {each.mountpoint} already",
                 hint="unmount it, or choose another --root",
             )
+        if os.path.realpath(each.mountpoint) != each.mountpoint:
+            # The kernel's table would show our mount under another name: never to be found again.
+            raise UserError(
+                f"the way to {each.mountpoint} leads over a symbolic link",
+                hint="choose another --root",
+            )
         with suppress(FileNotFoundError):
-            if os.listdir(each.mountpoint):
+            if _is_used(each.mountpoint):
                 raise UserError(
-                    f"the directory {each.mountpoint} is not empty",
+                    f"{each.mountpoint} is not an empty directory",
                     hint="empty it, or choose another --root",
                 )
+
+
+def _is_used(path: str) -> bool:
+    try:
+        return bool(os.listdir(path))
+    except NotADirectoryError:
+        return True
 
 
 def make(mounts: Sequence[Mount], directories: Sequence[str]) -> None:
     """Make the directories and the mounts, parents first; idempotent."""
     for directory in directories:
-        with suppress(FileExistsError):
+        try:
             os.mkdir(directory, 0o700)
+        except FileExistsError:
+            continue
+        except OSError as exc:
+            raise EffectError(f"cannot make {directory}: {exc.strerror}") from exc
     table = mountinfo.read()
     for each in mounts:
         found = mountinfo.topmost(table, each.mountpoint)

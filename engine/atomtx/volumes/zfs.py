@@ -73,10 +73,14 @@ class Zfs:
         done = self._run(
             "zfs", "get", "-Hp", "-o", "name,property,value,source", properties, *snapshots
         )
-        strange = [line for line in done.stderr.splitlines() if not _says_absent(line)]
-        if strange:
-            raise EffectError(f"cannot look at the snapshots: {strange[0]}")
-        return _identities(done.stdout)
+        said = [line for line in done.stderr.splitlines() if line.strip()]
+        strange = [line for line in said if not _says_absent(line)]
+        found = _identities(done.stdout)
+        # One line for each that is absent; a command that was killed says nothing of the others.
+        if strange or len(found) + len(said) < len(set(snapshots)):
+            said_last = strange[0] if strange else f"`zfs get` ended with status {done.status}"
+            raise EffectError(f"cannot look at the snapshots: {said_last}")
+        return found
 
     def marked(self, pools: Collection[str]) -> list[tuple[str, str]]:
         """Return (snapshot, run id) of every snapshot of *pools* that carries a mark of its own."""
@@ -257,7 +261,7 @@ def _verdict(answer: str) -> str:
 
 
 def _says_absent(line: str) -> bool:
-    return not line.strip() or any(text in line for text in _ABSENT)
+    return any(text in line for text in _ABSENT)
 
 
 def _check_length(snapshots: Sequence[str]) -> None:

@@ -1,0 +1,108 @@
+"""Runs killed in each state, on real ZFS with real restic: nothing is lost or left over."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.vm import remote
+from tests.vm.machine import Machine
+from tests.vm.remote import atomtx, backups, restic_command, runs, stop_at
+from tests.vm.tank import fill, leftovers, make_datasets
+
+STATES = ("planned", "snapshotted", "mounted", "backing-up", "unmounting")
+DATASETS = ("tank/a", "tank/a/b c", "tank/d")
+
+
+@pytest.fixture
+def filled(vm: Machine) -> Machine:
+    """The machine with three datasets, a repository, and a foreign snapshot beside ours."""
+    make_datasets(vm, *DATASETS)
+    for name in DATASETS:
+        fill(vm, f"/{name}", files=3, size_bytes=100_000)
+    vm.run(f"zfs snapshot tank/a@atomtx-0123456789abcdef && {restic_command('init')}")
+    return vm
+
+
+def settle(vm: Machine) -> None:
+    """Recover until nothing is open; a second time changes nothing."""
+    answer = atomtx(vm, "recover")
+    assert answer.status == 0, answer.output
+    before = runs(vm)
+    answer = atomtx(vm, "recover")
+    assert answer.status == 0, answer.output
+    assert "nothing to recover" in answer.output
+    assert runs(vm) == before
+
+
+def check_clean(vm: Machine) -> None:
+    """Nothing of ours is left, and what is not ours is still there."""
+    assert leftovers(vm, foreign=["tank/a@atomtx-0123456789abcdef"]) == []
+    assert vm.run("zfs list -H tank/a@atomtx-0123456789abcdef").status == 0
+    assert all(run["state"] == "destroyed" for run in runs(vm))
+
+
+@pytest.mark.parametrize("who", ["front", "runner", "all"])
+@pytest.mark.parametrize("state", STATES)
+def test_killed_in_state(filled: Machine, state: str, who: str) -> None:
+    """
+    Killed in any state, with or without its runner and client, a run is settled by recover.
+
+    It is completed from the same snapshots where they had been taken, and rolled back where not
+    (promises 3 to 6); a second recover changes nothing.
+    """
+    vm = filled
+    answer = atomtx(vm, "backup", "-r", "tank/a", "tank/d", kill=stop_at(f"journal:{state}#1", who))
+    assert answer.status == -9, answer.output
+    settle(vm)
+    check_clean(vm)
+    (run,) = runs(vm)
+    if state == "planned":
+        assert run["outcome"] == "rolled-back"
+        assert backups(vm) == []
+        return
+    assert run["outcome"] == "completed"
+    assert len(backups(vm)) == 1
+    restored = vm.run(
+        f"rm -rf /tmp/r && {restic_command('restore latest --target /tmp/r')} >/dev/null &&"
+        " diff -r /tank/a /tmp/r/tank/a && diff -r /tank/d /tmp/r/tank/d"
+    )
+    assert restored.status == 0
+
+
+@pytest.mark.parametrize("who", ["front", "child"])
+@pytest.mark.parametrize(
+    "point",
+    ["start:zfs snapshot#1", "start:zfs hold#1", "start:zfs release#1", "start:zfs program#1"],
+)
+def test_killed_inside_command(filled: Machine, point: str, who: str) -> None:
+    """A kill of the front end, or of `zfs` itself, while `zfs` changes the pool, is settled."""
+    vm = filled
+    answer = atomtx(vm, "backup", "-r", "tank/a", "tank/d", kill=stop_at(point, who))
+    assert answer.status in ((-9,) if who == "front" else (0, 1, 4)), answer.output
+    settle(vm)
+    check_clean(vm)
+    (run,) = runs(vm)
+    completed = run["outcome"] == "completed"
+    assert completed == bool(backups(vm))
+    assert completed or "snapshot" in point
+
+
+def test_every_point_is_found(filled: Machine) -> None:
+    """A run without a kill passes the points that the tests above name, each journal state once."""
+    answer = atomtx(filled, "backup", "-r", "tank/a", "tank/d", kill={"at": "none"})
+    assert answer.status == 0, answer.output
+    assert [p for p in answer.points if p.startswith("journal:") and "+" not in p] == [
+        f"journal:{state}#1" for state in (*STATES, "destroyed")
+    ]
+    programs = [p for p in answer.points if p.startswith("start:zfs")]
+    assert programs == [
+        "start:zfs list#1",
+        "start:zfs snapshot#1",
+        "start:zfs get#1",
+        "start:zfs hold#1",
+        "start:zfs get#2",
+        "start:zfs release#1",
+        "start:zfs program#1",
+    ]
+    check_clean(filled)
+    assert remote.runs(filled)[0]["outcome"] == "completed"
