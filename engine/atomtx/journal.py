@@ -249,7 +249,7 @@ class Journal:
             change.finish()
 
     def expire(self, keep_s: float) -> int:
-        """Forget runs that ended more than *keep_s* seconds ago, with their files; return how many."""
+        """Forget runs that ended over *keep_s* seconds ago, with their files; return how many."""
         before = now_us() - int(keep_s * 1e6)
         old = (runs.c.state == "destroyed") & (runs.c.ended_at < before)
         with self._transaction() as connection:

@@ -23,7 +23,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-
 _GLANCE_S = 0.1  # `is_held` takes the lock, shared, for an instant: not to be taken for a holder
 
 

@@ -37,6 +37,7 @@ from .clients import Backup, End, Moment, Reader
 from .errors import AtomtxError, EffectError
 from .intents import Mount
 from .mounts import namespace
+from .mounts.witness import Witness
 from .names import RunId
 from .redact import Redactor
 from .statedir import RunFolder
@@ -156,10 +157,13 @@ class Log:
 class Supervisor:
     """Runs the client's commands one after the other and reads what they print."""
 
-    def __init__(self, task: Task, folder: RunFolder, wakeup: socket.socket) -> None:
+    def __init__(
+        self, task: Task, folder: RunFolder, wakeup: socket.socket, witness: Witness
+    ) -> None:
         self._task = task
         self._folder = folder
         self._wakeup = wakeup
+        self._witness = witness
         self._redactor = Redactor(dict(os.environ))
         self._log = Log(folder.log, self._redactor)
         self._reader: Reader = clients.load(task.client).reader(task.moment)
@@ -206,11 +210,13 @@ class Supervisor:
                 selector.register(pipe, selectors.EVENT_READ, self._feeder(pipe, take))
             selector.register(pidfd, selectors.EVENT_READ, None)
             selector.register(self._wakeup, selectors.EVENT_READ, self._on_signal)
+            if self._witness.saw is False:
+                selector.register(self._witness.descriptor, selectors.EVENT_READ, self._on_read)
             while self._turn(selector, pidfd):
                 pass
             # A descendant may keep a pipe open for ever: read what is there, and go.
             for key in list(selector.get_map().values()):
-                if callable(key.data) and key.fileobj is not self._wakeup:
+                if key.fileobj in (child.stdout, child.stderr):
                     key.data(selector)
         os.close(pidfd)
         child.stdout.close()
@@ -265,6 +271,10 @@ class Supervisor:
             self._folder.write_progress(
                 {"attempt": self._task.attempt, **asdict(self._reader.progress)}
             )
+
+    def _on_read(self, selector: selectors.BaseSelector) -> None:
+        if self._witness.look():
+            selector.unregister(self._witness.descriptor)
 
     # -- stopping --------------------------------------------------------------------------
 
@@ -393,19 +403,32 @@ def _serve(task: Task, folder: RunFolder, conversation: Conversation, wakeup: so
     folder.reserve_end()
     assembly = _assemble(task)
     _stand_in(task.cwd)
-    supervisor = Supervisor(task, folder, wakeup)
-    conversation.tell(mounted=True, empty=sorted(assembly.empty()))
+    empty = sorted(assembly.empty())
+    witness = Witness([m.mountpoint for m in task.mounts])
+    supervisor = Supervisor(task, folder, wakeup, witness)
+    conversation.tell(mounted=True, empty=empty)
     if not conversation.go(wakeup):
         return 1
     try:
         end = supervisor.run()
     except EffectError as exc:
         end = End(Outcome.FAILED, exc.message)
-    trouble = assembly.disturbance()
+    trouble = assembly.disturbance() or _unread(task, witness)
     if trouble:
         end = End(Outcome.FAILED, trouble, retriable=False, backups=_failed(end.backups, trouble))
     folder.write_end(end_to_json(end, attempt=task.attempt, stopped=supervisor.stopped))
     return 0
+
+
+def _unread(task: Task, witness: Witness) -> str | None:
+    """
+    Tell that a client of which we know what it does read nothing through our mounts.
+
+    What a command of the user's own must read is between it and the user.
+    """
+    if task.client == "command" or not task.mounts or witness.look() is not False:
+        return None
+    return "the client read nothing of the frozen files: does it leave its mount namespace?"
 
 
 def _failed(backups: tuple[Backup, ...], reason: str) -> tuple[Backup, ...]:

@@ -53,15 +53,17 @@ def grow(machine: Machine, have: int, want: int) -> None:
     """Add datasets, each with a file, until there are *want* below tank/m."""
     machine.run(
         "zfs list tank/m >/dev/null 2>&1 || zfs create tank/m;"
-        f" for i in $(seq {have + 1} {want - 1}); do zfs create tank/m/d$i && echo $i > /tank/m/d$i/f;"
-        " done; echo m > /tank/m/f; sync",
+        f" for i in $(seq {have + 1} {want - 1}); do"
+        " zfs create tank/m/d$i && echo $i > /tank/m/d$i/f; done; echo m > /tank/m/f; sync",
         timeout=3000,
     )
 
 
 def row(machine: Machine, size: int) -> str:
     """Measure both sides in turn and return a line of the table."""
-    floors, runs, points = [], [], ()
+    floors: list[float] = []
+    runs: list[float] = []
+    points: tuple[str, ...] = ()
     for _ in range(ROUNDS):
         floors.append(json.loads(machine.run("python3 /root/floor.py tank/m", timeout=900).stdout))
         seconds, answer = timed(

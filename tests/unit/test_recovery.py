@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atomtx import recovery, states
+from atomtx.records import Run
 from atomtx.recovery import (
     MAX_ATTEMPTS,
     Adopt,
@@ -26,7 +27,6 @@ from atomtx.recovery import (
     Wish,
     within_patience,
 )
-from atomtx.records import Run
 from atomtx.states import Outcome
 from tests.runs import a_plan, a_run
 
@@ -54,9 +54,9 @@ TORN = RollBack("the snapshots are not of one moment")
 LOCKED = Wait("the key is not loaded")
 
 
-def run_in(state: str, attempts: int = 1, **values: object) -> Run:
+def run_in(state: str, attempts: int = 1) -> Run:
     attempts = 0 if state == states.PLANNED else attempts
-    return a_run(state=state, attempts=attempts, **values)
+    return a_run(state=state, attempts=attempts)
 
 
 def probes(**values: object) -> Probes:
@@ -164,7 +164,7 @@ def test_known_end(end: Ended, seen: Probes, rollback: bool) -> None:
 
 @pytest.mark.parametrize("state", [states.SNAPSHOTTED, states.MOUNTED])
 def test_end_of_another_attempt(state: str) -> None:
-    """A run that is not backing up has no client's end: a record that is there is an older one's."""
+    """A run that is not backing up has no client's end: the record is an older one's."""
     assert recovery.decide(run_in(state), probes(ended=COMPLETED), Wish()) == RESUME
 
 

@@ -126,10 +126,10 @@ class Crash:
 
     def install(self) -> None:
         """Put the points around the journal's transactions and the starting of programs."""
-        from atomtx import journal, process
+        from atomtx import journal
 
         change, begin = journal.Journal.change, journal.Journal.begin
-        popen = process.subprocess.Popen
+        popen: Any = subprocess.Popen
         crash = self
 
         @contextmanager
@@ -138,7 +138,7 @@ class Crash:
             with change(self, run) as made:
                 yield made
                 made.finish()
-                made.finish = lambda: None
+                made.finish = lambda: None  # type: ignore[method-assign]
                 crash.pass_("before:" + _goal(self, run, made))
             crash.pass_("journal:" + _goal(self, run, made))
 
@@ -148,7 +148,7 @@ class Crash:
             crash.pass_("journal:planned")
             return run
 
-        class Popen(popen):  # type: ignore[misc, valid-type]
+        class Popen(popen):  # type: ignore[misc]
             def __init__(self, argv: Any, **options: Any) -> None:
                 super().__init__(argv, **options)
                 self._name = " ".join(argv[:2]) if argv[0] in ("zfs", "zpool") else argv[0]
@@ -159,9 +159,12 @@ class Crash:
                 crash.pass_("end:" + self._name)
                 return done
 
-        journal.Journal.change = changed  # type: ignore[method-assign]
-        journal.Journal.begin = begun  # type: ignore[method-assign]
-        process.subprocess.Popen = Popen  # type: ignore[misc]
+        for owner, name, wrapped in (
+            (journal.Journal, "change", changed),
+            (journal.Journal, "begin", begun),
+            (subprocess, "Popen", Popen),
+        ):
+            setattr(owner, name, wrapped)
 
     def pass_(self, name: str, child: int | None = None) -> None:
         """Note a point; die if it is the one."""

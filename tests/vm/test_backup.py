@@ -180,7 +180,8 @@ def test_root_on_zfs(repo: Machine) -> None:
         " cp -a /usr/bin /usr/sbin /usr/lib64 usr/ 2>/dev/null || true; mkdir -p usr/lib;"
         " cp -a /usr/lib/x86_64-linux-gnu /usr/lib/python3* usr/lib/;"
         " ln -s usr/bin usr/sbin . ;"
-        " ln -s usr/lib usr/lib64 . ; cp -a /etc/passwd /etc/group /etc/machine-id etc/; cp -a /venv .;"
+        " ln -s usr/lib usr/lib64 . ;"
+        " cp -a /etc/passwd /etc/group /etc/machine-id etc/; cp -a /venv .;"
         " cp -a /srv/repo srv/; echo hello > home/greeting; sync",
         timeout=900,
     )
