@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection
+from contextlib import suppress
 
 from . import errand, locks, states
-from .errors import EffectError
+from .errors import EffectError, JournalFullError
 from .intents import (
     DestroySnapshots,
     EndClient,
@@ -45,11 +46,14 @@ class Cleaner:
         self._folder = folder
         self._zfs = zfs
         self._warn = warn
+        # Proven by this process and held ever since: nobody can have put others in their place.
+        self.held: dict[str, Identity] = {}
 
     def clean(self, run: Run) -> Run:
         """Take a run from `unmounting` to `destroyed`, or park it where something is in use."""
         assert run.state == states.UNMOUNTING
         try:
+            run = self._identify(run)
             verdicts = self.remove_traces(run)
         except EffectError as exc:
             return self._park(run, str(exc))
@@ -65,7 +69,8 @@ class Cleaner:
         Idempotent.  Raises EffectError for what cannot be undone now.
         """
         self.unmount(run)
-        found = self._identities(run)
+        found = self.held or self._identities(run)
+        self.held = {}  # released now: from here on only a probe proves
         names = sorted(name for name in found)
         self._zfs.release(names, tag=RunId(run.id).token)
         verdicts = {v.snapshot: "absent" for v in run.volumes}
@@ -81,8 +86,20 @@ class Cleaner:
             raise EffectError(trouble)  # "not found" is then not "gone" (promise 2)
         return verdicts
 
+    def _identify(self, run: Run) -> Run:
+        """Journal the identities that a crash kept out of it, before anything is destroyed."""
+        if all(volume.guid for volume in run.volumes):
+            return run
+        found = self._identities(run)
+        if not found:
+            return run
+        # A full disk must not stop an undo: name, token and mark are the proof then.
+        with suppress(JournalFullError), self._journal.change(run) as change:
+            change.identify({n: (i.guid, i.createtxg) for n, i in found.items()})
+        return self._journal.load(run.id)
+
     def _identities(self, run: Run) -> dict[str, Identity]:
-        """Return those snapshots of the run that are proven ours; journal what was not yet."""
+        """Return those snapshots of the run that are proven ours."""
         found = self._zfs.identities([v.snapshot for v in run.volumes])
         return {
             v.snapshot: found[v.snapshot]

@@ -83,6 +83,7 @@ class Executor:
         self._cleaner = Cleaner(journal, folder, self._zfs, tell.warn)
         self._errand: errand.Errand | None = None
         self._taken = False  # the snapshots of a planned run are there already
+        self._found: dict[str, Identity] = {}  # by this process, since it took them
         self.interrupted: Interrupted | None = None
 
     # -- the course ------------------------------------------------------------------------
@@ -174,14 +175,13 @@ class Executor:
         took = (datetime.now(UTC) - started).total_seconds()
         found = self._zfs.identities([v.snapshot for v in run.volumes])
         _check_taken(run, found, [c for c in complaints if c])
+        self._found = found
         detail = f"one transaction group a pool; {len(steps)} pools within {took:.3f} s"
         with self._journal.change(run) as change:
             for step in steps:
                 change.ended(step, "done", detail if len(steps) > 1 else None)
                 change.intend(_hold(step.intent))
-            for volume in run.volumes:
-                identity = found[volume.snapshot]
-                change.identify(volume, identity.guid, identity.createtxg)
+            change.identify({n: (i.guid, i.createtxg) for n, i in found.items()})
             moment = min(found[v.snapshot].creation_s for v in run.volumes)
             change.set(moment_at=moment * 1_000_000)
             change.fire(Event.SNAPSHOTS_TAKEN)
@@ -197,10 +197,10 @@ class Executor:
     # -- snapshotted -> mounted ------------------------------------------------------------
 
     def _hold_and_mount(self, run: Run) -> Run:
-        holds = run.pending(HoldSnapshots)
-        for step in holds:
+        for step in run.pending(HoldSnapshots):
             assert isinstance(step.intent, HoldSnapshots)
             self._zfs.hold(step.intent.snapshots, tag=step.intent.tag)
+        self._cleaner.held = self._found
         intent = self._mount_intent(run)
         run = self._intend_mounts(run, intent)
         launch, task = self._task(run, intent)

@@ -16,12 +16,22 @@ import shutil
 import sqlite3
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Row, create_engine, event, insert, select, update
+from sqlalchemy import (
+    Connection,
+    Engine,
+    Row,
+    bindparam,
+    create_engine,
+    event,
+    insert,
+    select,
+    update,
+)
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.pool import StaticPool
@@ -63,6 +73,8 @@ class Journal:
         self._engine = engine
         self._lock = lock
         self._machine = StateMachine(_persist)
+        self._plans: dict[str, Plan] = {}
+        self._intents: dict[int, Intent] = {}  # a step's intent never changes
 
     @classmethod
     def open(cls, state: Path) -> Journal:
@@ -145,13 +157,13 @@ class Journal:
             row = connection.execute(select(runs).where(runs.c.id == run)).one_or_none()
             if row is None:
                 raise JournalError(f"no run {run} in {self.path}", hint="see `atomtx history`")
-            return _run(connection, row)
+            return self._read(connection, row)
 
     def open_runs(self) -> list[Run]:
         """Return every run that is not destroyed, the oldest first."""
         query = select(runs).where(runs.c.state != "destroyed").order_by(runs.c.started_at)
         with self._transaction() as connection:
-            return [_run(connection, row) for row in connection.execute(query).all()]
+            return [self._read(connection, row) for row in connection.execute(query).all()]
 
     def last_completed(self, job: str) -> tuple[dict[str, bool], int, tuple[str, ...]] | None:
         """
@@ -175,6 +187,39 @@ class Journal:
             )
             empty = {v.guid: bool(v.is_empty) for v in connection.execute(seen)}
             return empty, row.moment_at, tuple(connection.scalars(ids.order_by(backups.c.n)))
+
+    def _read(self, connection: Connection, row: Row[Any]) -> Run:
+        vols = select(volumes).where(volumes.c.run == row.id).order_by(volumes.c.n)
+        todo = select(steps).where(steps.c.run == row.id).order_by(steps.c.id)
+        return Run(
+            id=row.id,
+            job=row.job,
+            label=row.label,
+            state=row.state,
+            rev=row.rev,
+            outcome=row.outcome,
+            cleanup=row.cleanup,
+            reason=row.reason,
+            attempts=row.attempts,
+            plan=self._plan(row),
+            moment_at=row.moment_at,
+            started_at=row.started_at,
+            boot_id=row.boot_id,
+            pid=row.pid,
+            volumes=tuple(_volume(v) for v in connection.execute(vols)),
+            steps=tuple(self._step(s) for s in connection.execute(todo)),
+        )
+
+    def _plan(self, row: Row[Any]) -> Plan:
+        """Return a run's plan; it never changes, and is long for a thousand datasets."""
+        if row.id not in self._plans:
+            self._plans[row.id] = plan.from_json(row.plan)
+        return self._plans[row.id]
+
+    def _step(self, row: Row[Any]) -> Step:
+        if row.id not in self._intents:
+            self._intents[row.id] = from_json(row.kind, row.payload)
+        return Step(row.id, row.attempt, self._intents[row.id], row.compensates, row.outcome)
 
     # -- writing ---------------------------------------------------------------------------
 
@@ -218,8 +263,7 @@ class Journal:
         """
         run = self.begin(the_plan, intents)
         with self.change(run) as change:
-            for volume in run.volumes:
-                change.identify(volume, *found[volume.snapshot])
+            change.identify(found)
             change.set(outcome="rolled-back", reason="adopted: its journal was lost")
             change.fire(Event.GIVEN_UP, reason="adopted")
         return self.load(run.id)
@@ -292,22 +336,26 @@ class Change:
             .values(outcome=outcome, ended_at=now_us(), detail=detail)
         )
 
-    def identify(self, volume: Volume, guid: str, createtxg: str) -> None:
-        """Write the identity that was read back."""
-        self._connection.execute(
-            update(volumes)
-            .where(volumes.c.run == self._run.id, volumes.c.n == volume.n)
-            .values(snapshot_guid=guid, createtxg=createtxg)
+    def identify(self, identities: Mapping[str, tuple[str, str]]) -> None:
+        """Write the guid and createtxg that were read back, by snapshot; at least one."""
+        self._update_volumes(
+            {"at": v.n, "snapshot_guid": guid, "createtxg": createtxg}
+            for v in self._run.volumes
+            if v.snapshot in identities
+            for guid, createtxg in [identities[v.snapshot]]
         )
 
     def saw(self, empty: frozenset[str]) -> None:
         """Write which mountpoints were empty."""
-        for volume in self._run.volumes:
-            self._connection.execute(
-                update(volumes)
-                .where(volumes.c.run == self._run.id, volumes.c.n == volume.n)
-                .values(is_empty=int(volume.mountpoint in empty))
-            )
+        self._update_volumes(
+            {"at": v.n, "is_empty": int(v.mountpoint in empty)} for v in self._run.volumes
+        )
+
+    def _update_volumes(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        values = list(rows)
+        columns: dict[str, Any] = {n: bindparam(n) for n in values[0] if n != "at"}
+        where = (volumes.c.run == self._run.id) & (volumes.c.n == bindparam("at"))
+        self._connection.execute(update(volumes).where(where).values(columns), values)
 
     def result(self, end: End) -> None:
         """Write how the client's work ended, and each backup that it made."""
@@ -412,29 +460,6 @@ def _total(numbers: Iterator[int | None]) -> int | None:
     return sum(known) if known else None
 
 
-def _run(connection: Connection, row: Row[Any]) -> Run:
-    vols = select(volumes).where(volumes.c.run == row.id).order_by(volumes.c.n)
-    todo = select(steps).where(steps.c.run == row.id).order_by(steps.c.id)
-    return Run(
-        id=row.id,
-        job=row.job,
-        label=row.label,
-        state=row.state,
-        rev=row.rev,
-        outcome=row.outcome,
-        cleanup=row.cleanup,
-        reason=row.reason,
-        attempts=row.attempts,
-        plan=plan.from_json(row.plan),
-        moment_at=row.moment_at,
-        started_at=row.started_at,
-        boot_id=row.boot_id,
-        pid=row.pid,
-        volumes=tuple(_volume(v) for v in connection.execute(vols)),
-        steps=tuple(_step(s) for s in connection.execute(todo)),
-    )
-
-
 def _volume(row: Row[Any]) -> Volume:
     return Volume(
         n=row.n,
@@ -445,16 +470,6 @@ def _volume(row: Row[Any]) -> Volume:
         snapshot=row.snapshot,
         guid=row.snapshot_guid,
         createtxg=row.createtxg,
-    )
-
-
-def _step(row: Row[Any]) -> Step:
-    return Step(
-        id=row.id,
-        attempt=row.attempt,
-        intent=from_json(row.kind, row.payload),
-        compensates=row.compensates,
-        outcome=row.outcome,
     )
 
 
@@ -505,8 +520,14 @@ def _bring_up_to_date(path: Path, lock: int) -> Engine:
         if _version(engine) == journalfile.SCHEMA_VERSION:
             return engine
         engine.dispose()
-    _lock_for_upgrade(path, lock)
-    journalfile.check(path)  # a newer atomtx may have had the lock before us
+    if _lock_for_upgrade(path, lock):
+        journalfile.check(path)  # a newer atomtx may have had the lock before us
+        _upgrade(path)
+    # flock(2): a lock is not converted in one step, so look again under the shared one.
+    return _bring_up_to_date(path, lock)
+
+
+def _upgrade(path: Path) -> None:
     os.close(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600))
     engine = make_engine(path, foreign_keys=False)
     if (found := _version(engine)) < journalfile.SCHEMA_VERSION:
@@ -515,22 +536,25 @@ def _bring_up_to_date(path: Path, lock: int) -> Engine:
         schema.upgrade(engine)
     engine.dispose()
     sync_directory(path.parent)
-    # flock(2): a lock is not converted in one step, so look again under the shared one.
-    return _bring_up_to_date(path, lock)
 
 
-def _lock_for_upgrade(path: Path, lock: int) -> None:
+def _lock_for_upgrade(path: Path, lock: int) -> bool:
+    """Take the writers' lock alone; False where another process has upgraded it meanwhile."""
+    locked = False
+
     def try_lock() -> bool:
+        nonlocal locked
         with suppress(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        return False
+            locked = True
+        return locked or journalfile.is_current(path)
 
     if not locks.wait_until(try_lock, _UPGRADE_WAIT_S):
         raise WaitingError(
             f"the journal {path} must be upgraded, and another atomtx is using it",
             hint="try again when it has ended; `atomtx status` shows it",
         )
+    return locked
 
 
 def _back_up(engine: Engine, path: Path, version: int) -> None:

@@ -38,7 +38,7 @@ def check(path: Path) -> bool:
         return False
     if len(header) < _HEADER_BYTES or not header.startswith(_MAGIC):
         raise damaged(path, "it has no header of a database")
-    version = int.from_bytes(header[60:64], "big")
+    version = _version(header)
     application = int.from_bytes(header[68:72], "big")
     if application != APPLICATION_ID:
         raise JournalError(
@@ -52,6 +52,15 @@ def check(path: Path) -> bool:
             hint="use the newer atomtx; the journal was left untouched",
         )
     return True
+
+
+def is_current(path: Path) -> bool:
+    """Tell whether the journal has this release's tables, as its header says; see `check`."""
+    return _version(_header(path)) == SCHEMA_VERSION
+
+
+def _version(header: bytes) -> int:
+    return int.from_bytes(header[60:64], "big")
 
 
 def damaged(path: Path, cause: object) -> JournalError:

@@ -266,16 +266,22 @@ def test_adopt(journal: Journal) -> None:
 # -- transactions ----------------------------------------------------------------------------
 
 
+def overwrite(journal: Journal, run: Run, fact: Event = Event.GIVEN_UP) -> None:
+    with journal.change(run) as change:
+        change.set(attempts=9)
+        change.ended(run.steps[0], "done")
+        change.intend(RunClient("command", (("true",),), "/"))
+        change.fire(fact)
+
+
 def test_fencing(journal: Journal, state: Path) -> None:
     """Promise 6: who was overtaken gets an error, and nothing of what it wrote remains."""
     stale = begin(journal)
     with Journal.open(state) as other:
         fire(other, stale, Event.SNAPSHOTS_TAKEN)
     before = query(journal, "SELECT * FROM steps"), query(journal, "SELECT * FROM runs")
-    with pytest.raises(StaleRunError, match=RUN), journal.change(stale) as change:
-        change.ended(stale.steps[0], "done")
-        change.intend(RunClient("command", (("true",),), "/"))
-        change.fire(Event.GIVEN_UP)
+    with pytest.raises(StaleRunError, match=RUN):
+        overwrite(journal, stale)
     with pytest.raises(StaleRunError), journal.change(stale) as change:
         change.set(reason="I was here")
     assert before == (query(journal, "SELECT * FROM steps"), query(journal, "SELECT * FROM runs"))
@@ -303,21 +309,24 @@ def test_fencing_by_state(journal: Journal) -> None:
 
 
 def test_forbidden_move(journal: Journal) -> None:
-    """A move that is not in the table of states is refused, and nothing else of the change stays."""
+    """A move that is not in the table of states is refused, and nothing of the change stays."""
     run = begin(journal)
-    with pytest.raises(MachineError), journal.change(run) as change:
-        change.set(attempts=9)
-        change.ended(run.steps[0], "done")
-        change.fire(Event.CLIENT_ENDED)
+    with pytest.raises(MachineError):
+        overwrite(journal, run, Event.CLIENT_ENDED)
     assert journal.load(RUN) == run
 
 
 def test_failing_block(journal: Journal) -> None:
     """An error between two writes of a change takes both back."""
     run = begin(journal)
-    with pytest.raises(RuntimeError), journal.change(run) as change:
-        change.fire(Event.SNAPSHOTS_TAKEN)
-        raise RuntimeError
+
+    def fail() -> None:
+        with journal.change(run) as change:
+            change.fire(Event.SNAPSHOTS_TAKEN)
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert journal.load(RUN) == run
 
 
@@ -438,9 +447,10 @@ def test_newer_meanwhile(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     connection.close()
     real = journal_module._lock_for_upgrade
 
-    def wait(path: Path, lock: int) -> None:
-        real(path, lock)
+    def wait(path: Path, lock: int) -> bool:
+        locked = real(path, lock)
         make_newer(path)
+        return locked
 
     monkeypatch.setattr(journal_module, "_lock_for_upgrade", wait)
     with pytest.raises(JournalNewerError):
@@ -523,6 +533,23 @@ def test_upgrade_waits(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert journal.path.read_bytes() == before
 
 
+def test_upgraded_by_another(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who finds an old journal that another process upgrades first goes on beside that process."""
+    real = journal_module._version
+    seen: list[int] = []
+
+    def version(engine: object) -> int:
+        seen.append(real(engine) if seen else 0)  # type: ignore[arg-type]
+        return seen[-1]
+
+    with Journal.open(state) as first:
+        begin(first)
+        monkeypatch.setattr(journal_module, "_version", version)
+        with Journal.open(state) as second:
+            assert second.load(RUN) == first.load(RUN)
+    assert seen == [0, journalfile.SCHEMA_VERSION]
+
+
 # -- forgetting ------------------------------------------------------------------------------
 
 
@@ -586,8 +613,7 @@ def test_no_page_left(journal: Journal) -> None:
     pages = pragma(journal, "page_count")
     pragma(journal, f"max_page_count = {pages}")
     with pytest.raises(JournalFullError, match="no space left"), journal.change(run) as change:
-        for _ in range(1000):
-            change.intend(RunClient("command", (("x" * 1000,),), "/"))
+        change.intend(RunClient("command", (("x" * 1_000_000,),), "/"))
     assert journal.load(RUN) == run
 
 
@@ -607,10 +633,9 @@ _FULL = """
     namespace.enter()
     namespace.mount("full", sys.argv[1], "tmpfs", 0, "size=1m")
     state = statedir.prepare(Path(sys.argv[1]) / "state")
-    journal = Journal.open(state)
     if sys.argv[2] == "no reserve":
-        with journal._engine.connect() as connection:
-            connection.exec_driver_sql("VACUUM")
+        Journal._reserve = lambda self: None
+    journal = Journal.open(state)
     names = [f"tank/a{n}" for n in range(100)]
     the_plan = a_plan(*names)
     run = journal.begin(the_plan, [plan.intents(the_plan)[0]])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -224,7 +225,11 @@ class _Backup:
         with front(folder) as lock:
             assert lock is not None
             first = [step for step in plan.intents(made) if isinstance(step, TakeSnapshots)]
-            run = journal.begin(made, first)
+            try:
+                run = journal.begin(made, first)
+            except BusyError:
+                shutil.rmtree(folder.path)
+                raise
             executor = Executor(
                 journal, folder, front=lock, interrupts=self._interrupts, tell=self._tell
             )
