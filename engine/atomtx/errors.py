@@ -6,7 +6,6 @@ Every error of atomtx, and the exit status of each.
       BusyError                 5   another run of this job is at work
       WaitingError              6   an interrupted run cannot be settled yet
       EffectError               1   a change to the machine failed
-        SnapshotBusyError       4   a snapshot cannot be destroyed now: somebody uses it
       ClientError               1   the backup client failed, or cannot be used
       JournalError              1   the journal cannot be read or written
         JournalFullError        1   no space left for a row
@@ -87,10 +86,6 @@ class WaitingError(AtomtxError):
 
 class EffectError(AtomtxError):
     pass
-
-
-class SnapshotBusyError(EffectError):
-    exit_status = ExitStatus.PARKED
 
 
 class ClientError(AtomtxError):

@@ -387,7 +387,7 @@ class Executor:
             if keeps:
                 for take in run.steps:
                     if isinstance(take.intent, TakeSnapshots):
-                        change.intend(_keep(take.intent))
+                        change.intend(kept(take.intent))
             change.fire(Event.CLIENT_ENDED, reason=end.reason)
 
         return self._record_or_make_room(run, record, may_destroy=not keeps)
@@ -433,7 +433,8 @@ def _hold(intent: object) -> HoldSnapshots:
     return HoldSnapshots(intent.pool, intent.pool_guid, intent.snapshots, tag)
 
 
-def _keep(intent: TakeSnapshots) -> KeepSnapshots:
+def kept(intent: TakeSnapshots) -> KeepSnapshots:
+    """Return the step that makes the snapshots the user's, in the place of their destruction."""
     return KeepSnapshots(intent.pool, intent.pool_guid, intent.snapshots, intent.run)
 
 

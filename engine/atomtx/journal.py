@@ -49,6 +49,7 @@ from .states import PLANNED, Event, StateMachine
 BUSY_TIMEOUT_MS = 30_000
 RESERVE_BYTES = 65_536  # free pages, so that a full disk does not stop an undo from being recorded
 _UPGRADE_WAIT_S = 10.0
+_SWEEP_AFTER_S = 3600.0  # long after any front end would have written its row
 
 
 def now_us() -> int:
@@ -302,7 +303,17 @@ class Journal:
                 connection.execute(runs.delete().where(old))
         for run in ids:
             shutil.rmtree(RunFolder.of(self.state, run).path, ignore_errors=True)
+        self._sweep()
         return len(ids)
+
+    def _sweep(self) -> None:
+        """Remove the folders of runs that were killed before their row was written."""
+        known = frozenset(self.known())
+        for path in (self.state / "runs").iterdir():
+            folder = RunFolder(path)
+            young = time.time() - path.stat().st_mtime < _SWEEP_AFTER_S
+            if path.name not in known and not young and not locks.is_held(folder.front_lock):
+                shutil.rmtree(path, ignore_errors=True)
 
 
 class Change:

@@ -112,8 +112,10 @@ def decide(run: Run, probes: Probes, wish: Wish) -> Decision:
 
 
 def _after_end(run: Run, ended: Ended, probes: Probes, wish: Wish) -> Decision:
+    if ended.outcome is Outcome.FAILED and wish.rollback and not probes.trouble:
+        return RollBack(f"at the user's word: {ended.reason or 'the client failed'}")
     worth = ended.stopped or (ended.retriable and within_patience(run, wish.now_us))
-    again = ended.outcome is Outcome.FAILED and worth and not wish.rollback
+    again = ended.outcome is Outcome.FAILED and worth
     return _unfinished(run, probes, wish) if again else RollForward()
 
 

@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 
 LOG_BYTES = 16 << 20
 LINE_BYTES = 1 << 20
+_READ_BYTES = 1 << 16
+_LAST_READS = (1 << 20) // _READ_BYTES + 1  # a pipe holds 1 MiB at most (pipe(7)), then its end
 PROGRESS_S = 0.5
 DESCENDANTS_S = 5.0
 _PR_SET_CHILD_SUBREAPER = 36
@@ -178,7 +180,7 @@ class Supervisor:
             if self.stopped:
                 break
             self._run_one(n, argv)
-        self._end_descendants()
+            self._end_descendants()
         return self._redacted(self._reader.end())
 
     def _run_one(self, n: int, argv: tuple[str, ...]) -> None:
@@ -214,10 +216,11 @@ class Supervisor:
                 selector.register(self._witness.descriptor, selectors.EVENT_READ, self._on_read)
             while self._turn(selector, pidfd):
                 pass
-            # A descendant may keep a pipe open for ever: read what is there, and go.
-            for key in list(selector.get_map().values()):
-                if key.fileobj in (child.stdout, child.stderr):
-                    key.data(selector)
+            # A descendant may keep a pipe open, and write, for ever: read what is there, and go.
+            for _ in range(_LAST_READS):
+                for key in list(selector.get_map().values()):
+                    if key.fileobj in (child.stdout, child.stderr):
+                        key.data(selector)
         os.close(pidfd)
         child.stdout.close()
         child.stderr.close()
@@ -243,16 +246,15 @@ class Supervisor:
         lines = Lines()
 
         def feed(selector: selectors.BaseSelector) -> None:
-            while True:
-                try:
-                    data = os.read(pipe.fileno(), 1 << 16)
-                except BlockingIOError:
-                    return
-                for line in lines.feed(data) if data else lines.rest():
-                    self._take(line, take)
-                if not data:
-                    selector.unregister(pipe)
-                    return
+            # Once a turn: a client that never pauses must not keep us from hearing a signal.
+            try:
+                data = os.read(pipe.fileno(), _READ_BYTES)
+            except BlockingIOError:
+                return
+            for line in lines.feed(data) if data else lines.rest():
+                self._take(line, take)
+            if not data:
+                selector.unregister(pipe)
 
         return feed
 
@@ -440,13 +442,22 @@ def _failed(backups: tuple[Backup, ...], reason: str) -> tuple[Backup, ...]:
 def _assemble(task: Task) -> namespace.Assembly:
     namespace.enter()
     if task.in_namespace:
-        namespace.drop_pinned([*(m.mountpoint for m in task.mounts), *task.live, task.folder])
+        namespace.drop_pinned([*(m.mountpoint for m in task.mounts), *_needed(task)])
         assembly = namespace.assemble(task.mounts, live=task.live)
     else:
         assembly = namespace.observe(task.mounts)
     # After the assembly, which may have made another tree the root.
     namespace.leave_marker(RunId(task.run).token, str(RunFolder(Path(task.folder)).marker))
     return assembly
+
+
+def _needed(task: Task) -> list[str]:
+    """Return every path that the client may need: those that its words and variables name."""
+    words = [task.folder, task.cwd, sys.executable, *task.live, *task.env.values()]
+    words += [word for argv in task.commands for word in argv]
+    for value in os.environ.values():
+        words += value.split(":")
+    return [word for word in words if word.startswith("/")]
 
 
 def _stand_in(cwd: str) -> None:

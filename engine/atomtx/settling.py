@@ -79,7 +79,7 @@ class Settler:
         self._journal = journal
         self._interrupts = interrupts
         self._tell = tell
-        self._rollback = rollback
+        self._rollback = rollback or patience is Patience.STOP
         self._patience = patience
 
     def settle(self, run: Run) -> Settled:
@@ -146,14 +146,19 @@ class Settler:
             elif isinstance(decision, recovery.EndOrphans):
                 end_survivors(run, folder, self._tell.warn)
             elif isinstance(decision, recovery.Wait):
-                raise WaitingError(
-                    f"run {run.id} ({run.label}) waits: {decision.reason}",
-                    hint="`atomtx recover` when that is so, or `atomtx recover --rollback`",
-                )
+                raise self._waiting(run, decision)
             else:
                 run = self._act(run, decision, executor)
                 return Settled(run, decision, executor.interrupted)
         return Settled(run, recovery.RollForward())
+
+    def _waiting(self, run: Run, decision: recovery.Wait) -> WaitingError:
+        probes_blocked = self._rollback or run.state == states.UNMOUNTING
+        way_out = f"--abandon {run.id}" if probes_blocked else "--rollback"
+        return WaitingError(
+            f"run {run.id} ({run.label}) waits: {decision.reason}",
+            hint=f"mend that and run `atomtx recover`; or `atomtx recover {way_out}`",
+        )
 
     def _adopt(self, run: Run, folder: RunFolder) -> None:
         if self._patience is Patience.STOP:

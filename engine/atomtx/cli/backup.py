@@ -16,10 +16,11 @@ import click
 from .. import clients, locks, plan, statedir
 from ..clients import Moment
 from ..errors import AtomtxError, BusyError, ExitStatus, UserError, worst
-from ..executor import Executor, Tell, facts_of, settings_of
-from ..intents import RunClient, TakeSnapshots
+from ..executor import Executor, Tell, facts_of, kept, settings_of
+from ..intents import KeepSnapshots, RunClient, TakeSnapshots
 from ..interrupts import Interrupts
 from ..journal import Journal
+from ..mounts import tree
 from ..plan import Plan, Request
 from ..preparing import choose_client, make_plan, settings
 from ..records import Run
@@ -108,20 +109,21 @@ def backup(names: tuple[str, ...], as_json: bool, quiet: bool, **options: Any) -
       6 waiting         130, 143 interrupted and cleaned up
     """
     with reporter(as_json=as_json, quiet=quiet) as show:
-        return _Backup(
-            show, names, click.get_current_context().meta.get("atomtx.extra", ()), options
-        ).run()
+        extra = click.get_current_context().meta.get("atomtx.extra", ())
+        return _Backup(show, as_json, names, extra, options).run()
 
 
 class _Backup:
     def __init__(
         self,
         show: Reporter,
+        as_json: bool,
         names: tuple[str, ...],
         extra: tuple[str, ...],
         options: dict[str, Any],
     ) -> None:
         self._show = show
+        self._as_json = as_json
         self._names = names
         self._extra = extra
         self._options = options
@@ -188,8 +190,14 @@ class _Backup:
         client = clients.load(made.client.name)
         launch = client.launch(settings_of(made.client), facts_of(made.client), moment)
         client_step = RunClient(client.name, launch.commands, launch.cwd)
-        for line in plan.describe(made, (*plan.intents(made), client_step)):
-            click.echo(line)
+        steps = (*plan.intents(made, self._directories(made)), client_step, *_keeping(made))
+        lines = plan.describe(made, steps)
+        self._show.result({"run": made.run, "job": made.label, "notes": made.notes, "plan": lines})
+        if not self._as_json:
+            click.echo("\n".join(lines))
+
+    def _directories(self, made: Plan) -> tuple[str, ...]:
+        return tree.directories_to_make(made.root, made.targets) if made.root else ()
 
     def _settle(self, journal: Journal, job: str) -> ExitStatus:
         """Finish or undo this job's interrupted run; try to clear a parked one; name the others."""
@@ -241,6 +249,11 @@ class _Backup:
         if executor.interrupted:
             statuses.append(executor.interrupted.exit_status)
         return worst(statuses)
+
+
+def _keeping(made: Plan) -> list[KeepSnapshots]:
+    taken = [step for step in plan.intents(made) if isinstance(step, TakeSnapshots)]
+    return [kept(step) for step in taken] if made.keep_snapshots else []
 
 
 def _resolved(name: str) -> str:

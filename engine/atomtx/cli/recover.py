@@ -68,6 +68,8 @@ class _Recover:
             raise UserError("only root can recover", hint="run it with sudo")
         if self._options["stop"] and self._options["no_wait"]:
             raise UserError("--stop and --no-wait exclude each other")
+        if self._options["dry_run"] and (self._options["adopt"] or self._options["abandoned"]):
+            raise UserError("--dry-run goes with neither --adopt nor --abandon")
         self._interrupts.install()
         state = statedir.prepare(statedir.find())
         with Journal.open(state) as journal:

@@ -1,0 +1,619 @@
+"""The runner: pure parts here, and the process itself, for real, as root."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import atomtx
+from atomtx import clients, errand, locks, runner
+from atomtx.clients import Backup, End, Moment
+from atomtx.errand import Errand
+from atomtx.errors import EffectError
+from atomtx.intents import Mount
+from atomtx.redact import Redactor
+from atomtx.runner import Lines, Log, Task, end_from_json, end_to_json
+from atomtx.statedir import RunFolder, prepare
+from atomtx.states import Outcome
+from tests.runs import RUN
+
+AT = datetime(2026, 7, 1, 12, tzinfo=UTC)
+PATIENCE_S = 60.0
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="namespaces need root")
+
+
+# -- lines -----------------------------------------------------------------------------------
+
+
+def split(*chunks: bytes) -> list[str]:
+    lines = Lines()
+    return [line for chunk in chunks for line in lines.feed(chunk)] + list(lines.rest())
+
+
+@pytest.mark.parametrize(
+    ("chunks", "expected"),
+    [
+        ((b"a\nb\n",), ["a", "b"]),
+        ((b"a\nb",), ["a", "b"]),
+        ((b"a", b"b\nc", b"\n"), ["ab", "c"]),
+        ((b"1%\r2%\r\n3%",), ["1%", "2%", "3%"]),
+        ((b"\n\n \t\n",), []),
+        ((b" a \n",), [" a "]),
+        ((b"a\0b\n",), ["a\0b"]),
+        ((b"caf\xc3\xa9 \xff\n",), ["café \ufffd"]),
+        ((b"\xc3", b"\xa9\n"), ["é"]),
+        ((b"a\x0bb\x1cc\xc2\x85d\n",), ["a\x0bb\x1cc\x85d"]),
+        ((), []),
+    ],
+)
+def test_lines(chunks: tuple[bytes, ...], expected: list[str]) -> None:
+    """Output is split at newlines and carriage returns alone, whatever bytes it has."""
+    assert split(*chunks) == expected
+
+
+@given(st.lists(st.binary(max_size=40), max_size=8))
+def test_lines_by_chunks(chunks: list[bytes]) -> None:
+    """Where the pipe's reads happen to cut the output makes no difference."""
+    assert split(*chunks) == split(b"".join(chunks))
+
+
+def test_overlong_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An overlong line is cut, also one that never ends, and the next one is whole again."""
+    monkeypatch.setattr(runner, "LINE_BYTES", 10)
+    assert split(b"x" * 25 + b"\nnext\n") == ["x" * 10, "next"]
+    lines = Lines()
+    for _ in range(100):
+        assert list(lines.feed(b"y" * 7)) == []
+        assert len(lines._rest) <= 10
+    assert list(lines.rest()) == ["y" * 10]
+
+
+# -- the log ---------------------------------------------------------------------------------
+
+
+def test_log_is_capped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Promise 11: a chatty client cannot fill the disk; the log says where it was cut."""
+    monkeypatch.setattr(runner, "LOG_BYTES", 100)
+    log = Log(tmp_path / "log", Redactor({}))
+    for _ in range(50):
+        log.line("x" * 9)
+    text = (tmp_path / "log").read_text()
+    assert text.endswith("[the log is full; the rest is not kept]\n")
+    assert text.count("log is full") == 1
+    assert len(text) <= 100 + 40
+    Log(tmp_path / "log", Redactor({})).line("of the next attempt")
+    assert (tmp_path / "log").read_text() == text
+
+
+def test_log_is_redacted(tmp_path: Path) -> None:
+    """Promise 11: no secret of the environment reaches the log, nor a password of a URL."""
+    log = Log(tmp_path / "log", Redactor({"RESTIC_PASSWORD": "open sesame", "HOME": "/root"}))
+    log.line("wrong password: open sesame (HOME is /root)")
+    log.line("cannot reach rest:https://me:hunter22@host/")
+    assert (tmp_path / "log").read_text() == (
+        "wrong password: *** (HOME is /root)\ncannot reach rest:https://me:***@host/\n"
+    )
+    assert (tmp_path / "log").stat().st_mode & 0o777 == 0o600
+
+
+def test_log_of_a_full_disk() -> None:
+    """A line that cannot be written is lost; the backup goes on."""
+    Log(Path("/dev/full"), Redactor({})).line("words")
+
+
+# -- what is stored --------------------------------------------------------------------------
+
+TEXT = st.text(max_size=20)
+TUPLE = st.lists(TEXT, max_size=3).map(tuple)
+NUMBER = st.none() | st.integers(0, 2**63)
+OUTCOME = st.sampled_from([Outcome.COMPLETED, Outcome.PARTIAL, Outcome.FAILED])
+MOMENTS = st.builds(
+    Moment,
+    targets=TUPLE,
+    root=TEXT,
+    at=st.sampled_from([AT, AT.astimezone(timezone(timedelta(hours=2)))]),
+    excludes=TUPLE,
+    parent=st.none() | TEXT,
+)
+TASKS = st.builds(
+    Task,
+    run=TEXT,
+    attempt=st.integers(),
+    folder=TEXT,
+    in_namespace=st.booleans(),
+    mounts=st.lists(st.builds(Mount, TEXT, TEXT), max_size=3).map(tuple),
+    live=TUPLE,
+    client=TEXT,
+    commands=st.lists(TUPLE, max_size=3).map(tuple),
+    cwd=TEXT,
+    env=st.dictionaries(TEXT, TEXT, max_size=3),
+    moment=MOMENTS,
+    stop_signal=st.integers(),
+    grace_s=st.floats(0, 1e6),
+)
+BACKUPS = st.builds(Backup, TUPLE, OUTCOME, st.none() | TEXT, st.none() | TEXT, NUMBER, NUMBER)
+ENDS = st.builds(
+    End, OUTCOME, st.none() | TEXT, st.booleans(), st.lists(BACKUPS, max_size=3).map(tuple)
+)
+
+
+@given(TASKS)
+def test_task_round_trip(task: Task) -> None:
+    """A task arrives at the runner as it was sent, in one line."""
+    text = task.to_json()
+    assert "\n" not in text
+    assert Task.from_json(text) == task
+
+
+@given(ENDS, st.integers(1, 99), st.none() | st.just(15))
+def test_end_round_trip(
+    tmp_path_factory: pytest.TempPathFactory, end: End, attempt: int, stopped: int | None
+) -> None:
+    """How a client ended is read back from the run's folder as it was written there."""
+    folder = RunFolder(tmp_path_factory.mktemp("run")).make()
+    folder.reserve_end()
+    assert errand.end(folder, attempt) is None
+    folder.write_end(end_to_json(end, attempt=attempt, stopped=stopped))
+    assert errand.end(folder, attempt) == (end, stopped)
+    assert errand.end(folder, attempt + 1) is None
+    data = folder.read_end()
+    assert data
+    assert end_from_json(data) == (end, attempt, stopped)
+
+
+# -- the process -----------------------------------------------------------------------------
+
+
+class Stage:
+    """A run's folder, and runners in it; nothing of them is left after the test."""
+
+    def __init__(self, folder: RunFolder, env: dict[str, str]) -> None:
+        self.folder = folder
+        self.env = env
+        self.front: int | None = None
+        self._started: list[tuple[Errand, int]] = []
+
+    def task(self, *commands: tuple[str, ...], **values: Any) -> Task:
+        given: dict[str, Any] = {
+            "run": RUN,
+            "attempt": 1,
+            "folder": str(self.folder.path),
+            "in_namespace": True,
+            "mounts": (),
+            "live": (),
+            "client": "command",
+            "commands": commands,
+            "cwd": "/",
+            "env": {},
+            "moment": Moment(("/a",), "", AT),
+            "stop_signal": int(signal.SIGTERM),
+            "grace_s": PATIENCE_S,
+        }
+        return Task(**given | values)
+
+    def start(self, *commands: tuple[str, ...], **values: Any) -> Errand:
+        """Start a runner, and wait until it has made its mounts."""
+        if self.front is None:
+            self.front = locks.try_acquire(self.folder.front_lock)
+        assert self.front is not None
+        task = self.task(*commands, **values)
+        started = Errand(task, self.folder, env=self.env, front=self.front)
+        self._started.append((started, os.pidfd_open(started.pid)))
+        return started
+
+    def run(self, *commands: tuple[str, ...], **values: Any) -> Errand:
+        started = self.start(*commands, **values)
+        started.mounted()
+        started.go()
+        return started
+
+    def end(self, started: Errand) -> tuple[End, int | None]:
+        """Wait for the runner's end; return what it wrote."""
+        assert locks.wait_gone(started.pid, PATIENCE_S)
+        started.dismiss()
+        known = errand.end(self.folder, 1)
+        assert known
+        return known
+
+    def log(self) -> str:
+        return self.folder.log.read_text() if self.folder.log.exists() else ""
+
+    def said(self, words: str) -> None:
+        assert locks.wait_until(lambda: words in self.log(), PATIENCE_S), self.log()
+
+    def close(self) -> None:
+        for started, pidfd in self._started:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            os.close(pidfd)
+            started.dismiss()
+        for process in locks.holders(self.folder.client_lock):
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
+        if self.front is not None:
+            os.close(self.front)
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Iterator[Stage]:
+    folder = RunFolder.of(prepare(tmp_path / "state"), RUN).make()
+    source = str(Path(atomtx.__file__).parent.parent)
+    env = {"PATH": os.environ["PATH"], "PYTHONPATH": source}
+    stage = Stage(folder, env)
+    yield stage
+    stage.close()
+
+
+def sh(script: str, *args: str) -> tuple[str, ...]:
+    return ("sh", "-c", script, "sh", *args)
+
+
+def python(code: str, *args: str) -> tuple[str, ...]:
+    return (sys.executable, "-c", textwrap.dedent(code), *args)
+
+
+def is_alive(pid: int) -> bool:
+    """Tell whether a process lives; a zombie does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+@as_root
+def test_end_of_file(stage: Stage, tmp_path: Path) -> None:
+    """Promise 1: without "go", which says that the state is durable, no client is started."""
+    started = stage.start(sh('touch "$0"', str(tmp_path / "made")))
+    assert started.mounted() == frozenset()
+    assert locks.is_held(stage.folder.runner_lock)
+    started.dismiss()
+    assert not is_alive(started.pid)
+    assert not (tmp_path / "made").exists()
+    assert errand.end(stage.folder, 1) is None
+    assert not locks.is_held(stage.folder.runner_lock)
+
+
+@as_root
+def test_signal_before_go(stage: Stage, tmp_path: Path) -> None:
+    """A runner that is stopped while it waits for "go" exits, and never starts the client."""
+    started = stage.start(sh('touch "$0"', str(tmp_path / "made")))
+    started.mounted()
+    os.kill(started.pid, signal.SIGTERM)
+    assert locks.wait_gone(started.pid, PATIENCE_S)
+    started.go()
+    started.dismiss()
+    assert not (tmp_path / "made").exists()
+    assert errand.end(stage.folder, 1) is None
+
+
+@as_root
+def test_go(stage: Stage, tmp_path: Path) -> None:
+    """A client that is let go runs with its words, directory and environment, and its end stays."""
+    (tmp_path / "with space").mkdir()
+    script = 'pwd; echo "$1|$GIVEN|$ADDED"; echo warned >&2'
+    stage.env["GIVEN"] = "by the user"
+    started = stage.run(
+        ("sh", "-c", script, "sh", "two\nlines"),
+        cwd=str(tmp_path / "with space"),
+        env={"ADDED": "by the client"},
+    )
+    end, stopped = stage.end(started)
+    assert (end.outcome, end.reason, stopped) == (Outcome.COMPLETED, None, None)
+    assert end.backups == (Backup(("/a",), Outcome.COMPLETED),)
+    lines = stage.log().splitlines()
+    assert sorted(lines) == sorted(
+        [str(tmp_path / "with space"), "two", "lines|by the user|by the client", "warned"]
+    )
+
+
+@as_root
+def test_failure(stage: Stage) -> None:
+    """Promise 7: a client that fails has failed, with its last words as the reason."""
+    end, _ = stage.end(stage.run(sh("echo no space >&2; exit 9")))
+    assert (end.outcome, end.reason) == (Outcome.FAILED, "no space (exit status 9)")
+
+
+@as_root
+def test_missing_program(stage: Stage) -> None:
+    """A client that cannot be started is a failed one, not a lost runner."""
+    end, _ = stage.end(stage.run(("/no/such/program",)))
+    assert end.outcome is Outcome.FAILED
+    assert end.reason == "cannot start /no/such/program: No such file or directory"
+
+
+@as_root
+def test_missing_directory(stage: Stage) -> None:
+    """A working directory that was not there at that moment is told before the client starts."""
+    started = stage.start(("true",), cwd="/no/such/directory")
+    with pytest.raises(EffectError, match="cannot work in /no/such/directory"):
+        started.mounted()
+    started.dismiss()
+
+
+@as_root
+def test_runner_that_dies(stage: Stage) -> None:
+    """A runner that dies on the way is told with its last words."""
+    stage.folder.end.mkdir()
+    started = stage.start(("true",))
+    with pytest.raises(EffectError, match=r"the runner died: IsADirectoryError"):
+        started.mounted()
+    started.dismiss()
+
+
+@as_root
+def test_second_runner(stage: Stage) -> None:
+    """Promise 6: R is one runner's; a second one gives up at once."""
+    first = stage.start(("true",))
+    first.mounted()
+    second = stage.start(("true",))
+    with pytest.raises(EffectError, match="a runner of this run is still alive"):
+        second.mounted()
+    second.dismiss()
+    assert is_alive(first.pid)
+    first.dismiss()
+
+
+@as_root
+def test_stop(stage: Stage) -> None:
+    """Section 7: SIGTERM to the runner becomes the client's own stop signal, and is recorded."""
+    script = 'trap "echo stopping; exit 7" USR1; echo ready; while :; do sleep 0.1; done'
+    started = stage.run(sh(script), stop_signal=int(signal.SIGUSR1))
+    stage.said("ready")
+    os.kill(started.pid, signal.SIGTERM)
+    end, stopped = stage.end(started)
+    assert (end.outcome, stopped) == (Outcome.FAILED, signal.SIGTERM)
+    assert end.reason is not None
+    assert "exit status 7" in end.reason
+    assert "asked to stop by SIGTERM" in stage.log()
+    assert "stopping" in stage.log()
+
+
+@as_root
+def test_stop_for_good(stage: Stage) -> None:
+    """`errand.stop` reaches the runner by its lock; SIGINT is told apart from a shutdown."""
+    started = stage.run(sh("echo ready; exec sleep 1000"))
+    stage.said("ready")
+    assert errand.runner_pid(stage.folder) == started.pid
+    assert errand.stop(stage.folder, signal.SIGINT)
+    end, stopped = stage.end(started)
+    assert (end.reason, stopped) == ("killed by SIGTERM", signal.SIGINT)
+    assert not errand.stop(stage.folder, signal.SIGINT)
+    assert errand.runner_pid(stage.folder) is None
+
+
+@as_root
+def test_stopped_client_that_was_done(stage: Stage) -> None:
+    """A client that ends well although it was asked to stop is believed."""
+    script = 'trap "exit 0" TERM; echo ready; while :; do sleep 0.1; done'
+    started = stage.run(sh(script))
+    stage.said("ready")
+    os.kill(started.pid, signal.SIGTERM)
+    end, stopped = stage.end(started)
+    assert (end.outcome, stopped) == (Outcome.COMPLETED, signal.SIGTERM)
+
+
+@as_root
+def test_grace(stage: Stage) -> None:
+    """Section 7: a client that does not end in its time is killed, with all that it started."""
+    script = 'trap "" TERM; sleep 1000 & echo "child $!"; echo ready; wait; sleep 1000'
+    started = stage.run(sh(script), grace_s=0.3)
+    stage.said("ready")
+    child = int(stage.log().split("child ")[1].split()[0])
+    os.kill(started.pid, signal.SIGTERM)
+    end, _ = stage.end(started)
+    assert end.reason == "killed by SIGKILL"
+    assert "not ended after 0 s: killed" in stage.log()
+    assert not is_alive(child)
+
+
+@as_root
+def test_chatty_client(stage: Stage) -> None:
+    """A client that never pauses in its output is stopped like any other."""
+    started = stage.run(("yes", "words"))
+    stage.said("words")
+    os.kill(started.pid, signal.SIGTERM)
+    end, stopped = stage.end(started)
+    assert (end.reason, stopped) == ("killed by SIGTERM", signal.SIGTERM)
+
+
+@as_root
+def test_chatty_orphan(stage: Stage) -> None:
+    """A descendant that goes on writing does not keep the runner from seeing the client's end."""
+    end, _ = stage.end(stage.run(sh("yes words & echo ready")))
+    assert end.outcome is Outcome.COMPLETED
+
+
+@as_root
+def test_last_line(stage: Stage) -> None:
+    """Everything that a client printed is read, also after it ended, to the last half line."""
+    script = 'i=0; while [ $i -lt 6000 ]; do echo "line $i"; i=$((i+1)); done; printf "the last"'
+    stage.end(stage.run(sh(script)))
+    assert stage.log().splitlines() == [*(f"line {n}" for n in range(6000)), "the last"]
+
+
+@as_root
+def test_two_commands(stage: Stage) -> None:
+    """Several commands run one after the other."""
+    end, _ = stage.end(stage.run(sh("echo one"), sh("echo two")))
+    assert end.outcome is Outcome.COMPLETED
+    assert stage.log() == "one\ntwo\n"
+
+
+DAEMON = """
+    import os, sys, time
+    if os.fork():
+        os.wait()
+        os._exit(0)
+    os.setsid()
+    if os.fork():
+        os._exit(0)
+    if sys.argv[2] == "close":
+        os.closerange(0, 256)
+    with open(sys.argv[1] + ".new", "w") as file:
+        file.write(str(os.getpid()))
+    os.rename(sys.argv[1] + ".new", sys.argv[1])
+    time.sleep(1000)
+"""
+
+
+@as_root
+@pytest.mark.parametrize("fds", ["close", "keep"])
+def test_daemon(stage: Stage, tmp_path: Path, fds: str) -> None:
+    """Section 7: what the client leaves behind is ended, in whatever session, with or without C."""
+    pid_file = tmp_path / "pid"
+    client = python(DAEMON + "\n", str(pid_file), fds)
+    wait = sh('while ! test -e "$1"; do sleep 0.02; done', str(pid_file))
+    end, _ = stage.end(stage.run(client, wait))
+    assert end.outcome is Outcome.COMPLETED, end.reason
+    assert not is_alive(int(pid_file.read_text()))
+    assert not locks.is_held(stage.folder.client_lock)
+
+
+@as_root
+def test_locks(stage: Stage, tmp_path: Path) -> None:
+    """Promise 6: R is held exactly while the runner lives, C exactly while the client does."""
+    folder, flag = stage.folder, tmp_path / "flag"
+    assert not locks.is_held(folder.runner_lock)
+    started = stage.start(sh('echo ready; while ! test -e "$1"; do sleep 0.05; done', str(flag)))
+    started.mounted()
+    assert locks.is_held(folder.runner_lock)
+    assert not locks.is_held(folder.client_lock)
+    started.go()
+    stage.said("ready")
+    assert locks.is_held(folder.runner_lock)
+    assert locks.is_held(folder.client_lock)
+    assert [p.pid for p in locks.holders(folder.runner_lock)] == [started.pid]
+    assert started.pid not in [p.pid for p in locks.holders(folder.client_lock)]
+    flag.touch()
+    stage.end(started)
+    assert not locks.is_held(folder.runner_lock)
+    assert not locks.is_held(folder.client_lock)
+
+
+@as_root
+def test_killed_runner(stage: Stage) -> None:
+    """Promise 6: of a killed runner R is free at once, and C says that the client lives."""
+    started = stage.run(sh("echo ready; exec sleep 1000"))
+    stage.said("ready")
+    os.kill(started.pid, signal.SIGKILL)
+    started.dismiss()
+    assert not locks.is_held(stage.folder.runner_lock)
+    assert locks.is_held(stage.folder.client_lock)
+    assert errand.end(stage.folder, 1) is None
+
+
+@as_root
+def test_hangup(stage: Stage) -> None:
+    """A closed terminal, or restic's SIGHUP to a recorded pid, does not end the runner."""
+    started = stage.start(sh("kill -HUP $PPID; echo alive"))
+    started.mounted()
+    os.kill(started.pid, signal.SIGHUP)
+    started.go()
+    end, _ = stage.end(started)
+    assert end.outcome is Outcome.COMPLETED
+    assert stage.log() == "alive\n"
+
+
+@as_root
+def test_secrets(stage: Stage) -> None:
+    """Promise 11: a secret of the environment reaches neither the log nor the recorded reason."""
+    stage.env["RESTIC_PASSWORD"] = "open-sesame"
+    script = 'echo "out $RESTIC_PASSWORD"; echo "wrong: $RESTIC_PASSWORD" >&2; exit 1'
+    end, _ = stage.end(stage.run(sh(script)))
+    assert end.reason == "wrong: *** (exit status 1)"
+    assert end.backups[0].reason == end.reason
+    assert "out ***" in stage.log()
+    for file in (f for f in stage.folder.path.rglob("*") if f.is_file()):
+        assert b"open-sesame" not in file.read_bytes(), file
+
+
+_FRONT = """
+    import os, signal, sys
+    from pathlib import Path
+    from atomtx import locks
+    from atomtx.errand import Errand
+    from atomtx.runner import Task
+    from atomtx.statedir import RunFolder
+
+    folder = RunFolder(Path(sys.argv[1]))
+    front = locks.try_acquire(folder.front_lock)
+    errand = Errand(Task.from_json(sys.argv[2]), folder, env=dict(os.environ), front=front)
+    errand.mounted()
+    errand.go()
+    print(errand.pid, flush=True)
+    signal.pause()
+"""
+
+
+@as_root
+def test_killed_front_end(stage: Stage, tmp_path: Path) -> None:
+    """Promise 6 and section 7: a killed front end costs nothing: F is free, the runner goes on."""
+    folder, flag = stage.folder, tmp_path / "flag"
+    task = stage.task(sh('echo ready; while ! test -e "$1"; do sleep 0.05; done', str(flag)))
+    argv = python(_FRONT, str(folder.path), task.to_json())
+    with subprocess.Popen(argv, env=stage.env, stdout=subprocess.PIPE, text=True) as front:
+        assert front.stdout
+        pid = int(front.stdout.readline())
+        stage.said("ready")
+        assert locks.is_held(folder.front_lock)
+        front.kill()
+    assert not locks.is_held(folder.front_lock)
+    assert locks.is_held(folder.runner_lock)
+    assert errand.runner_pid(folder) == pid
+    flag.touch()
+    assert locks.wait_gone(pid, PATIENCE_S)
+    known = errand.end(folder, 1)
+    assert known
+    assert known[0].outcome is Outcome.COMPLETED
+
+
+@as_root
+def test_namespace(stage: Stage) -> None:
+    """Section 6: the client lives in a mount namespace of its own that carries the run's marker."""
+    script = "readlink /proc/self/ns/mnt; grep -c ' - tmpfs atomtx-0123456789abcdef ' $1"
+    end, _ = stage.end(stage.run(sh(script, "/proc/self/mountinfo")))
+    assert end.outcome is Outcome.COMPLETED, stage.log()
+    namespace, count = stage.log().splitlines()
+    assert namespace != os.readlink("/proc/self/ns/mnt")
+    assert count == "1"
+    assert b"atomtx-0123" not in Path("/proc/self/mountinfo").read_bytes()
+
+
+@as_root
+def test_host_mounts(stage: Stage, tmp_path: Path) -> None:
+    """In a tree, whose mounts are the host's, the namespace carries the marker as well."""
+    script = "grep -c ' - tmpfs atomtx-0123456789abcdef ' /proc/self/mountinfo"
+    end, _ = stage.end(stage.run(sh(script), in_namespace=False))
+    assert end.outcome is Outcome.COMPLETED, stage.log()
+
+
+def wait_for(check: Callable[[], bool]) -> None:
+    assert locks.wait_until(check, PATIENCE_S)
+
+
+@as_root
+def test_progress(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a client is can be read while it runs."""
+    status = '{"message_type":"status","percent_done":0.42,"bytes_done":42,"total_bytes":100}'
+    script = 'while :; do echo "$1"; sleep 0.1; done'
+    stage.run(sh(script, status), client="restic")
+    wait_for(lambda: errand.progress(stage.folder).bytes_done == 42)
+    assert errand.progress(stage.folder).percent == 42.0
+    assert stage.log() == ""
+
+
+def test_command_is_loaded_by_name() -> None:
+    """The client that these tests use is the one that the front end would load."""
+    assert clients.load("command").name == "command"
