@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import select
 import signal
 import time
 from collections.abc import Callable, Iterator
