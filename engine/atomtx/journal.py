@@ -75,7 +75,8 @@ class Journal:
         self._lock = lock
         self._machine = StateMachine(_persist)
         self._plans: dict[str, Plan] = {}
-        self._intents: dict[int, Intent] = {}  # a step's intent never changes
+        # A step's intent never changes; SQLite may give its number again once it was forgotten.
+        self._intents: dict[tuple[str, int], Intent] = {}
 
     @classmethod
     def open(cls, state: Path) -> Journal:
@@ -218,9 +219,10 @@ class Journal:
         return self._plans[row.id]
 
     def _step(self, row: Row[Any]) -> Step:
-        if row.id not in self._intents:
-            self._intents[row.id] = from_json(row.kind, row.payload)
-        return Step(row.id, row.attempt, self._intents[row.id], row.compensates, row.outcome)
+        key = (row.run, row.id)
+        if key not in self._intents:
+            self._intents[key] = from_json(row.kind, row.payload)
+        return Step(row.id, row.attempt, self._intents[key], row.compensates, row.outcome)
 
     # -- writing ---------------------------------------------------------------------------
 

@@ -207,24 +207,6 @@ def test_stop_spares_zfs(state: State, atomtx_: Run, tmp_path: Path) -> None:
     assert child.returncode == 0
 
 
-def test_stop_runner(state: State, atomtx_: Run, hold: Hold) -> None:
-    """Where only the runner lives it is asked, and `recover` does the rest: status 6."""
-    runner = hold(state.add_run(a_run(1, state="backing-up", outcome=None)).runner_lock)
-    done = atomtx_("stop", RUN)
-    assert done.returncode == 6
-    assert runner.wait(10) == 0
-    assert "run `atomtx recover`" in done.stderr
-
-
-def test_stop_client(state: State, atomtx_: Run, hold: Hold) -> None:
-    """Processes of the client that are left alone are for `recover --stop`."""
-    client = hold(state.add_run(a_run(1, state="backing-up", outcome=None)).client_lock)
-    done = atomtx_("stop", RUN)
-    assert done.returncode == 6
-    assert "atomtx recover --stop" in done.stderr
-    assert client.poll() is None
-
-
 def test_stop_nobody(state: State, atomtx_: Run) -> None:
     """Where nobody is at work `stop` says so and points to recover."""
     state.add_run(a_run(1, state="backing-up", outcome=None, pid=1))

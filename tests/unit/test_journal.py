@@ -183,7 +183,7 @@ def test_identity(journal: Journal) -> None:
     """Promise 2: what was read back of a snapshot is kept whole; a guid may need 64 bits."""
     run = begin(journal)
     with journal.change(run) as change:
-        change.identify(run.volumes[1], str(2**64 - 1), "28")
+        change.identify({run.volumes[1].snapshot: (str(2**64 - 1), "28")})
         change.set(moment_at=5)
         change.fire(Event.SNAPSHOTS_TAKEN)
     run = journal.load(RUN)
@@ -194,8 +194,9 @@ def test_identity(journal: Journal) -> None:
 def test_half_an_identity(journal: Journal) -> None:
     """A guid without its transaction group is no proof and cannot be stored."""
     run = begin(journal)
+    half = {run.volumes[0].snapshot: ("1", None)}
     with pytest.raises(IntegrityError), journal.change(run) as change:
-        change.identify(run.volumes[0], "1", None)  # type: ignore[arg-type]
+        change.identify(half)  # type: ignore[arg-type]
 
 
 def test_result(journal: Journal) -> None:
@@ -576,6 +577,17 @@ def test_expire(journal: Journal, state: Path) -> None:
         assert query(journal, f"SELECT count(*) FROM {table} WHERE run = '{ids[0]}'") == [(0,)]
     assert query(journal, f"SELECT count(*) > 0 FROM steps WHERE run = '{ids[1]}'") == [(1,)]
     assert journal.expire(30 * 86_400) == 0
+
+
+def test_number_of_a_forgotten_step(journal: Journal, state: Path) -> None:
+    """SQLite gives the number of a deleted row again: the step of a new run is its own."""
+    old = begin(journal)
+    with Journal.open(state) as other:  # as another process does
+        destroy(other, other.load(RUN))
+        assert other.expire(-1) == 1
+    new = begin(journal, a_plan("tank/c", run=OTHER))
+    assert [step.id for step in new.steps] == [step.id for step in old.steps]
+    assert new.steps[0].intent == plan.intents(new.plan)[0]
 
 
 # -- a full disk (promise 10) ----------------------------------------------------------------

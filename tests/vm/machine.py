@@ -182,6 +182,7 @@ class Machine:
             "IdentitiesOnly": "yes",
             "LogLevel": "ERROR",
             "ConnectTimeout": "10",
+            "KexAlgorithms": "curve25519-sha256",  # the newer ones are slow under emulation
         }
         argv = ["ssh", "-F", "/dev/null", "-t" if tty else "-T", "-i", f"{self.image}/key"]
         for name, value in options.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from tests.vm import remote
@@ -106,3 +108,46 @@ def test_every_point_is_found(filled: Machine) -> None:
     ]
     check_clean(filled)
     assert remote.runs(filled)[0]["outcome"] == "completed"
+
+
+def test_gigabyte_is_adopted(filled: Machine) -> None:
+    """
+    A killed front end costs nothing of an upload: the client goes on and recover adopts it.
+
+    Counted at the repository: the gigabyte arrived once.
+    """
+    vm = filled
+    vm.run("head -c 1G /dev/urandom > /tank/a/big && sync", timeout=600)
+    kill = stop_at("journal:backing-up#1", "front", delay_s=10)
+    answer = atomtx(vm, "backup", "tank/a", "--", "--limit-upload", "17000", kill=kill)
+    assert answer.status == -9, answer.output
+    assert vm.run("pgrep -x restic").status == 0
+    assert "orphaned" in atomtx(vm, "status").output
+    answer = atomtx(vm, "recover", timeout_s=1800)
+    assert answer.status == 0, answer.output
+    assert "waiting for its end" in answer.output
+    (run,) = runs(vm)
+    assert run["outcome"] == "completed"
+    check_clean(vm)
+    packs = int(vm.run("du -sb --apparent-size /srv/repo/data").stdout.split()[0])
+    assert 2**30 <= packs <= 2**30 * 1.02
+    moves = json.loads(atomtx(vm, "show", "--json", run["id"]).stdout)["moves"]
+    assert [move["dest"] for move in moves].count("backing-up") == 1
+
+
+@pytest.mark.parametrize("alive", ["front", "runner"])
+def test_stop(filled: Machine, alive: str) -> None:
+    """`stop` ends a living run and undoes it, also where only its runner lives."""
+    vm = filled
+    vm.run("printf '#!/bin/sh\\nsleep 600\\n' > /root/slow && chmod 755 /root/slow")
+    command = ("backup", "tank/a", "--command", "/root/slow")
+    if alive == "front":
+        atomtx(vm, *command, background=True)
+        vm.run("while ! pgrep -f /root/slow; do sleep 0.5; done")
+    else:
+        atomtx(vm, *command, kill=stop_at("journal:backing-up#1", "front", delay_s=3))
+    answer = atomtx(vm, "stop", runs(vm)[0]["id"][:8])
+    assert answer.status == 0, answer.output
+    assert vm.run("pgrep -f /root/slow", check=False).status == 1
+    assert runs(vm)[0]["outcome"] == "rolled-back"
+    check_clean(vm)

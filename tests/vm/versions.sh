@@ -1,5 +1,5 @@
 # What the test machine holds.  A change here makes a new machine: raise IMAGE_VERSION.
-IMAGE_VERSION=2
+IMAGE_VERSION=3
 
 # restic 0.18 is Debian's own; the others and kopia are built with Go, each version pinned.
 RESTIC_VERSIONS='0.14.0 0.16.5 0.19.1'

@@ -126,25 +126,32 @@ class Zfs:
 
     def hold(self, snapshots: Sequence[str], *, tag: str) -> None:
         """Hold snapshots under *tag*; idempotent."""
-        done = self._run("zfs", "hold", tag, *snapshots)
-        if done.ok:
-            return
-        held = self.holders(snapshots)
-        missing = [name for name in snapshots if tag not in held.get(name, ())]
-        if missing:
-            raise done.error(f"cannot hold {missing[0]}")
+        left = self._until_done("hold", snapshots, tag, lambda held: not held)
+        if left:
+            raise EffectError(f"cannot hold {left[0]}")
 
     def release(self, snapshots: Sequence[str], *, tag: str) -> None:
         """Release the holds under *tag*; one that is gone is success."""
-        if not snapshots:
-            return
-        done = self._run("zfs", "release", tag, *snapshots)
-        if done.ok:
-            return
-        held = self.holders(snapshots)
-        left = [name for name in snapshots if tag in held.get(name, ())]
+        left = self._until_done("release", snapshots, tag, lambda held: held)
         if left:
-            raise done.error(f"cannot release the hold on {left[0]}")
+            raise EffectError(f"cannot release the hold on {left[0]}")
+
+    def _until_done(
+        self, verb: str, snapshots: Sequence[str], tag: str, undone: Callable[[bool], bool]
+    ) -> list[str]:
+        """
+        Return those snapshots on which *verb* had no effect.
+
+        What it complained of tells little: "exists already" and "gone already" are success, and a
+        `zfs` that somebody killed may have done it or not.  Hence the look, and a second try.
+        """
+        left = list(snapshots)
+        for _ in range(2):
+            if not left or self._run("zfs", verb, tag, *left).ok:
+                return []
+            held = self.holders(snapshots)
+            left = [name for name in left if undone(tag in held.get(name, ()))]
+        return left
 
     def destroy(self, identities: Sequence[Identity], *, run: str) -> dict[str, str]:
         """

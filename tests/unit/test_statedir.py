@@ -1,0 +1,294 @@
+"""The state directory: where it is, what it may be on, and the files of a run in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from atomtx import statedir
+from atomtx.errors import UserError
+from atomtx.mounts import mountinfo
+from atomtx.statedir import END_RECORD_BYTES, RunFolder, prepare
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts and other owners need root")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return RunFolder(tmp_path / "run").make()
+
+
+# -- the directory ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        ({}, statedir.DEFAULT),
+        ({"STATE_DIRECTORY": "/var/lib/a:/var/lib/b"}, "/var/lib/a"),
+        ({"ATOMTX_STATE_DIR": "/own", "STATE_DIRECTORY": "/var/lib/a"}, "/own"),
+        ({"ATOMTX_STATE_DIR": "/own/../x/"}, "/x"),
+        ({"ATOMTX_STATE_DIR": "", "STATE_DIRECTORY": ""}, statedir.DEFAULT),
+    ],
+)
+def test_find(env: dict[str, str], expected: str) -> None:
+    """Our own variable counts before systemd's, and that before the system's place."""
+    assert statedir.find(env) == Path(expected)
+
+
+def test_relative(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A relative name is taken from here, once and for all: the runner stands elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    assert statedir.find({"ATOMTX_STATE_DIR": "state"}) == tmp_path / "state"
+
+
+def test_prepare(tmp_path: Path) -> None:
+    """Section 5: the directory is made for its owner alone, with all above it; again is no harm."""
+    path = tmp_path / "a" / "state"
+    assert prepare(path) == path
+    assert prepare(path) == path
+    assert stat.S_IMODE(path.stat().st_mode) == 0o700
+    assert stat.S_IMODE((path / "runs").stat().st_mode) == 0o700
+
+
+def test_loose_mode(tmp_path: Path) -> None:
+    """A directory that others may look into is closed to them."""
+    path = tmp_path / "state"
+    path.mkdir(mode=0o755)
+    path.chmod(0o755)
+    prepare(path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o700
+
+
+def test_file(tmp_path: Path) -> None:
+    """A file is no state directory; it stays what it is."""
+    path = tmp_path / "state"
+    path.write_text("mine")
+    with pytest.raises(UserError, match="cannot use the state directory") as caught:
+        prepare(path)
+    assert "ATOMTX_STATE_DIR" in (caught.value.hint or "")
+    assert path.read_text() == "mine"
+
+
+def test_below_a_file(tmp_path: Path) -> None:
+    """Nor can it be below a file."""
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="Not a directory"):
+        prepare(tmp_path / "file" / "state")
+
+
+@as_root
+def test_foreign_owner(tmp_path: Path) -> None:
+    """A directory of another user, who could swap what is in it, is refused untouched."""
+    path = tmp_path / "state"
+    path.mkdir(mode=0o755)
+    os.chown(path, 1234, 1234)
+    path.chmod(0o755)
+    with pytest.raises(UserError, match="belongs to user 1234, not to 0"):
+        prepare(path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o755
+    assert list(path.iterdir()) == []
+
+
+@pytest.mark.parametrize("fstype", ["nfs4", "cifs", "9p", "fuse.sshfs", "virtiofs"])
+def test_remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fstype: str) -> None:
+    """A remote file system, where flock and fsync mean little, is refused by name."""
+    line = f"30 1 0:30 / {tmp_path} rw - {fstype} server:/export rw\n"
+    table = mountinfo.parse(b"1 1 8:1 / / rw - ext4 /dev/sda1 rw\n" + line.encode())
+    monkeypatch.setattr(mountinfo, "read", lambda: table)
+    with pytest.raises(UserError, match=f"is on a remote file system \\({fstype}\\)"):
+        prepare(tmp_path / "state")
+
+
+def test_remote_over_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What counts is where the directory really is, not where its name seems to be."""
+    (tmp_path / "export").mkdir()
+    (tmp_path / "state").symlink_to(tmp_path / "export")
+    line = f"30 1 0:30 / {tmp_path}/export rw - nfs server:/export rw\n"
+    table = mountinfo.parse(b"1 1 8:1 / / rw - ext4 /dev/sda1 rw\n" + line.encode())
+    monkeypatch.setattr(mountinfo, "read", lambda: table)
+    with pytest.raises(UserError, match="remote"):
+        prepare(tmp_path / "state")
+
+
+def test_without_proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A system without /proc cannot tell, and is trusted."""
+
+    def read() -> None:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(mountinfo, "read", read)
+    assert prepare(tmp_path / "state").is_dir()
+
+
+_READ_ONLY = """
+    import os, sys
+    from pathlib import Path
+    from atomtx import statedir
+    from atomtx.errors import UserError
+    from atomtx.mounts import namespace as ns
+
+    where, made = sys.argv[1:]
+    ns.enter()
+    ns.mount("readonly", where, "tmpfs", 0)
+    state = Path(where) / "state"
+    if made == "made":
+        statedir.prepare(state)
+    if made == "loose":
+        state.mkdir()
+        state.chmod(0o755)
+    ns.mount("readonly", where, None, ns.MS_REMOUNT | ns.MS_RDONLY)
+    try:
+        statedir.prepare(state)
+    except UserError as exc:
+        print(exc.message)
+"""
+
+
+@as_root
+@pytest.mark.parametrize("made", ["absent", "made", "loose"])
+def test_read_only(tmp_path: Path, made: str) -> None:
+    """A read-only file system is told as such, also where the directory is there already."""
+    argv = [sys.executable, "-c", textwrap.dedent(_READ_ONLY), str(tmp_path), made]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=60)
+    assert done.stderr == ""
+    assert done.stdout.startswith(("the state directory", "cannot use the state directory"))
+    assert done.stdout.endswith("Read-only file system\n")
+
+
+# -- a run's folder --------------------------------------------------------------------------
+
+
+def test_make(tmp_path: Path) -> None:
+    """A folder has its locks from the start; making it again keeps what is in it."""
+    folder = RunFolder.of(prepare(tmp_path / "state"), "0123").make()
+    assert folder.path == tmp_path / "state" / "runs" / "0123"
+    inodes = [os.stat(lock).st_ino for lock in (folder.front_lock, folder.client_lock)]
+    folder.log.write_text("words")
+    folder.make()
+    assert inodes == [os.stat(lock).st_ino for lock in (folder.front_lock, folder.client_lock)]
+    assert folder.log.read_text() == "words"
+    for path in folder.path.iterdir():
+        mode = 0o600 if path.is_file() and path != folder.log else 0o700
+        assert path == folder.log or stat.S_IMODE(path.stat().st_mode) == mode
+
+
+def test_progress(folder: RunFolder) -> None:
+    """Progress is replaced as a whole; what cannot be read is no progress, and no error."""
+    assert folder.read_progress() == {}
+    folder.write_progress({"percent": 1})
+    folder.write_progress({"percent": 2})
+    assert folder.read_progress() == {"percent": 2}
+    folder.progress.write_text('{"percent": ')
+    assert folder.read_progress() == {}
+
+
+RECORD = {"attempt": 1, "outcome": "completed", "reason": "café\nline", "backups": []}
+
+
+def test_end(folder: RunFolder) -> None:
+    """An end that was written is read back; none is known before."""
+    assert folder.read_end() is None
+    folder.reserve_end()
+    assert folder.read_end() is None
+    folder.write_end(RECORD)
+    assert folder.read_end() == RECORD
+
+
+def test_end_is_reserved(folder: RunFolder) -> None:
+    """Promise 10: an end has its space before the client starts, so a full disk cannot lose it."""
+    folder.reserve_end()
+    before = folder.end.stat()
+    assert before.st_size == END_RECORD_BYTES
+    assert before.st_blocks * 512 >= END_RECORD_BYTES
+    folder.write_end(RECORD)
+    after = folder.end.stat()
+    assert (after.st_size, after.st_blocks, after.st_ino) == (
+        before.st_size,
+        before.st_blocks,
+        before.st_ino,
+    )
+    assert stat.S_IMODE(after.st_mode) == 0o600
+
+
+def test_end_of_an_older_attempt(folder: RunFolder) -> None:
+    """Section 7: the end of one attempt is forgotten before the next one starts."""
+    folder.reserve_end()
+    folder.write_end(RECORD)
+    folder.reserve_end()
+    assert folder.read_end() is None
+
+
+def test_end_without_space(folder: RunFolder) -> None:
+    """An end is never written where no space was reserved for it, nor one that is too long."""
+    with pytest.raises(FileNotFoundError):
+        folder.write_end(RECORD)
+    folder.reserve_end()
+    with pytest.raises(ValueError, match="an end record of"):
+        folder.write_end({"reason": "x" * END_RECORD_BYTES})
+    assert folder.read_end() is None
+
+
+def test_torn_end(folder: RunFolder) -> None:
+    """Promise 7: an end that a power cut tore, at whatever byte, is no end at all."""
+    folder.reserve_end()
+    folder.write_end(RECORD)
+    whole = folder.end.read_bytes()
+    length = whole.index(b"\n")
+    for cut in range(length):
+        folder.end.write_bytes(whole[:cut] + bytes(END_RECORD_BYTES - cut))
+        assert folder.read_end() is None
+        folder.end.write_bytes(whole[:cut])
+        assert folder.read_end() is None
+
+
+@pytest.mark.parametrize("place", [0, 5, 63, 64, 65, 80, 110])
+def test_corrupt_end(folder: RunFolder, place: int) -> None:
+    """Promise 7: one flipped bit and it is no end: a result is not guessed at."""
+    folder.reserve_end()
+    folder.write_end(RECORD)
+    data = bytearray(folder.end.read_bytes())
+    data[place] ^= 1
+    folder.end.write_bytes(data)
+    assert folder.read_end() is None
+
+
+def test_shorter_end_over_a_longer_one(folder: RunFolder) -> None:
+    """What is left of a longer record behind a shorter one does not count."""
+    folder.reserve_end()
+    folder.write_end(RECORD | {"reason": "x" * 1000})
+    folder.write_end(RECORD)
+    assert folder.read_end() == RECORD
+
+
+def test_end_is_durable(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Promise 10: the file is synced after it was written, its name after it was made."""
+    calls: list[str] = []
+
+    def spy(name: str) -> None:
+        real: Any = getattr(os, name)
+
+        def called(descriptor: int, *args: Any) -> Any:
+            target = os.readlink(f"/proc/self/fd/{descriptor}")
+            calls.append(f"{name} {os.path.basename(target)}")
+            return real(descriptor, *args)
+
+        monkeypatch.setattr(os, name, called)
+
+    for name in ("fsync", "fdatasync", "pwrite"):
+        spy(name)
+    folder.reserve_end()
+    assert calls == ["pwrite end", "fsync end", "fsync run"]
+    calls.clear()
+    folder.write_end(RECORD)
+    assert calls == ["pwrite end", "fdatasync end"]
+    assert json.loads(folder.end.read_bytes().split(b"\n")[0].partition(b" ")[2]) == RECORD
