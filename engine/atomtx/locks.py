@@ -19,7 +19,7 @@ import select
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,12 +87,17 @@ def acquired(path: Path) -> Iterator[int | None]:
 
 
 def holders(path: Path) -> list[Process]:
-    """Return the processes, other than this one, that have the lock's file open."""
+    """
+    Return the processes, other than this one, that hold the lock, inherited or not.
+
+    One that only looks at it, as `atomtx status` does, is none.
+    """
     try:
         target = os.stat(path)
     except FileNotFoundError:
         return []
-    return [p for p in processes() if p.pid != os.getpid() and _has_open(p.pid, target)]
+    others = (process for process in processes() if process.pid != os.getpid())
+    return [process for process in others if _has_open(process.pid, target, locked=True)]
 
 
 def processes() -> list[Process]:
@@ -112,19 +117,24 @@ def command_of(pid: int) -> str | None:
         return None
 
 
-def _has_open(pid: int, target: os.stat_result) -> bool:
+def _has_open(pid: int, target: os.stat_result, *, locked: bool = False) -> bool:
     try:
         names = os.listdir(f"/proc/{pid}/fd")
     except OSError:  # gone, or another user's
         return False
     for name in names:
-        try:
+        with suppress(OSError):  # closed in between
             info = os.stat(f"/proc/{pid}/fd/{name}")
-        except OSError:  # closed in between
-            continue
-        if (info.st_dev, info.st_ino) == (target.st_dev, target.st_ino):
-            return True
+            same = (info.st_dev, info.st_ino) == (target.st_dev, target.st_ino)
+            if same and (not locked or _is_locked(pid, name)):
+                return True
     return False
+
+
+def _is_locked(pid: int, descriptor: str) -> bool:
+    """Tell whether an exclusive flock(2) is on a descriptor: proc(5), fdinfo, "lock:"."""
+    text = Path(f"/proc/{pid}/fdinfo/{descriptor}").read_text()
+    return any("FLOCK" in line and "WRITE" in line for line in text.splitlines())
 
 
 def has_lock_open(pid: int, path: Path) -> bool:

@@ -126,32 +126,27 @@ class Zfs:
 
     def hold(self, snapshots: Sequence[str], *, tag: str) -> None:
         """Hold snapshots under *tag*; idempotent."""
-        left = self._until_done("hold", snapshots, tag, lambda held: not held)
-        if left:
-            raise EffectError(f"cannot hold {left[0]}")
+        self._until_done("hold", snapshots, tag, wanted=True)
 
     def release(self, snapshots: Sequence[str], *, tag: str) -> None:
         """Release the holds under *tag*; one that is gone is success."""
-        left = self._until_done("release", snapshots, tag, lambda held: held)
-        if left:
-            raise EffectError(f"cannot release the hold on {left[0]}")
+        self._until_done("release", snapshots, tag, wanted=False)
 
-    def _until_done(
-        self, verb: str, snapshots: Sequence[str], tag: str, undone: Callable[[bool], bool]
-    ) -> list[str]:
+    def _until_done(self, verb: str, snapshots: Sequence[str], tag: str, *, wanted: bool) -> None:
         """
-        Return those snapshots on which *verb* had no effect.
+        Run *verb* until each snapshot's hold is as *wanted*; EffectError after the second try.
 
         What it complained of tells little: "exists already" and "gone already" are success, and a
-        `zfs` that somebody killed may have done it or not.  Hence the look, and a second try.
+        `zfs` that somebody killed may have done it or not.  Hence the look in between.
         """
         left = list(snapshots)
-        for _ in range(2):
-            if not left or self._run("zfs", verb, tag, *left).ok:
-                return []
+        for last in (False, True):
+            if not left or (done := self._run("zfs", verb, tag, *left)).ok:
+                return
             held = self.holders(snapshots)
-            left = [name for name in left if undone(tag in held.get(name, ()))]
-        return left
+            left = [name for name in left if (tag in held.get(name, ())) is not wanted]
+            if left and last:
+                raise done.error(f"cannot {verb} {left[0]}")
 
     def destroy(self, identities: Sequence[Identity], *, run: str) -> dict[str, str]:
         """

@@ -1,0 +1,237 @@
+"""Programs are started in one place: words kept apart, nothing inherited, always waited for."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from atomtx import locks, process
+from atomtx.errors import EffectError
+from atomtx.process import Completed, abridged, run, which
+
+PATIENCE_S = 60.0
+SHOW = "import os, sys; sys.stdout.buffer.write(b'|'.join(map(os.fsencode, sys.argv[1:])))"
+
+
+def python(code: str, *args: str) -> list[str]:
+    return [sys.executable, "-c", textwrap.dedent(code), *args]
+
+
+def is_alive(pid: int) -> bool:
+    """Tell whether a process lives; a zombie does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("with space", "two\nlines", "", "tab\t", "'quoted'", '"$HOME"', "$(reboot)", "*"),
+        ("-x", "--", ";", "&&", "\\", "\r", "ä"),
+    ],
+)
+def test_words(words: tuple[str, ...]) -> None:
+    """An argument arrives as it was given: no shell is between."""
+    done = run(python(SHOW, *words))
+    assert done.ok
+    expected = "|".join(words).replace("\r", "\n")  # of text read back, not of the argument
+    assert done.stdout == expected
+
+
+@given(st.lists(st.text(st.characters(blacklist_characters="\0", codec="utf-8"), max_size=8)))
+def test_any_words_can_be_pasted(words: list[str]) -> None:
+    """A command in a message is the command: a shell would read the same words from it."""
+    import shlex
+
+    assert shlex.split(abridged(words, limit=10**6)) == words
+
+
+def test_bytes_that_are_no_text() -> None:
+    """A path that is not UTF-8 goes through, there and back."""
+    name = os.fsdecode(b"caf\xe9\xff")
+    assert os.fsencode(run(python(SHOW, name)).stdout) == b"caf\xe9\xff"
+
+
+def test_standard_input() -> None:
+    """Standard input is at its end: no program waits for a password that nobody types."""
+    done = run(["cat"], timeout_s=PATIENCE_S)
+    assert (done.status, done.stdout) == (0, "")
+    assert run(["cat"], stdin="given\n").stdout == "given\n"
+
+
+def test_environment() -> None:
+    """A program sees a small environment of ours, in which messages are not translated."""
+    lines = run(["env"]).stdout.splitlines()
+    assert dict(line.split("=", 1) for line in lines) == dict(process.BASE_ENVIRONMENT)
+    assert "LC_ALL=C.UTF-8" in lines
+    assert run(["env"], env={"A": "b c"}).stdout == "A=b c\n"
+
+
+def test_directory(tmp_path: Path) -> None:
+    """A program runs where it is told to."""
+    assert run(["pwd"], cwd=str(tmp_path)).stdout == f"{tmp_path}\n"
+
+
+def test_descriptors(tmp_path: Path) -> None:
+    """A program inherits the descriptors that it is given, and no other."""
+    lock = tmp_path / "lock"
+    lock.touch()
+    given, kept = os.open(lock, os.O_RDWR), os.open(lock, os.O_RDWR)
+    code = "import os; print([os.path.exists(f'/proc/self/fd/{n}') for n in map(int, argv)])"
+    done = run(python(f"import sys; argv = sys.argv[1:]; {code}", str(given), str(kept)))
+    assert done.stdout == "[False, False]\n"
+    done = run(
+        python(f"import sys; argv = sys.argv[1:]; {code}", str(given), str(kept)), pass_fds=[given]
+    )
+    assert done.stdout == "[True, False]\n"
+    os.close(given)
+    os.close(kept)
+
+
+def test_failure() -> None:
+    """How a program failed is told in its own words, with the command to be pasted."""
+    done = run(["sh", "-c", "echo first >&2; echo 'no space' >&2; echo >&2; exit 3", "x y"])
+    assert not done.ok
+    assert done.status == 3
+    assert done.last_line() == "no space"
+    error = done.error("cannot do it")
+    assert error.message == "cannot do it: first; no space"
+    assert error.hint is not None
+    assert error.hint.endswith("exit 3' 'x y'")
+    assert done.error("cannot", hint="do this").hint == "do this"
+
+
+def test_silent_failure() -> None:
+    """A program that says nothing is told by its exit status."""
+    done = run(["false"])
+    assert done.last_line() == "exit status 1"
+    assert done.error("cannot").message == "cannot: exit status 1"
+
+
+def test_killed() -> None:
+    """A program that was ended by a signal has minus the signal's number as its status."""
+    assert run(["sh", "-c", "kill -9 $$"]).status == -signal.SIGKILL
+
+
+def test_missing_program() -> None:
+    """A program that is not there is an error with a hint."""
+    with pytest.raises(EffectError, match="no-such-program is not installed") as caught:
+        run(["no-such-program"])
+    assert "atomtx doctor" in (caught.value.hint or "")
+
+
+def test_missing_directory(tmp_path: Path) -> None:
+    """A directory that is not there is not taken for a program that is not."""
+    with pytest.raises(EffectError, match=r"cannot start true in .*/absent"):
+        run(["true"], cwd=str(tmp_path / "absent"))
+
+
+def test_not_a_program(tmp_path: Path) -> None:
+    """A file that cannot be executed is an error that names it."""
+    file = tmp_path / "file"
+    file.write_text("words")
+    with pytest.raises(EffectError, match=r"cannot start .*/file: Permission denied"):
+        run([str(file)])
+
+
+def test_timeout(tmp_path: Path) -> None:
+    """A program that does not answer in its time is killed, and all of its session with it."""
+    pids = tmp_path / "pids"
+    script = 'sleep 1000 & echo $! >"$0.new"; echo $$ >>"$0.new"; mv "$0.new" "$0"; wait'
+    # Long enough for a slow machine to write the file.
+    with pytest.raises(EffectError, match="sh did not answer within"):
+        run(["sh", "-c", script, str(pids)], timeout_s=2.0)
+    child, shell = map(int, pids.read_text().split())
+    assert locks.wait_until(lambda: not is_alive(child), PATIENCE_S)
+    assert not is_alive(shell)
+
+
+def test_waited_for() -> None:
+    """No program is left behind as a zombie."""
+    before = set(Path("/proc/self/task").glob("*/children"))
+    run(["true"])
+    with pytest.raises(EffectError):
+        run(["sleep", "1000"], timeout_s=0.05)
+    zombies = [pid for file in before for pid in file.read_text().split() if not is_alive(int(pid))]
+    assert zombies == []
+
+
+def test_output_that_fills_both_pipes() -> None:
+    """Much output on both pipes does not stop a program for ever."""
+    code = """
+        import sys
+        for _ in range(500):
+            sys.stdout.write("o" * 1000)
+            sys.stderr.write("e" * 1000)
+    """
+    done = run(python(code), timeout_s=PATIENCE_S)
+    assert (len(done.stdout), len(done.stderr)) == (500_000, 500_000)
+
+
+_FRONT = """
+    import signal, sys
+    from atomtx import process
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    code = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_DFL);"
+    code += "print('ready', file=open(r'%s', 'w'), flush=True); time.sleep(0.5)" % sys.argv[1]
+    print(process.run([sys.executable, "-c", code]).status)
+"""
+
+
+def test_no_interrupt(tmp_path: Path) -> None:
+    """
+    A Ctrl-C on the terminal reaches atomtx alone, never the command that it runs.
+
+    The terminal sends it to the whole group of the foreground; each command has its own.
+    """
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    argv = python(_FRONT, str(fifo))
+    with subprocess.Popen(
+        argv, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as front:
+        assert fifo.read_text() == "ready\n"
+        os.killpg(front.pid, signal.SIGINT)
+        assert front.communicate()[0] == "0\n"
+
+
+def test_session() -> None:
+    """Each program is in a session of its own."""
+    done = run(python("import os; print(os.getsid(0) == os.getpid(), os.getppid())"))
+    assert done.stdout == f"True {os.getpid()}\n"
+
+
+def test_abridged() -> None:
+    """A long command is cut in its middle: how it begins and how it ends can be seen."""
+    text = abridged(["zfs", "snapshot", *(f"tank/a{n}@x" for n in range(1000))], limit=60)
+    assert text.startswith("zfs snapshot tank/a0@x")
+    assert text.endswith("tank/a999@x")
+    assert len(text) <= 60
+
+
+def test_which(tmp_path: Path) -> None:
+    """A program is looked for on the PATH of the environment that it will run in."""
+    program = tmp_path / "client"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    assert which("client", {"PATH": str(tmp_path)}) == str(program)
+    assert which("client", {"PATH": "/nowhere"}) is None
+    assert which("sh", {"HOME": "/root"}) is not None
+
+
+def test_completed() -> None:
+    """What a program said is a plain value."""
+    assert Completed(("a",), 0, "", "").ok
+    assert not Completed(("a",), 1, "", "").ok
