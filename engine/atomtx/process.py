@@ -61,6 +61,12 @@ def abridged(argv: Sequence[str], limit: int = 300) -> str:
     return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 3 :]}"
 
 
+def _base_environment() -> dict[str, str]:
+    """Return the environment of a system program: fixed, but that the user's PATH comes last."""
+    path = ":".join(filter(None, (BASE_ENVIRONMENT["PATH"], os.environ.get("PATH"))))
+    return {**BASE_ENVIRONMENT, "PATH": path}
+
+
 def which(program: str, env: Mapping[str, str] | None = None) -> str | None:
     """Return where a program is, or None."""
     path = (env or os.environ).get("PATH") or BASE_ENVIRONMENT["PATH"]
@@ -86,7 +92,7 @@ def run(
     try:
         child = subprocess.Popen(
             argv,
-            env=dict(env) if env is not None else dict(BASE_ENVIRONMENT),
+            env=dict(env) if env is not None else _base_environment(),
             cwd=cwd,
             stdin=subprocess.PIPE if stdin is not None else subprocess.DEVNULL,
             stdout=subprocess.PIPE,

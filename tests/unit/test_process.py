@@ -69,10 +69,12 @@ def test_standard_input() -> None:
     assert run(["cat"], stdin="given\n").stdout == "given\n"
 
 
-def test_environment() -> None:
+def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """A program sees a small environment of ours, in which messages are not translated."""
+    monkeypatch.setenv("PATH", "/own/bin")
     lines = run(["env"]).stdout.splitlines()
-    assert dict(line.split("=", 1) for line in lines) == dict(process.BASE_ENVIRONMENT)
+    path = process.BASE_ENVIRONMENT["PATH"] + ":/own/bin"
+    assert dict(line.split("=", 1) for line in lines) == {**process.BASE_ENVIRONMENT, "PATH": path}
     assert "LC_ALL=C.UTF-8" in lines
     assert run(["env"], env={"A": "b c"}).stdout == "A=b c\n"
 

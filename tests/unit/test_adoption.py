@@ -1,0 +1,153 @@
+"""Snapshots of a lost journal: found by their marks, and adopted only where the user names them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import cast
+
+import pytest
+
+from atomtx import adoption
+from atomtx.adoption import Stray
+from atomtx.errors import UserError
+from atomtx.intents import HoldSnapshots, Mount, MountVolumes, TakeSnapshots
+from atomtx.mounts import mountinfo
+from atomtx.names import RunId
+from atomtx.plan import Pool
+from atomtx.volumes.zfs import Identity, Zfs
+from tests.runs import OTHER, RUN
+
+POOLS = [
+    Pool("tank", "11", "ONLINE"),
+    Pool("zroot", "22", "ONLINE"),
+    Pool("bad", "33", "SUSPENDED"),
+]
+THIRD = RunId("00000000000000aa")
+
+
+class Machine:
+    """Stands for `Zfs`, with marked snapshots; *gone* vanish between two commands."""
+
+    def __init__(self, *marked: tuple[str, str], gone: Collection[str] = ()) -> None:
+        self._marked = list(marked)
+        self._gone = gone
+        self.asked: list[str] = []
+
+    def pools(self) -> list[Pool]:
+        return POOLS
+
+    def marked(self, pools: Collection[str]) -> list[tuple[str, str]]:
+        self.asked = list(pools)
+        return self._marked
+
+    def identities(self, names: Collection[str]) -> dict[str, Identity]:
+        return {n: Identity(n, f"guid of {n}", "7", 5, RUN) for n in names if n not in self._gone}
+
+
+def scan(machine: Machine, known: Collection[str] = ()) -> list[Stray]:
+    return adoption.scan(cast(Zfs, machine), known)
+
+
+def snapshot(dataset: str, run: RunId = RUN) -> str:
+    return f"{dataset}@{run.token}"
+
+
+@pytest.fixture(autouse=True)
+def table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine where one of the snapshots is mounted."""
+    lines = (
+        "1 1 8:1 / / rw - ext4 /dev/sda1 rw\n"
+        f"2 1 0:30 / /mnt/a rw - zfs {snapshot('tank/a')} ro\n"
+        f"3 1 0:31 / /mnt/other rw - zfs tank/a@{OTHER.token} ro\n"
+    )
+    monkeypatch.setattr(mountinfo, "read", lambda: mountinfo.parse(lines.encode()))
+
+
+def test_scan() -> None:
+    """What carries our mark is shown run by run, with its mounts; suspended pools are not asked."""
+    machine = Machine(
+        (snapshot("tank/a"), RUN), (snapshot("tank/b", OTHER), OTHER), (snapshot("zroot/c"), RUN)
+    )
+    first, second = scan(machine)
+    assert (first.run, [s.name for s in first.snapshots], first.mounts) == (
+        RUN,
+        [snapshot("tank/a"), snapshot("zroot/c")],
+        ("/mnt/a",),
+    )
+    assert (second.run, second.mounts) == (OTHER, ())
+    assert first.created_s == 5
+    assert machine.asked == ["tank", "zroot"]
+
+
+def test_known() -> None:
+    """A run that is in the journal is not a stray: recovery has it."""
+    machine = Machine((snapshot("tank/a"), RUN), (snapshot("tank/b", OTHER), OTHER))
+    assert [stray.run for stray in scan(machine, [RUN])] == [OTHER]
+
+
+@pytest.mark.parametrize(
+    ("name", "mark"),
+    [
+        (f"tank/a@atomtx-{OTHER}", RUN),
+        (f"tank/a@daily-{RUN}", RUN),
+        (f"tank/a@atomtx-{RUN}x", RUN),
+        (f"tank/a@{RUN}", RUN),
+        ("tank/a@atomtx-mine", "mine"),
+    ],
+)
+def test_name_and_mark_agree(name: str, mark: str) -> None:
+    """Promise 2: a name or a mark alone is no proof: both must be there, and agree."""
+    assert scan(Machine((name, mark))) == []
+
+
+def test_destroyed_meanwhile() -> None:
+    """What was destroyed between two looks is not shown."""
+    name = snapshot("tank/a")
+    assert scan(Machine((name, RUN), gone=[name])) == []
+
+
+def strays(*runs: str) -> list[Stray]:
+    return [Stray(run, (), ()) for run in runs]
+
+
+def test_pick() -> None:
+    """A stray is named by the first digits of its run, as far as they tell it from others."""
+    some = strays(RUN, OTHER, "0123000000000000")
+    assert adoption.pick(some, "fe").run == OTHER
+    assert adoption.pick(some, RUN).run == RUN
+    with pytest.raises(UserError, match="more than one unknown run"):
+        adoption.pick(some, "0123")
+    with pytest.raises(UserError, match="no unknown run"):
+        adoption.pick(some, "9")
+
+
+def test_plan() -> None:
+    """The plan of an adopted run has its volumes, by pool, and nothing that a client would do."""
+    stray = scan(Machine((snapshot("tank/a"), RUN), (snapshot("zroot/with space"), RUN)))[0]
+    made = adoption.plan_of(stray, POOLS)
+    assert (made.run, made.job) == (RUN, f"adopted-{RUN}")
+    assert [(v.pool, v.pool_guid, v.name, v.snapshot) for v in made.volumes] == [
+        ("tank", "11", "tank/a", snapshot("tank/a")),
+        ("zroot", "22", "zroot/with space", snapshot("zroot/with space")),
+    ]
+    assert made.targets == ()
+    assert made.label == "tank/a, zroot/with space"
+
+
+def test_intents() -> None:
+    """What is to be undone of an adopted run: snapshots, holds, and those mounts that are there."""
+    stray = scan(Machine((snapshot("tank/a"), RUN), (snapshot("tank/b"), RUN)))[0]
+    steps = adoption.intents_of(stray, adoption.plan_of(stray, POOLS))
+    names = (snapshot("tank/a"), snapshot("tank/b"))
+    assert steps == (
+        TakeSnapshots("tank", "11", names, RUN),
+        HoldSnapshots("tank", "11", names, RUN.token),
+        MountVolumes("/", (Mount(names[0], "/mnt/a"),)),
+    )
+
+
+def test_intents_without_mounts() -> None:
+    """Where nothing of it is mounted there is nothing to unmount."""
+    stray = scan(Machine((snapshot("tank/b", THIRD), THIRD)))[0]
+    steps = adoption.intents_of(stray, adoption.plan_of(stray, POOLS))
+    assert [type(step) for step in steps] == [TakeSnapshots, HoldSnapshots]

@@ -1,0 +1,131 @@
+"""Cleaning: what is not found is gone only where the pool itself is there to be asked."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from atomtx import plan, states
+from atomtx.cleaning import Cleaner
+from atomtx.intents import TakeSnapshots
+from atomtx.journal import Journal
+from atomtx.plan import Pool
+from atomtx.records import Run
+from atomtx.statedir import RunFolder, prepare
+from atomtx.states import Event
+from atomtx.volumes.zfs import Identity, Zfs
+from tests.runs import RUN, a_plan
+
+TANK = Pool("tank", "11", "ONLINE")
+NAMES = [v.snapshot for v in a_plan().volumes]
+
+
+class Machine:
+    """Stands for `Zfs`: a pool with snapshots that can be destroyed, and exported."""
+
+    def __init__(self, names: Collection[str] = NAMES, mark: str | None = RUN) -> None:
+        self.pool: Pool | None = TANK
+        self.there = {name: Identity(name, f"guid of {name}", "7", 5, mark) for name in names}
+        self.effects: list[tuple[str, list[str]]] = []
+
+    def pools(self) -> list[Pool]:
+        return [self.pool] if self.pool else []
+
+    def identities(self, names: Collection[str]) -> dict[str, Identity]:
+        return {n: self.there[n] for n in names if self.pool and n in self.there}
+
+    def release(self, names: Sequence[str], *, tag: str) -> None:
+        if names:
+            self.effects.append(("release", list(names)))
+
+    def keep(self, identities: Sequence[Identity], *, run: str) -> dict[str, str]:
+        return {i.name: "done" for i in identities}
+
+    def destroy(self, identities: Sequence[Identity], *, run: str) -> dict[str, str]:
+        self.effects.append(("destroy", [i.name for i in identities]))
+        found = self.identities([i.name for i in identities])
+        verdicts = {i.name: "done" if i.name in found else "absent" for i in identities}
+        for name in found:
+            del self.there[name]
+        return verdicts
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Iterator[Journal]:
+    with Journal.open(prepare(tmp_path / "state")) as journal:
+        yield journal
+
+
+def given_up(journal: Journal) -> Run:
+    """Begin a run, and give it up before any identity is journaled."""
+    the_plan = a_plan()
+    takes = [step for step in plan.intents(the_plan) if isinstance(step, TakeSnapshots)]
+    with journal.change(journal.begin(the_plan, takes)) as change:
+        change.set(outcome="rolled-back", reason="why")
+        change.fire(Event.GIVEN_UP)
+    return journal.load(RUN)
+
+
+def clean(journal: Journal, machine: Machine) -> Run:
+    folder = RunFolder.of(journal.state, RUN).make()
+    cleaner = Cleaner(journal, folder, cast(Zfs, machine), lambda _: None)
+    return cleaner.clean(journal.load(RUN))
+
+
+def test_destroyed(journal: Journal) -> None:
+    """What is proven ours is released and destroyed, and its identity was journaled before."""
+    given_up(journal)
+    machine = Machine()
+    run = clean(journal, machine)
+    assert run.state == states.DESTROYED
+    assert machine.there == {}
+    assert [name for name, _ in machine.effects] == ["release", "destroy"]
+    assert {v.guid for v in run.volumes} == {f"guid of {name}" for name in NAMES}
+
+
+def test_gone(journal: Journal) -> None:
+    """Promise 4: what is gone already, in a pool that is there, is success."""
+    given_up(journal)
+    assert clean(journal, Machine([])).state == states.DESTROYED
+
+
+@pytest.mark.parametrize(
+    "pool", [None, Pool("tank", "99", "ONLINE"), Pool("tank", "11", "SUSPENDED")]
+)
+def test_pool_that_is_away(journal: Journal, pool: Pool | None) -> None:
+    """Promise 2: "not found" in a pool that cannot be asked is not "gone": it is parked."""
+    given_up(journal)
+    machine = Machine([] if pool else NAMES)
+    machine.pool = pool
+    run = clean(journal, machine)
+    assert (run.state, run.cleanup) == (states.UNMOUNTING, "parked")
+    assert [step.outcome for step in run.steps] == [None, "parked"]
+    again = Machine()
+    assert clean(journal, again).state == states.DESTROYED
+    assert again.there == {}
+
+
+def test_pool_that_goes_away(journal: Journal) -> None:
+    """Promise 2: also where the pool is exported between the proof and the destroy."""
+    given_up(journal)
+
+    class Exported(Machine):
+        def release(self, names: Sequence[str], *, tag: str) -> None:
+            self.pool = None
+
+    machine = Exported()
+    run = clean(journal, machine)
+    assert (run.state, run.cleanup) == (states.UNMOUNTING, "parked")
+    assert len(machine.there) == len(NAMES)
+
+
+def test_foreign(journal: Journal) -> None:
+    """Promise 2: what has our name but not our mark is neither released nor destroyed."""
+    given_up(journal)
+    machine = Machine(mark=None)
+    assert clean(journal, machine).state == states.DESTROYED
+    assert len(machine.there) == len(NAMES)
+    assert [names for _, names in machine.effects if names] == []

@@ -1,0 +1,344 @@
+"""What the machine says about a run: its pools, its snapshots, and who of it still lives."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from atomtx import locks
+from atomtx.clients import End
+from atomtx.errors import EffectError
+from atomtx.plan import Pool
+from atomtx.probing import (
+    end_survivors,
+    pool_trouble,
+    presence,
+    probe,
+    same_moment,
+    survivors,
+)
+from atomtx.recovery import Ended, Presence, Probes
+from atomtx.runner import end_to_json
+from atomtx.statedir import RunFolder, prepare
+from atomtx.states import BACKING_UP, Outcome
+from atomtx.volumes.zfs import Identity, Zfs
+from tests.runs import OTHER, RUN, a_plan, a_run
+
+PATIENCE_S = 60.0
+TANK = Pool("tank", "11", "ONLINE")
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="namespaces need root")
+
+
+def identities(*, txg: str = "7", mark: str | None = RUN) -> dict[str, Identity]:
+    """What the pool says of the run of `tests.runs`, all in place."""
+    return {
+        v.snapshot: Identity(v.snapshot, f"{100 + n}", txg, 1_785_000_000, mark)
+        for n, v in enumerate(a_plan().volumes)
+    }
+
+
+# -- pools -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pools", "trouble"),
+    [
+        ([TANK], None),
+        ([TANK, Pool("zroot", "22", "ONLINE")], None),
+        ([Pool("tank", "11", "DEGRADED")], None),
+        ([], "pool tank is not imported"),
+        ([Pool("zroot", "22", "ONLINE")], "pool tank is not imported"),
+        ([Pool("tank", "99", "ONLINE")], "the pool tank that is imported is another one"),
+        ([Pool("old", "11", "ONLINE")], "pool tank is imported under the name old"),
+        (
+            [Pool("old", "11", "ONLINE"), Pool("tank", "99", "ONLINE")],
+            "pool tank is imported under the name old",
+        ),
+        ([Pool("tank", "11", "SUSPENDED")], "pool tank is suspended: `zpool clear tank`"),
+    ],
+)
+def test_pool_trouble(pools: list[Pool], trouble: str | None) -> None:
+    """Promises 2 and 14: "not found" means nothing unless the same pool, by its guid, can be asked."""
+    assert pool_trouble(a_run(), pools) == trouble
+
+
+def test_every_pool_counts() -> None:
+    """Of a set over several pools each one must be there."""
+    run = a_run(a_plan("tank/a", "zroot/b"))
+    assert pool_trouble(run, [TANK]) == "pool zroot is not imported"
+    assert pool_trouble(run, [TANK, Pool("zroot", "22", "ONLINE")]) is None
+
+
+# -- snapshots -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("proven", [True, False])
+@pytest.mark.parametrize(
+    ("guid", "txg", "mark", "expected"),
+    [
+        ("100", "7", RUN, Presence.OURS),
+        ("100", "7", None, Presence.FOREIGN),
+        ("100", "7", OTHER, Presence.FOREIGN),
+        ("999", "7", RUN, Presence.FOREIGN),
+        ("100", "9", RUN, Presence.FOREIGN),
+    ],
+)
+def test_presence(proven: bool, guid: str, txg: str, mark: str | None, expected: Presence) -> None:
+    """
+    Promise 2: name, mark, guid and createtxg together prove a snapshot.
+
+    Until its identity is journaled, which a crash may prevent, the random name and the mark do.
+    """
+    run = a_run(proven=proven)
+    found = Identity(run.volumes[0].snapshot, guid, txg, 1, mark)
+    if not proven and mark == RUN:
+        expected = Presence.OURS
+    assert presence(run, run.volumes[0], found) is expected
+
+
+def test_absent() -> None:
+    """A snapshot that the pool does not know is absent."""
+    run = a_run()
+    assert presence(run, run.volumes[0], None) is Presence.ABSENT
+
+
+def test_same_moment() -> None:
+    """Promise 8: the snapshots of one pool are of one transaction group; pools have their own."""
+    run = a_run(a_plan("tank/a", "tank/b", "zroot/c"))
+    a, b, c = (v.snapshot for v in run.volumes)
+
+    def found(*groups: tuple[str, str]) -> dict[str, Identity]:
+        return {name: Identity(name, "1", txg, 1, RUN) for name, txg in groups}
+
+    assert same_moment(run.volumes, found((a, "7"), (b, "7"), (c, "9")))
+    assert not same_moment(run.volumes, found((a, "7"), (b, "8"), (c, "9")))
+    assert same_moment(run.volumes, found((a, "7"), (c, "9")))
+    assert same_moment(run.volumes, {})
+
+
+# -- the whole -------------------------------------------------------------------------------
+
+
+class Machine:
+    """Stands for `Zfs`: pools and snapshots as they are given, and how often it was asked."""
+
+    def __init__(self, pools: list[Pool], found: dict[str, Identity]) -> None:
+        self._pools = pools
+        self._found = found
+        self.asked: list[str] = []
+
+    def pools(self) -> list[Pool]:
+        self.asked.append("pools")
+        return self._pools
+
+    def identities(self, names: Collection[str]) -> dict[str, Identity]:
+        self.asked.append("identities")
+        return {name: self._found[name] for name in names if name in self._found}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return RunFolder.of(prepare(tmp_path / "state"), RUN).make()
+
+
+def look(folder: RunFolder, machine: Machine) -> tuple[Probes, dict[str, Identity]]:
+    return probe(a_run(state=BACKING_UP, attempts=2), folder, cast(Zfs, machine))
+
+
+def write_end(folder: RunFolder, *, attempt: int, stopped: int | None = None) -> None:
+    folder.reserve_end()
+    end = End(Outcome.FAILED, "timeout", retriable=True)
+    folder.write_end(end_to_json(end, attempt=attempt, stopped=stopped))
+
+
+def test_probe(folder: RunFolder) -> None:
+    """A run that died alone is seen with its snapshots, each judged, and two questions asked."""
+    found = identities()
+    first, second = found
+    machine = Machine([TANK], {first: found[first]})
+    probes, seen = look(folder, machine)
+    assert probes == Probes(
+        snapshots={first: Presence.OURS, second: Presence.ABSENT}, equal_createtxg=True
+    )
+    assert seen == {first: found[first]}
+    assert machine.asked == ["pools", "identities"]
+
+
+def test_probe_of_two_moments(folder: RunFolder) -> None:
+    """Snapshots that are not of one moment are seen to be so."""
+    found = identities(mark=RUN)
+    second = list(found)[1]
+    found[second] = replace(found[second], createtxg="8")
+    probes, _ = look(folder, Machine([TANK], found))
+    assert not probes.equal_createtxg
+
+
+def test_probe_of_an_exported_pool(folder: RunFolder) -> None:
+    """Promise 2: of a pool that is not imported no snapshot is asked for; the client's end counts."""
+    write_end(folder, attempt=2)
+    machine = Machine([], {})
+    probes, _ = look(folder, machine)
+    assert probes.trouble == "pool tank is not imported"
+    assert probes.ended is not None
+    assert machine.asked == ["pools"]
+
+
+@pytest.mark.parametrize(
+    ("signum", "stopped"), [(signal.SIGTERM, True), (signal.SIGINT, False), (None, False)]
+)
+def test_probe_of_an_end(folder: RunFolder, signum: int | None, stopped: bool) -> None:
+    """The end of the newest attempt is seen; a shutdown's SIGTERM is told from a stop for good."""
+    write_end(folder, attempt=2, stopped=signum)
+    probes, _ = look(folder, Machine([TANK], identities()))
+    assert probes.ended == Ended(Outcome.FAILED, "timeout", retriable=True, stopped=stopped)
+
+
+def test_probe_of_an_older_end(folder: RunFolder) -> None:
+    """The end of an older attempt is none."""
+    write_end(folder, attempt=1)
+    probes, _ = look(folder, Machine([TANK], identities()))
+    assert probes.ended is None
+
+
+def test_probe_of_a_living_runner(folder: RunFolder) -> None:
+    """Promise 6: while the runner lives nothing else is asked."""
+    machine = Machine([TANK], {})
+    with locks.acquired(folder.runner_lock):
+        assert look(folder, machine) == (Probes(runner_alive=True), {})
+    assert machine.asked == []
+
+
+# -- who lives -------------------------------------------------------------------------------
+
+Start = Callable[..., "subprocess.Popen[str]"]
+
+CLIENT = """
+    import os, signal, sys, time
+    from pathlib import Path
+    from atomtx import locks
+
+    lock, how = sys.argv[1:]
+    held = locks.try_acquire(Path(lock))
+    if how == "stubborn":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    print("ready", flush=True)
+    time.sleep(1000)
+"""
+# Has closed everything that it could have inherited, and left nothing but its namespace.
+DAEMON = """
+    import os, sys, time
+    from atomtx.mounts import namespace
+
+    source, where, how = sys.argv[1:]
+    namespace.enter()
+    namespace.mount(source, where, "tmpfs", 0)
+    os.setsid()
+    print("ready", flush=True)
+    os.closerange(0, 256)
+    time.sleep(1000)
+"""
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    started: list[subprocess.Popen[str]] = []
+
+    def start(code: str, *args: str) -> subprocess.Popen[str]:
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        argv = [sys.executable, "-c", textwrap.dedent(code), *args]
+        child = subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, text=True)
+        started.append(child)
+        assert child.stdout
+        assert child.stdout.readline() == "ready\n"
+        return child
+
+    yield start
+    for child in started:
+        child.kill()
+        child.communicate()
+
+
+def test_nobody(folder: RunFolder) -> None:
+    """Of a run that died alone nobody lives, and there is nobody to end."""
+    told: list[str] = []
+    assert survivors(a_run(), folder) == []
+    end_survivors(a_run(), folder, told.append)
+    assert told == []
+
+
+def test_holder_of_c(folder: RunFolder, start: Start) -> None:
+    """Promise 6: who holds C lives, is seen, named and ended."""
+    client = start(CLIENT, str(folder.client_lock), "")
+    machine = Machine([TANK], {})
+    assert survivors(a_run(), folder) == [client.pid]
+    assert look(folder, machine) == (Probes(client_alive=True), {})
+    told: list[str] = []
+    end_survivors(a_run(), folder, told.append)
+    assert client.wait(PATIENCE_S) == -signal.SIGTERM
+    assert told == [f"ending what the interrupted run left behind: {client.pid} (python)"] or (
+        str(client.pid) in told[0]
+    )
+    assert machine.asked == []
+
+
+def test_stubborn(folder: RunFolder, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who does not end on SIGTERM is killed."""
+    monkeypatch.setattr("atomtx.probing._END_S", 0.5)
+    client = start(CLIENT, str(folder.client_lock), "stubborn")
+    end_survivors(a_run(), folder, lambda _: None)
+    assert client.wait(PATIENCE_S) == -signal.SIGKILL
+
+
+def test_one_who_looks(folder: RunFolder, start: Start) -> None:
+    """Promise 6: a process that has C's file open while nobody holds C is none of the run's."""
+    code = "import sys, time; f = open(sys.argv[1]); print('ready', flush=True); time.sleep(1000)"
+    other = start(code, str(folder.client_lock))
+    assert survivors(a_run(), folder) == []
+    end_survivors(a_run(), folder, lambda _: None)
+    assert other.poll() is None
+
+
+@as_root
+def test_daemon(folder: RunFolder, start: Start) -> None:
+    """Promise 6: who closed every descriptor is still seen in the run's namespace, and ended."""
+    daemon = start(DAEMON, f"atomtx-{RUN}", str(folder.marker), "")
+    assert not locks.is_held(folder.client_lock)
+    assert survivors(a_run(), folder) == [daemon.pid]
+    end_survivors(a_run(), folder, lambda _: None)
+    assert daemon.wait(PATIENCE_S) == -signal.SIGTERM
+
+
+@as_root
+@pytest.mark.parametrize(
+    "source",
+    [f"tank/a@atomtx-{RUN}", f"atomtx-{OTHER}", "tmpfs", f"x-atomtx-{RUN}", f"atomtx-{RUN}x"],
+)
+def test_foreign_namespace(folder: RunFolder, start: Start, tmp_path: Path, source: str) -> None:
+    """
+    Promise 2: a service that sees our snapshot mounted is not ours, and is not ended.
+
+    What somebody mounts on the host, by hand or by a look into `.zfs/snapshot`, appears in the
+    namespace of every service.
+    """
+    (tmp_path / "place").mkdir()
+    service = start(DAEMON, source, str(tmp_path / "place"), "")
+    assert survivors(a_run(), folder) == []
+    end_survivors(a_run(), folder, lambda _: None)
+    assert service.poll() is None
+
+
+def test_cannot_be_ended(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Promise 6: while one lives that cannot be ended, nothing is unmounted or destroyed."""
+    monkeypatch.setattr("atomtx.probing._END_S", 0.0)
+    monkeypatch.setattr("atomtx.probing.survivors", lambda *_: [4_000_000])
+    with pytest.raises(EffectError, match=r"cannot be ended: \[4000000\]"):
+        end_survivors(a_run(), folder, lambda _: None)
