@@ -12,6 +12,7 @@ By hand, one machine of your own that stays up until it is stopped:
     python3 tests/vm/machine.py reset       back to a clean machine, with this checkout's program
     python3 tests/vm/machine.py crash       kill it as a power cut would, and boot it again
     python3 tests/vm/machine.py stop
+    python3 tests/vm/machine.py build       make only what the others need, and is kept
 
 `ATOMTX_MACHINE=NAME` names another one than the first; each takes 2 GiB of memory.
 
@@ -344,11 +345,20 @@ def _locked(path: Path) -> Iterator[None]:
 def image(cache: Path) -> Path:
     """Return the folder of the machine's image, built by build.sh where it is absent."""
     here = CHECKOUT / "tests" / "vm"
+    needs = subprocess.run(
+        [here / "needs.sh", "qemu-system-x86_64", "qemu-img", "ssh"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    if needs.returncode:
+        raise MachineError(needs.stderr)
     version = re.search(r"^IMAGE_VERSION=(\S+)", (here / "versions.sh").read_text(), re.M)
     assert version is not None
     folder = cache / f"machine-{version[1]}"
     if not (folder / "complete").exists():
-        done = subprocess.run([here / "build.sh", cache], stdin=subprocess.DEVNULL)
+        env = {**os.environ, "PYTHON": sys.executable}
+        done = subprocess.run([here / "build.sh", cache], stdin=subprocess.DEVNULL, env=env)
         if done.returncode or not (folder / "complete").exists():
             raise MachineError("the test machine could not be built: see the lines above")
     return folder
@@ -500,9 +510,13 @@ def _install_what_builds(machine: Machine) -> None:
 def main(words: Sequence[str]) -> int:
     """Do what the module's first lines promise."""
     command, *rest = words or ["help"]
-    if command not in ("start", "ssh", "put", "get", "install", "reset", "crash", "stop"):
+    if command not in ("build", "start", "ssh", "put", "get", "install", "reset", "crash", "stop"):
         print(__doc__)
         return 2
+    if command == "build":
+        with _locked(cache_folder() / "booted.lock"):
+            _booted(cache_folder(), image(cache_folder()))
+        return 0
     machine = developers_machine()
     if command == "start":
         _start(machine)

@@ -102,7 +102,6 @@ def test_every_point_is_found(filled: Machine) -> None:
         "start:zfs snapshot#1",
         "start:zfs get#1",
         "start:zfs hold#1",
-        "start:zfs get#2",
         "start:zfs release#1",
         "start:zfs program#1",
     ]

@@ -87,7 +87,10 @@ def test_inherited_mark(one: Machine) -> None:
     answer = atomtx(vm, "backup", "tank/a", kill=stop_at("journal:planned#1", "front"))
     assert answer.status == -9
     run = runs(vm)[0]["id"]
-    vm.run(f"zfs set atomtx:run={run} tank/a && zfs snapshot tank/a@atomtx-{run} tank/a@other")
+    vm.run(
+        f"zfs set atomtx:run={run} tank/a && zfs snapshot tank/a@atomtx-{run}"
+        " && zfs snapshot tank/a@other"
+    )
     theirs = guids(vm)
     assert atomtx(vm, "recover").status == 0
     assert guids(vm) == theirs
@@ -255,10 +258,10 @@ def test_lost_journal(one: Machine) -> None:
 def test_machine_crash(one: Machine) -> None:
     """After a crash of the whole machine in mid-backup recover resumes the same moment."""
     vm = one
-    fill(vm, "/tank/a", files=20, size_bytes=1_000_000)
+    fill(vm, "/tank/a", files=5, size_bytes=1_000_000)
     vm.run("sync")
     atomtx(
-        vm, "backup", "tank/a", "--", "--limit-upload", "200",
+        vm, "backup", "tank/a", "--", "--limit-upload", "100",
         kill=stop_at("journal:backing-up#1", "front", delay_s=5),
     )  # fmt: skip
     vm.power_off_hard()
