@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+# Two at a time, each with a virtual machine of its own; the tests of a file share its states.
+PYTEST_ARGUMENTS ?= --numprocesses 2 --dist loadfile
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
@@ -18,6 +20,7 @@ help:
 	@echo 'make clean     remove what these made in this folder; clean-vm: and the machine'
 
 test: lint
+	$(BIN)/python tests/vm/machine.py build
 	$(BIN)/pytest $(PYTEST_ARGUMENTS)
 
 lint: $(READY)
@@ -26,7 +29,7 @@ lint: $(READY)
 	$(BIN)/lint-imports --no-logo
 
 unit: $(READY)
-	$(BIN)/pytest -m 'not vm' --ignore tests/platform $(PYTEST_ARGUMENTS)
+	$(BIN)/pytest -m 'not vm' --ignore tests/platform
 
 vm: $(READY)
 	$(BIN)/python tests/vm/machine.py start
@@ -40,7 +43,7 @@ bench: $(READY)
 $(READY): pyproject.toml
 	@PYTHON=$(PYTHON) tests/vm/needs.sh $(PYTHON) venv
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, this is " + sys.version)'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
 

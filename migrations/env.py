@@ -29,8 +29,12 @@ def _for_developers() -> None:
     from atomtx.journal import make_engine
 
     path = Path(os.environ["ATOMTX_STATE_DIR"]) / "journal.db"
-    with make_engine(path, foreign_keys=False).begin() as connection:
-        _migrate(connection)
+    engine = make_engine(path, foreign_keys=False)
+    try:
+        with engine.begin() as connection:
+            _migrate(connection)
+    finally:
+        engine.dispose()
 
 
 if (handed_over := context.config.attributes.get("connection")) is not None:

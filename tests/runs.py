@@ -10,8 +10,8 @@ from atomtx.names import Dataset, RunId
 from atomtx.plan import ClientPlan, Plan, PlannedVolume
 from atomtx.records import Run, Volume
 
-RUN = RunId("0123456789abcdef")
-OTHER = RunId("fedcba9876543210")
+# Of this process alone: tests that run beside these must not be taken for the run's own processes.
+RUN, OTHER = RunId.new(), RunId.new()
 POOL_GUIDS = {"tank": "11", "zroot": "22"}
 CLIENT = ClientPlan("command", ("true",), (), "/", "", None, (), ())
 

@@ -17,7 +17,7 @@ import sqlite3
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +93,9 @@ class Journal:
             with _translated(path):
                 engine = _bring_up_to_date(path, lock)
                 journal = cls(path, engine, lock)
-                journal._prove_machine()
-                journal._reserve()
+                with _closed_on_error(engine):
+                    journal._prove_machine()
+                    journal._reserve()
         except BaseException:
             os.close(lock)
             raise
@@ -530,11 +531,11 @@ def _bring_up_to_date(path: Path, lock: int) -> Engine:
     fcntl.flock(lock, fcntl.LOCK_SH)
     if journalfile.check(path):
         engine = make_engine(path)
-        if _version(engine) == journalfile.SCHEMA_VERSION:
-            return engine
+        with _closed_on_error(engine):
+            if _version(engine) == journalfile.SCHEMA_VERSION:
+                return engine
         engine.dispose()
     if _lock_for_upgrade(path, lock):
-        journalfile.check(path)  # a newer atomtx may have had the lock before us
         _upgrade(path)
     # flock(2): a lock is not converted in one step, so look again under the shared one.
     return _bring_up_to_date(path, lock)
@@ -543,12 +544,22 @@ def _bring_up_to_date(path: Path, lock: int) -> Engine:
 def _upgrade(path: Path) -> None:
     os.close(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600))
     engine = make_engine(path, foreign_keys=False)
-    if (found := _version(engine)) < journalfile.SCHEMA_VERSION:
-        if found:
-            _back_up(engine, path, found)
-        schema.upgrade(engine)
+    with _closed_on_error(engine):
+        if (found := _version(engine)) < journalfile.SCHEMA_VERSION:
+            if found:
+                _back_up(engine, path, found)
+            schema.upgrade(engine)
     engine.dispose()
     sync_directory(path.parent)
+
+
+@contextmanager
+def _closed_on_error(engine: Engine) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        engine.dispose()
+        raise
 
 
 def _lock_for_upgrade(path: Path, lock: int) -> bool:
@@ -577,12 +588,10 @@ def _back_up(engine: Engine, path: Path, version: int) -> None:
     # Emptied, should an earlier try have left one, and for nobody else to read.
     flags = os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC
     os.close(os.open(partial, flags, 0o600))
-    with engine.connect() as connection:
-        target = sqlite3.connect(partial)
+    with engine.connect() as connection, closing(sqlite3.connect(partial)) as target:
         source = connection.connection.driver_connection
         assert isinstance(source, sqlite3.Connection)
         source.backup(target)
-        target.close()
     descriptor = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
     os.fsync(descriptor)
     os.close(descriptor)

@@ -15,14 +15,13 @@ from atomtx.mounts import mountinfo
 from atomtx.names import RunId
 from atomtx.plan import Pool
 from atomtx.volumes.zfs import Identity, Zfs
-from tests.runs import OTHER, RUN
 
 POOLS = [
     Pool("tank", "11", "ONLINE"),
     Pool("zroot", "22", "ONLINE"),
     Pool("bad", "33", "SUSPENDED"),
 ]
-THIRD = RunId("00000000000000aa")
+RUN, OTHER, THIRD = map(RunId, ("0123456789abcdef", "fedcba9876543210", "00000000000000aa"))
 
 
 class Machine:

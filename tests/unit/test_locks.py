@@ -60,7 +60,10 @@ HOLDER = """
     held = locks.try_acquire(Path(sys.argv[1]))
     assert held is not None
     passed = (held,) if sys.argv[2] == "inherited" else ()
-    child = subprocess.Popen(["sleep", "1000"], pass_fds=passed)
+    # Without `passed` nothing is closed for the child but what closes itself.
+    child = subprocess.Popen(
+        ["sleep", "1000"], stdout=subprocess.DEVNULL, pass_fds=passed, close_fds=bool(passed)
+    )
     print(child.pid, flush=True)
     sys.stdin.read()
 """
@@ -170,6 +173,21 @@ def test_holders(lock: Path, children: list[subprocess.Popen[str]]) -> None:
         assert locks.has_lock_open(os.getpid(), lock)
     assert not locks.has_lock_open(os.getpid(), lock)
     os.kill(command, signal.SIGKILL)
+
+
+def test_onlooker(lock: Path, children: list[subprocess.Popen[str]]) -> None:
+    """Who has the file open without the lock, to look at it, is no holder of it."""
+    code = """
+        import fcntl, sys
+        file = open(sys.argv[1])
+        fcntl.flock(file, fcntl.LOCK_SH)
+        print("open", flush=True)
+        sys.stdin.read()
+    """
+    onlooker = start(children, code, str(lock))
+    assert line(onlooker) == "open"
+    assert locks.has_lock_open(onlooker.pid, lock)
+    assert locks.holders(lock) == []
 
 
 def test_same_name_elsewhere(lock: Path, tmp_path: Path) -> None:

@@ -64,8 +64,10 @@ def test_bytes_that_are_no_text() -> None:
 
 def test_standard_input() -> None:
     """Standard input is at its end: no program waits for a password that nobody types."""
-    done = run(["cat"], timeout_s=PATIENCE_S)
-    assert (done.status, done.stdout) == (0, "")
+    code = "from atomtx import process; print(process.run(['cat'], timeout_s=60))"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(python(code), env=env, input="typed\n", capture_output=True, text=True)
+    assert done.stdout == "Completed(argv=('cat',), status=0, stdout='', stderr='')\n"
     assert run(["cat"], stdin="given\n").stdout == "given\n"
 
 
@@ -158,14 +160,15 @@ def test_timeout(tmp_path: Path) -> None:
     assert not is_alive(shell)
 
 
-def test_waited_for() -> None:
-    """No program is left behind as a zombie."""
-    before = set(Path("/proc/self/task").glob("*/children"))
-    run(["true"])
+def test_waited_for(tmp_path: Path) -> None:
+    """No program is left behind as a zombie, neither one that ended nor one that was killed."""
+    script = 'echo $$ >"$0.new"; mv "$0.new" "$0"; exec sleep "$1"'
+    assert run(["sh", "-c", script, str(tmp_path / "ended"), "0"]).ok
     with pytest.raises(EffectError):
-        run(["sleep", "1000"], timeout_s=0.05)
-    zombies = [pid for file in before for pid in file.read_text().split() if not is_alive(int(pid))]
-    assert zombies == []
+        run(["sh", "-c", script, str(tmp_path / "killed"), "1000"], timeout_s=2.0)
+    for name in ("ended", "killed"):
+        pid = int((tmp_path / name).read_text())
+        assert locks.command_of(pid) is None
 
 
 def test_output_that_fills_both_pipes() -> None:

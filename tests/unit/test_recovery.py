@@ -150,16 +150,24 @@ def test_table(state: str, seen: Probes, rollback: bool, decision: Decision) -> 
 
 @pytest.mark.parametrize("seen", [WHOLE, LOST, SWAPPED, SKEWED, UNREADY, IN_TROUBLE])
 @pytest.mark.parametrize("rollback", [False, True])
-@pytest.mark.parametrize("end", [COMPLETED, PARTIAL, FAILED])
+@pytest.mark.parametrize("end", [COMPLETED, PARTIAL])
 def test_known_end(end: Ended, seen: Probes, rollback: bool) -> None:
     """
     Section 7: what the runner wrote is the run's result, whatever became of the snapshots.
 
-    It is recorded even while a pool is away: the cleanup then waits, parked.
+    A backup that is in the repository is not rolled back.  It is recorded even while a pool is
+    away: the cleanup then waits, parked.
     """
     found = dataclasses.replace(seen, ended=end)
     run = run_in(states.BACKING_UP)
     assert recovery.decide(run, found, Wish(rollback=rollback)) == FORWARD
+
+
+@pytest.mark.parametrize("seen", [WHOLE, LOST, SWAPPED, SKEWED, UNREADY, IN_TROUBLE])
+def test_known_failure(seen: Probes) -> None:
+    """A failure that is not worth repeating is the run's result, too."""
+    found = dataclasses.replace(seen, ended=FAILED)
+    assert recovery.decide(run_in(states.BACKING_UP), found, Wish()) == FORWARD
 
 
 @pytest.mark.parametrize("state", [states.SNAPSHOTTED, states.MOUNTED])
@@ -178,11 +186,12 @@ def test_shutdown() -> None:
     assert recovery.decide(run, lost, Wish()) == GONE
 
 
-@pytest.mark.parametrize("end", [SHUTDOWN, NETWORK])
+@pytest.mark.parametrize("end", [SHUTDOWN, NETWORK, FAILED])
 def test_rollback_after_failure(end: Ended) -> None:
-    """A failure worth repeating is taken for the result where the user wished a roll-back."""
+    """After a client that failed the user's word counts, and the reason of the failure stays."""
     run = run_in(states.BACKING_UP)
-    assert recovery.decide(run, probes(ended=end), Wish(rollback=True)) == FORWARD
+    decision = recovery.decide(run, probes(ended=end), Wish(rollback=True))
+    assert decision == RollBack(f"at the user's word: {end.reason}")
 
 
 # -- patience (section 3) --------------------------------------------------------------------

@@ -583,19 +583,19 @@ def test_killed_front_end(stage: Stage, tmp_path: Path) -> None:
 @as_root
 def test_namespace(stage: Stage) -> None:
     """Section 6: the client lives in a mount namespace of its own that carries the run's marker."""
-    script = "readlink /proc/self/ns/mnt; grep -c ' - tmpfs atomtx-0123456789abcdef ' $1"
+    script = f"readlink /proc/self/ns/mnt; grep -c ' - tmpfs {RUN.token} ' $1"
     end, _ = stage.end(stage.run(sh(script, "/proc/self/mountinfo")))
     assert end.outcome is Outcome.COMPLETED, stage.log()
     namespace, count = stage.log().splitlines()
     assert namespace != os.readlink("/proc/self/ns/mnt")
     assert count == "1"
-    assert b"atomtx-0123" not in Path("/proc/self/mountinfo").read_bytes()
+    assert RUN.token not in Path("/proc/self/mountinfo").read_text()
 
 
 @as_root
 def test_host_mounts(stage: Stage, tmp_path: Path) -> None:
     """In a tree, whose mounts are the host's, the namespace carries the marker as well."""
-    script = "grep -c ' - tmpfs atomtx-0123456789abcdef ' /proc/self/mountinfo"
+    script = f"grep -c ' - tmpfs {RUN.token} ' /proc/self/mountinfo"
     end, _ = stage.end(stage.run(sh(script), in_namespace=False))
     assert end.outcome is Outcome.COMPLETED, stage.log()
 

@@ -254,7 +254,7 @@ def test_directory_of_somebody(tmp_path: Path) -> None:
 
 @as_root
 def test_automounts(tmp_path: Path) -> None:
-    """A look into `.zfs/snapshot` of ours is expired; one of another snapshot, or in use, is not."""
+    """A look into `.zfs/snapshot` of ours is expired; a foreign one, or one in use, is not."""
     inside(
         tmp_path,
         """

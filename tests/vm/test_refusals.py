@@ -25,7 +25,7 @@ WRONG = {
     ("tank/off",): ("tank/off", ""),
     ("tank/noauto",): ("tank/noauto", "mount"),
     ("tank/unmounted",): ("tank/unmounted", "zfs mount"),
-    ("tank/locked",): ("tank/locked", "load-key"),
+    ("tank/locked",): ("tank/locked", "zfs mount -l"),
     ("/nowhere/at/all",): ("/nowhere/at/all", ""),
     ("/tank/a/dir",): ("tank/a", ""),
     (): ("no dataset was named", "--all"),
@@ -90,7 +90,7 @@ def test_leading_dash(zoo_vm: Machine) -> None:
 @pytest.mark.parametrize(
     ("env", "message"),
     [
-        ({"RESTIC_PASSWORD": "wrong"}, "wrong password"),
+        ({"RESTIC_PASSWORD": "wrong"}, "password is wrong"),
         ({"RESTIC_PASSWORD": ""}, "password"),
         ({"RESTIC_REPOSITORY": "/srv/absent"}, "absent"),
         ({"ATOMTX_STATE_DIR": "/proc/atomtx"}, "/proc/atomtx"),
