@@ -91,6 +91,8 @@ def test_every_pool_counts() -> None:
         ("999", "7", RUN, Presence.FOREIGN),
         ("100", "9", RUN, Presence.FOREIGN),
     ],
+    # A run id is another one in each process; the name of a test must not be.
+    ids=["ours", "unmarked", "another run's", "another guid", "another txg"],
 )
 def test_presence(proven: bool, guid: str, txg: str, mark: str | None, expected: Presence) -> None:
     """
@@ -320,6 +322,7 @@ def test_daemon(folder: RunFolder, start: Start) -> None:
 @pytest.mark.parametrize(
     "source",
     [f"tank/a@atomtx-{RUN}", f"atomtx-{OTHER}", "tmpfs", f"x-atomtx-{RUN}", f"atomtx-{RUN}x"],
+    ids=["snapshot", "another run's", "nothing", "longer before", "longer behind"],
 )
 def test_foreign_namespace(folder: RunFolder, start: Start, tmp_path: Path, source: str) -> None:
     """
