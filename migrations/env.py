@@ -26,7 +26,7 @@ def _migrate(connection: Connection) -> None:
 
 def _for_developers() -> None:
     """`alembic revision|check` on the journal that ATOMTX_STATE_DIR names."""
-    from atomtx.journal import make_engine
+    from atomtx.database import make_engine
 
     path = Path(os.environ["ATOMTX_STATE_DIR"]) / "journal.db"
     engine = make_engine(path, foreign_keys=False)

@@ -20,6 +20,7 @@ The modules, in reading order:
     redact.py       take secrets out of what is kept or shown                          pure
     journalfile.py  the journal's file: its numbers, and whether we may touch it
     schema.py       the tables; bringing an older journal up to date
+    database.py     its connections, its upgrade, its errors as ours
     journal.py      the only module that writes to the database
     history.py      reading the journal for people, with the standard library alone
     statedir.py     the state directory, and the folder of each run in it
@@ -29,6 +30,8 @@ The modules, in reading order:
     volumes/        zfs.py: find, snapshot, hold, probe, destroy
     mounts/         mountinfo.py, namespace.py, tree.py ...: mount, probe, unmount
     clients/        restic.py, kopia.py, command.py ...: the backup programs
+    task.py         what a front end asks of a runner, and what that leaves
+    output.py       the client's output: lines, redacted, capped
     runner.py       holds the namespace and the client; outlives a killed front end
     errand.py       the front end's end of a runner
     preparing.py    ask the machine and the client, and make the plan; changes nothing

@@ -15,8 +15,8 @@ from . import locks, process
 from .clients import End, Progress
 from .errors import EffectError, Interrupted
 from .interrupts import Interrupts
-from .runner import Task, end_from_json
 from .statedir import RunFolder
+from .task import Task, end_from_json
 
 _MOUNT_S = 600.0  # a thousand mounts on a slow machine take a minute
 _LOOK_S = 0.5

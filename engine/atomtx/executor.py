@@ -42,9 +42,9 @@ from .plan import ClientPlan
 from .probing import end_survivors, same_moment
 from .records import Run
 from .recovery import MAX_ATTEMPTS, within_patience
-from .runner import Task
 from .statedir import RunFolder
 from .states import Event, Outcome
+from .task import Task
 from .volumes.zfs import Identity, Zfs
 
 GRACE_S = 60.0

@@ -9,15 +9,13 @@ the run's state and revision: a process that was overtaken gets :class:`StaleRun
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
-import sqlite3
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,29 +24,24 @@ from sqlalchemy import (
     Engine,
     Row,
     bindparam,
-    create_engine,
-    event,
     insert,
     select,
     update,
 )
-from sqlalchemy.engine import URL
-from sqlalchemy.exc import DBAPIError, IntegrityError
-from sqlalchemy.pool import StaticPool
+from sqlalchemy.exc import IntegrityError
 
-from . import journalfile, locks, plan, schema
+from . import journalfile, locks, plan
 from .clients import Backup, End
-from .errors import BusyError, JournalError, JournalFullError, StaleRunError, WaitingError
+from .database import bring_up_to_date, closed_on_error, translated
+from .errors import BusyError, JournalError, JournalFullError, StaleRunError
 from .intents import Intent, from_json
 from .plan import Plan
 from .records import Run, Step, Volume
 from .schema import backups, journals, moves, runs, steps, volumes
-from .statedir import RunFolder, sync_directory
+from .statedir import RunFolder
 from .states import PLANNED, Event, StateMachine
 
-BUSY_TIMEOUT_MS = 30_000
 RESERVE_BYTES = 65_536  # free pages, so that a full disk does not stop an undo from being recorded
-_UPGRADE_WAIT_S = 10.0
 _SWEEP_AFTER_S = 3600.0  # long after any front end would have written its row
 
 
@@ -90,10 +83,10 @@ class Journal:
         journalfile.check(path)
         lock = os.open(state / "journal.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         try:
-            with _translated(path):
-                engine = _bring_up_to_date(path, lock)
+            with translated(path):
+                engine = bring_up_to_date(path, lock)
                 journal = cls(path, engine, lock)
-                with _closed_on_error(engine):
+                with closed_on_error(engine):
                     journal._prove_machine()
                     journal._reserve()
         except BaseException:
@@ -116,7 +109,7 @@ class Journal:
 
     @contextmanager
     def _transaction(self) -> Iterator[Connection]:
-        with _translated(self.path), self._engine.begin() as connection:
+        with translated(self.path), self._engine.begin() as connection:
             yield connection
 
     def _prove_machine(self) -> None:
@@ -487,138 +480,9 @@ def _volume(row: Row[Any]) -> Volume:
     )
 
 
-# -- the file --------------------------------------------------------------------------------
-
-
 def _machine_id() -> str:
     """Return a hash of what names this machine; empty where nothing does."""
     for source in ("/etc/machine-id", "/etc/hostid"):
         with suppress(OSError):
             return hashlib.sha256(b"atomtx" + Path(source).read_bytes().strip()).hexdigest()
     return ""
-
-
-def make_engine(path: Path, *, foreign_keys: bool = True) -> Engine:
-    """Return an engine whose transactions are SQLite's own, DDL included."""
-    arguments: dict[str, Any] = {"isolation_level": None, "timeout": BUSY_TIMEOUT_MS / 1000}
-    if hasattr(sqlite3, "LEGACY_TRANSACTION_CONTROL"):  # Python 3.12; its default will change
-        arguments["autocommit"] = sqlite3.LEGACY_TRANSACTION_CONTROL
-    engine = create_engine(
-        URL.create("sqlite", database=os.fspath(path)), connect_args=arguments, poolclass=StaticPool
-    )
-
-    @event.listens_for(engine, "connect")
-    def _settings(connection: sqlite3.Connection, _: object) -> None:
-        for pragma in journalfile.PRAGMAS:
-            connection.execute(f"PRAGMA {pragma}")
-        connection.execute(f"PRAGMA foreign_keys={'ON' if foreign_keys else 'OFF'}")
-
-    @event.listens_for(engine, "begin")
-    def _begin(connection: Connection) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-    return engine
-
-
-def _version(engine: Engine) -> int:
-    with engine.connect() as connection:
-        version: int = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
-    return version
-
-
-def _bring_up_to_date(path: Path, lock: int) -> Engine:
-    """Return an engine on an up-to-date journal; the shared lock is held on return."""
-    fcntl.flock(lock, fcntl.LOCK_SH)
-    if journalfile.check(path):
-        engine = make_engine(path)
-        with _closed_on_error(engine):
-            if _version(engine) == journalfile.SCHEMA_VERSION:
-                return engine
-        engine.dispose()
-    if _lock_for_upgrade(path, lock):
-        _upgrade(path)
-    # flock(2): a lock is not converted in one step, so look again under the shared one.
-    return _bring_up_to_date(path, lock)
-
-
-def _upgrade(path: Path) -> None:
-    os.close(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600))
-    engine = make_engine(path, foreign_keys=False)
-    with _closed_on_error(engine):
-        if (found := _version(engine)) < journalfile.SCHEMA_VERSION:
-            if found:
-                _back_up(engine, path, found)
-            schema.upgrade(engine)
-    engine.dispose()
-    sync_directory(path.parent)
-
-
-@contextmanager
-def _closed_on_error(engine: Engine) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        engine.dispose()
-        raise
-
-
-def _lock_for_upgrade(path: Path, lock: int) -> bool:
-    """Take the writers' lock alone; False where another process has upgraded it meanwhile."""
-    locked = False
-
-    def try_lock() -> bool:
-        nonlocal locked
-        with suppress(BlockingIOError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            locked = True
-        return locked or journalfile.is_current(path)
-
-    if not locks.wait_until(try_lock, _UPGRADE_WAIT_S):
-        raise WaitingError(
-            f"the journal {path} must be upgraded, and another atomtx is using it",
-            hint="try again when it has ended; `atomtx status` shows it",
-        )
-    return locked
-
-
-def _back_up(engine: Engine, path: Path, version: int) -> None:
-    """Copy the journal beside itself, durable, before it is upgraded."""
-    copy = path.with_name(f"{path.name}.v{version}")
-    partial = copy.with_name(copy.name + ".partial")
-    # Emptied, should an earlier try have left one, and for nobody else to read.
-    flags = os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC
-    os.close(os.open(partial, flags, 0o600))
-    with engine.connect() as connection, closing(sqlite3.connect(partial)) as target:
-        source = connection.connection.driver_connection
-        assert isinstance(source, sqlite3.Connection)
-        source.backup(target)
-    descriptor = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
-    os.fsync(descriptor)
-    os.close(descriptor)
-    partial.replace(copy)
-    sync_directory(path.parent)
-
-
-@contextmanager
-def _translated(path: Path) -> Iterator[None]:
-    """Turn SQLite's errors into ours; a violated constraint stays what it is."""
-    try:
-        yield
-    except IntegrityError:
-        raise
-    except DBAPIError as exc:
-        raise _error(path, exc.orig) from exc
-    except sqlite3.DatabaseError as exc:
-        raise _error(path, exc) from exc
-
-
-def _error(path: Path, cause: BaseException | None) -> JournalError:
-    name = getattr(cause, "sqlite_errorname", "") or ""
-    if name == "SQLITE_FULL":
-        return JournalFullError(f"no space left for the journal {path}")
-    if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
-        return JournalError(
-            f"the journal {path} is damaged: {cause}",
-            hint=f"nothing was changed; move {path} aside and run `atomtx recover --scan`",
-        )
-    return JournalError(f"the journal {path} cannot be used: {cause}")

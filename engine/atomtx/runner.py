@@ -25,132 +25,33 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from datetime import datetime
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from . import clients, locks, process
-from .clients import Backup, End, Moment, Reader
+from .clients import Backup, End, Reader
 from .errors import AtomtxError, EffectError
-from .intents import Mount
 from .mounts import namespace
 from .mounts.witness import Witness
 from .names import RunId
+from .output import Lines, Log
 from .redact import Redactor
 from .statedir import RunFolder
 from .states import Outcome
+from .task import Task, end_to_json
 
 if TYPE_CHECKING:
     from subprocess import Popen
 
-LOG_BYTES = 16 << 20
-LINE_BYTES = 1 << 20
 _READ_BYTES = 1 << 16
 _LAST_READS = (1 << 20) // _READ_BYTES + 1  # a pipe holds 1 MiB at most (pipe(7)), then its end
 PROGRESS_S = 0.5
 DESCENDANTS_S = 5.0
 _PR_SET_CHILD_SUBREAPER = 36
 _MAX_OPEN_FILES = 65_536
-
-
-@dataclass(frozen=True)
-class Task:
-    """What the front end asks for; no secret is in it: those are in the environment alone."""
-
-    run: str
-    attempt: int
-    folder: str
-    in_namespace: bool  # else the mounts are the host's already
-    mounts: tuple[Mount, ...]
-    live: tuple[str, ...]
-    client: str
-    commands: tuple[tuple[str, ...], ...]
-    cwd: str
-    env: dict[str, str]
-    moment: Moment
-    stop_signal: int
-    grace_s: float
-
-    def to_json(self) -> str:
-        data = asdict(self)
-        data["moment"]["at"] = self.moment.at.isoformat()
-        return json.dumps(data)
-
-    @classmethod
-    def from_json(cls, text: str) -> Task:
-        data: dict[str, Any] = json.loads(text)
-        moment = data.pop("moment")
-        moment["at"] = datetime.fromisoformat(moment["at"])
-        moment["targets"] = tuple(moment["targets"])
-        moment["excludes"] = tuple(moment["excludes"])
-        data["mounts"] = tuple(Mount(**m) for m in data["mounts"])
-        data["live"] = tuple(data["live"])
-        data["commands"] = tuple(tuple(argv) for argv in data["commands"])
-        return cls(moment=Moment(**moment), **data)
-
-
-# -- the end record --------------------------------------------------------------------------
-
-
-def end_to_json(end: End, *, attempt: int, stopped: int | None) -> dict[str, Any]:
-    """Return the end record: how attempt *attempt* ended; *stopped*: the signal that we sent."""
-    return {"attempt": attempt, "stopped": stopped, **asdict(end)}
-
-
-def end_from_json(data: dict[str, Any]) -> tuple[End, int, int | None]:
-    """Read the end record back: (end, attempt, the signal that stopped it or None)."""
-    backups = tuple(
-        Backup(**{**b, "paths": tuple(b["paths"]), "outcome": Outcome(b["outcome"])})
-        for b in data["backups"]
-    )
-    end = End(Outcome(data["outcome"]), data["reason"], data["retriable"], backups)
-    return end, data["attempt"], data["stopped"]
-
-
-# -- output ----------------------------------------------------------------------------------
-
-
-class Lines:
-    """Splits a stream of bytes into lines, at newlines and carriage returns; bounded."""
-
-    def __init__(self) -> None:
-        self._rest = b""
-
-    def feed(self, data: bytes) -> Iterator[str]:
-        """Yield each line that *data* completes; an overlong one is cut."""
-        *lines, self._rest = (self._rest + data).replace(b"\r", b"\n").split(b"\n")
-        self._rest = self._rest[:LINE_BYTES]
-        for line in lines:
-            if line.strip():
-                yield line[:LINE_BYTES].decode("utf-8", "replace")
-
-    def rest(self) -> Iterator[str]:
-        """Yield the last line where no newline ended it."""
-        yield from self.feed(b"\n")
-
-
-class Log:
-    """The client's log: redacted, and capped so that a chatty client cannot fill the disk."""
-
-    def __init__(self, path: Path, redactor: Redactor) -> None:
-        flags = os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC
-        self._descriptor = os.open(path, flags, 0o600)
-        self._redactor = redactor
-        self._left = LOG_BYTES - os.fstat(self._descriptor).st_size
-
-    def line(self, text: str) -> None:
-        """Write one line; a full disk loses the line, never the backup."""
-        if self._left <= 0:
-            return
-        data = (self._redactor.redact(text) + "\n").encode("utf-8", "replace")
-        self._left -= len(data)
-        if self._left <= 0:
-            data = b"[the log is full; the rest is not kept]\n"
-        with suppress(OSError):
-            os.write(self._descriptor, data)
 
 
 # -- the client ------------------------------------------------------------------------------

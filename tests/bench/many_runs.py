@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 
 from atomtx import statedir
-from atomtx.journal import Journal, make_engine
+from atomtx.database import make_engine
+from atomtx.journal import Journal
 
 
 def main(state: Path, count: int) -> None:

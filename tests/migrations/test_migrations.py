@@ -21,9 +21,10 @@ from alembic.util.exc import CommandError
 from sqlalchemy import Connection
 
 from atomtx import journalfile, plan, schema
+from atomtx.database import make_engine
 from atomtx.errors import JournalError
 from atomtx.intents import TakeSnapshots
-from atomtx.journal import Journal, make_engine
+from atomtx.journal import Journal
 from atomtx.statedir import prepare
 from atomtx.states import Event
 from tests.runs import RUN, a_plan

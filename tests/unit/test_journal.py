@@ -17,8 +17,8 @@ import pytest
 from sqlalchemy.exc import IntegrityError
 from transitions import MachineError
 
+from atomtx import database, journalfile, plan, states
 from atomtx import journal as journal_module
-from atomtx import journalfile, plan, states
 from atomtx.clients import Backup, End
 from atomtx.errors import (
     JournalError,
@@ -446,14 +446,14 @@ def test_newer_meanwhile(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     connection = sqlite3.connect(path)
     connection.execute("PRAGMA user_version = 0")
     connection.close()
-    real = journal_module._lock_for_upgrade
+    real = database._lock_for_upgrade
 
     def wait(path: Path, lock: int) -> bool:
         locked = real(path, lock)
         make_newer(path)
         return locked
 
-    monkeypatch.setattr(journal_module, "_lock_for_upgrade", wait)
+    monkeypatch.setattr(database, "_lock_for_upgrade", wait)
     with pytest.raises(JournalNewerError):
         Journal.open(state)
     assert journalfile_version(path) == journalfile.SCHEMA_VERSION + 1
@@ -522,7 +522,7 @@ def test_machine_id() -> None:
 
 def test_upgrade_waits(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Promise 13: no journal is upgraded under another process that writes it."""
-    monkeypatch.setattr(journal_module, "_UPGRADE_WAIT_S", 0.1)
+    monkeypatch.setattr(database, "UPGRADE_WAIT_S", 0.1)
     with Journal.open(state) as journal:
         begin(journal)
         connection = sqlite3.connect(journal.path)
@@ -536,7 +536,7 @@ def test_upgrade_waits(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_upgraded_by_another(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who finds an old journal that another process upgrades first goes on beside that process."""
-    real = journal_module._version
+    real = database._version
     seen: list[int] = []
 
     def version(engine: object) -> int:
@@ -545,7 +545,7 @@ def test_upgraded_by_another(state: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
     with Journal.open(state) as first:
         begin(first)
-        monkeypatch.setattr(journal_module, "_version", version)
+        monkeypatch.setattr(database, "_version", version)
         with Journal.open(state) as second:
             assert second.load(RUN) == first.load(RUN)
     assert seen == [0, journalfile.SCHEMA_VERSION]

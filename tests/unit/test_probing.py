@@ -27,9 +27,9 @@ from atomtx.probing import (
     survivors,
 )
 from atomtx.recovery import Ended, Presence, Probes
-from atomtx.runner import end_to_json
 from atomtx.statedir import RunFolder, prepare
 from atomtx.states import BACKING_UP, Outcome
+from atomtx.task import end_to_json
 from atomtx.volumes.zfs import Identity, Zfs
 from tests.runs import OTHER, RUN, a_plan, a_run
 

@@ -18,15 +18,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import atomtx
-from atomtx import clients, errand, locks, runner
+from atomtx import clients, errand, locks
 from atomtx.clients import Backup, End, Moment
 from atomtx.errand import Errand
 from atomtx.errors import EffectError
 from atomtx.intents import Mount
+from atomtx.output import Lines, Log
 from atomtx.redact import Redactor
-from atomtx.runner import Lines, Log, Task, end_from_json, end_to_json
 from atomtx.statedir import RunFolder, prepare
 from atomtx.states import Outcome
+from atomtx.task import Task, end_from_json, end_to_json
 from tests.runs import RUN
 
 AT = datetime(2026, 7, 1, 12, tzinfo=UTC)
@@ -71,7 +72,7 @@ def test_lines_by_chunks(chunks: list[bytes]) -> None:
 
 def test_overlong_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """An overlong line is cut, also one that never ends, and the next one is whole again."""
-    monkeypatch.setattr(runner, "LINE_BYTES", 10)
+    monkeypatch.setattr(output, "LINE_BYTES", 10)
     assert split(b"x" * 25 + b"\nnext\n") == ["x" * 10, "next"]
     lines = Lines()
     for _ in range(100):
@@ -85,7 +86,7 @@ def test_overlong_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_log_is_capped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Promise 11: a chatty client cannot fill the disk; the log says where it was cut."""
-    monkeypatch.setattr(runner, "LOG_BYTES", 100)
+    monkeypatch.setattr(output, "LOG_BYTES", 100)
     log = Log(tmp_path / "log", Redactor({}))
     for _ in range(50):
         log.line("x" * 9)
