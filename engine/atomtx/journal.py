@@ -247,7 +247,10 @@ class Journal:
                 for intent in intents:
                     _intend(connection, the_plan.run, 0, intent)
         except IntegrityError as exc:
-            raise ActiveRunError(self._active(the_plan.job) or "?") from exc
+            active = self._active(the_plan.job)
+            if active is None:
+                raise
+            raise ActiveRunError(active) from exc
         return self.load(the_plan.run)
 
     def adopt(

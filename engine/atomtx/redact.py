@@ -112,7 +112,11 @@ def _without_url_passwords(text: str) -> str:
 def _secret_parts(value: str) -> set[str]:
     """Return what to hide of a secret's *value*: of a URL only the password, as is and decoded."""
     passwords = {match[2] for match in _URL_PASSWORD.finditer(value)}
-    return passwords | {unquote(word) for word in passwords} or {value, value.strip()}
+    return passwords | {unquote(word) for word in passwords} or {
+        value,
+        value.strip(),
+        *value.splitlines(),  # the log is written line by line
+    }
 
 
 class Redactor:

@@ -210,13 +210,17 @@ def abandon(journal: Journal, run: Run) -> None:
             raise UserError(
                 f"the pools of run {run.id} are imported", hint="`atomtx recover` settles it"
             )
-        _close(journal, run, "abandoned at the user's word")
+        known = errand.end(folder, run.attempts) if run.state == states.BACKING_UP else None
+        _close(journal, run, known[0] if known else None, "abandoned at the user's word")
 
 
-def _close(journal: Journal, run: Run, reason: str) -> None:
+def _close(journal: Journal, run: Run, end: clients.End | None, reason: str) -> None:
     if run.state != states.UNMOUNTING:
         with journal.change(run) as change:
-            change.set(outcome=Outcome.ROLLED_BACK.value, reason=reason)
+            if end:  # the client's own word stands
+                change.result(end)
+            else:
+                change.set(outcome=Outcome.ROLLED_BACK.value, reason=reason)
             change.fire(Event.GIVEN_UP, reason=reason)
         run = journal.load(run.id)
     with journal.change(run) as change:

@@ -147,3 +147,9 @@ def test_secret_argument(argv: tuple[str, ...]) -> None:
 def test_harmless_argument(argv: tuple[str, ...]) -> None:
     """A name of a file, a command or a repository may be an argument."""
     check_arguments(argv)
+
+
+def test_secret_of_several_lines() -> None:
+    """A key of several lines is hidden line by line: so is the log written."""
+    redactor = Redactor({"RESTIC_PASSWORD": "first line\nsecond line\n"})
+    assert redactor.redact("it was: second line") == "it was: ***"

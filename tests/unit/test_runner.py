@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import atomtx
-from atomtx import clients, errand, locks
+from atomtx import clients, errand, locks, output
 from atomtx.clients import Backup, End, Moment
 from atomtx.errand import Errand
 from atomtx.errors import EffectError
