@@ -282,3 +282,68 @@ def test_machine_crash(one: Machine) -> None:
     assert backup["time"].startswith(taken)
     assert "/tank/a/later" not in vm.run(restic_command("ls latest")).stdout
     assert leftovers(vm) == []
+
+
+LOCKED = """#!/bin/sh
+case "$*" in
+  *backup*) if test -e /root/locked; then
+      echo 'repository is already locked' >&2 && exit 11; fi ;;
+esac
+exec restic "$@"
+"""
+
+
+def test_trouble_is_retried(one: Machine) -> None:
+    """A client that failed for trouble with its repository runs again, on the same snapshots."""
+    vm = one
+    wrapper = script(vm, "/root/wrapper", LOCKED.replace("echo 'rep", "rm /root/locked; echo 'rep"))
+    vm.run("touch /root/locked")
+    answer = atomtx(vm, "backup", "tank/a", "--client", "restic", "--command", wrapper)
+    assert answer.status == 0, answer.output
+    assert "again in 10 s" in answer.output
+    (run,) = runs(vm)
+    assert (run["outcome"], run["attempts"]) == ("completed", 2)
+    assert len(backups(vm)) == 1
+    assert leftovers(vm) == []
+
+
+def test_moment_is_kept(one: Machine) -> None:
+    """With --keep-for the moment outlives the retries: 6, and the next recover completes it."""
+    vm = one
+    wrapper = script(vm, "/root/wrapper", LOCKED)
+    vm.run("touch /root/locked")
+    command = ("backup", "tank/a", "--client", "restic", "--command", wrapper)
+    answer = atomtx(vm, *command, "--retries", "0", "--keep-for", "1h")
+    assert answer.status == 6, answer.output
+    (run,) = runs(vm)
+    assert (run["state"], run["outcome"]) == ("snapshotted", None)
+    before = guids(vm)
+    assert list(before) == [f"tank/a@atomtx-{run['id']}"]
+    assert atomtx(vm, "recover").status == 6
+    assert guids(vm) == before
+    vm.run("rm /root/locked; echo later > /tank/a/later")
+    answer = atomtx(vm, "recover")
+    assert answer.status == 0, answer.output
+    (run,) = runs(vm)
+    assert run["outcome"] == "completed"
+    assert "/tank/a/later" not in vm.run(restic_command("ls latest")).stdout
+    assert leftovers(vm) == []
+
+
+def test_second_backup_of_a_job(one: Machine) -> None:
+    """While a run of a job is at work another one exits 5; an interrupted one is settled first."""
+    vm = one
+    vm.run("printf '#!/bin/sh\\nsleep 20\\n' > /root/slow && chmod 755 /root/slow")
+    command = ("backup", "tank/a", "--command", "/root/slow")
+    atomtx(vm, *command, background=True)
+    vm.run("while ! pgrep -f /root/slow; do sleep 0.5; done")
+    answer = atomtx(vm, *command)
+    assert answer.status == 5, answer.output
+    vm.run("while pgrep -f /root/slow; do sleep 0.5; done; sleep 5")
+    assert [run["outcome"] for run in runs(vm)] == ["completed"]
+    killed = atomtx(vm, "backup", "tank/a", kill=stop_at("journal:mounted#1", "all"))
+    assert killed.status == -9
+    answer = atomtx(vm, "backup", "tank/a")
+    assert answer.status == 0, answer.output
+    assert [run["outcome"] for run in runs(vm)] == ["completed"] * 3
+    assert leftovers(vm) == []

@@ -27,10 +27,12 @@ def result(path: Path, run: Run) -> dict[str, Any]:
 
 def closing_line(path: Path, run: Run, seconds: float) -> str:
     """Return the last line that a person sees of a run."""
-    words = f"{run.outcome or 'not finished'} in {duration(seconds)}"
+    words = f"{run.outcome or 'kept waiting'} after {duration(seconds)}"
     details = [*_amounts(path, run), f"run {run.id}"]
     if run.reason:
         words += f": {run.reason}"
+    if run.outcome is None:
+        words += "; `atomtx recover` goes on with the same moment"
     if run.is_parked:
         words += "; something is left to clean up: `atomtx recover`"
     return f"{words} ({', '.join(details)})"
