@@ -27,7 +27,7 @@ def result(path: Path, run: Run) -> dict[str, Any]:
 
 def closing_line(path: Path, run: Run, seconds: float) -> str:
     """Return the last line that a person sees of a run."""
-    words = f"{run.outcome or 'kept waiting'} after {duration(seconds)}"
+    words = f"{run.outcome or 'kept waiting'} in {duration(seconds)}"
     details = [*_amounts(path, run), f"run {run.id}"]
     if run.reason:
         words += f": {run.reason}"
