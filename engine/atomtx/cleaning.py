@@ -9,7 +9,7 @@ What is busy is tried again with growing pauses, then its holders are named and 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 
 from . import errand, locks, states
@@ -26,7 +26,7 @@ from .journal import Change, Journal
 from .mounts import inhabitants, tree
 from .names import RunId
 from .probing import end_survivors, pool_trouble, presence
-from .records import Run, Step
+from .records import Run, Step, Volume
 from .recovery import Presence
 from .statedir import RunFolder
 from .states import Event
@@ -69,22 +69,33 @@ class Cleaner:
         Idempotent.  Raises EffectError for what cannot be undone now.
         """
         self.unmount(run)
-        found = self.held or self._identities(run)
-        self.held = {}  # released now: from here on only a probe proves
-        names = sorted(name for name in found)
-        self._zfs.release(names, tag=RunId(run.id).token)
-        verdicts = {v.snapshot: "absent" for v in run.volumes}
-        kept = {n for step in run.pending(KeepSnapshots) for n in _names(step)}
-        for pool in sorted({v.pool for v in run.volumes}):
-            of_pool = [
-                found[v.snapshot] for v in run.volumes if v.pool == pool and v.snapshot in found
-            ]
-            keep = [identity for identity in of_pool if identity.name in kept]
-            verdicts |= self._zfs.keep(keep, run=run.id)
-            verdicts |= self._destroy([i for i in of_pool if i.name not in kept], run)
+        held, self.held = self.held, {}  # released below: from then on only a probe proves
+        verdicts = self._remove(run, held) if held else {}
+        if set(verdicts.values()) != {"done"}:
+            verdicts = self._remove(run, self._identities(run)) | {
+                name: verdict for name, verdict in verdicts.items() if verdict == "done"
+            }
         if "absent" in verdicts.values() and (trouble := pool_trouble(run, self._zfs.pools())):
             raise EffectError(trouble)  # "not found" is then not "gone" (promise 2)
         return verdicts
+
+    def _remove(self, run: Run, found: Mapping[str, Identity]) -> dict[str, str]:
+        """Release, then keep or destroy, what was found; return a verdict for each snapshot."""
+        self._zfs.release(sorted(i.name for i in found.values()), tag=RunId(run.id).token)
+        kept = {n for step in run.pending(KeepSnapshots) for n in _names(step)}
+        now: dict[str, str] = {}
+        for pool in sorted({v.pool for v in run.volumes}):
+            of_pool = {
+                v.snapshot: found[v.snapshot]
+                for v in run.volumes
+                if v.pool == pool and v.snapshot in found
+            }
+            now |= self._zfs.keep([i for n, i in of_pool.items() if n in kept], run=run.id)
+            now |= self._destroy([i for n, i in of_pool.items() if n not in kept], run)
+        return {
+            v.snapshot: now[found[v.snapshot].name] if v.snapshot in found else "absent"
+            for v in run.volumes
+        }
 
     def _identify(self, run: Run) -> Run:
         """Journal the identities that a crash kept out of it, before anything is destroyed."""
@@ -99,12 +110,33 @@ class Cleaner:
         return self._journal.load(run.id)
 
     def _identities(self, run: Run) -> dict[str, Identity]:
-        """Return those snapshots of the run that are proven ours."""
+        """Return those snapshots of the run that are proven ours, under the names they have now."""
         found = self._zfs.identities([v.snapshot for v in run.volumes])
-        return {
+        ours = {
             v.snapshot: found[v.snapshot]
             for v in run.volumes
             if presence(run, v, found.get(v.snapshot)) is Presence.OURS
+        }
+        return ours | self._renamed(run, [v for v in run.volumes if v.snapshot not in found])
+
+    def _renamed(self, run: Run, lost: list[Volume]) -> dict[str, Identity]:
+        """
+        Find snapshots whose dataset was renamed meanwhile, by guid, createtxg and their own mark.
+
+        The whole pool is searched, which is slow: only where a name is not found.
+        """
+        wanted = {(v.guid, v.createtxg): v.snapshot for v in lost if v.guid}
+        if not wanted:
+            return {}
+        if trouble := pool_trouble(run, self._zfs.pools()):
+            raise EffectError(trouble)
+        marked = self._zfs.marked({v.pool for v in lost})
+        found = self._zfs.identities([name for name, mark in marked if mark == run.id])
+        keys = ((identity.guid, identity.createtxg) for identity in found.values())
+        return {
+            wanted[key]: identity
+            for key, identity in zip(keys, found.values(), strict=True)
+            if key in wanted
         }
 
     def _destroy(self, identities: list[Identity], run: Run) -> dict[str, str]:

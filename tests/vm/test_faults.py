@@ -347,3 +347,20 @@ def test_second_backup_of_a_job(one: Machine) -> None:
     assert answer.status == 0, answer.output
     assert [run["outcome"] for run in runs(vm)] == ["completed"] * 3
     assert leftovers(vm) == []
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_renamed_in_mid_run(one: Machine, killed: bool) -> None:
+    """A dataset that is renamed in mid-run takes our snapshot along: it is found and removed."""
+    vm = one
+    wrapper = script(
+        vm, "/root/wrapper", "#!/bin/sh\nexec nsenter -t 1 -m zfs rename -u tank/a tank/new\n"
+    )
+    kill = stop_at("journal:unmounting#1", "all") if killed else None
+    answer = atomtx(vm, "backup", "tank/a", "--command", wrapper, kill=kill)
+    assert vm.run("zfs list tank/new", check=False).status == 0, answer.output
+    if killed:
+        assert answer.status == -9
+        answer = atomtx(vm, "recover")
+    assert answer.status == 0, answer.output
+    assert leftovers(vm) == []
