@@ -316,20 +316,22 @@ def _serve(task: Task, folder: RunFolder, conversation: Conversation, wakeup: so
         end = supervisor.run()
     except EffectError as exc:
         end = End(Outcome.FAILED, exc.message)
-    trouble = assembly.disturbance() or _unread(task, witness)
+    trouble = assembly.disturbance() or _unread(task, witness, end)
     if trouble:
         end = End(Outcome.FAILED, trouble, retriable=False, backups=_failed(end.backups, trouble))
     folder.write_end(end_to_json(end, attempt=task.attempt, stopped=supervisor.stopped))
     return 0
 
 
-def _unread(task: Task, witness: Witness) -> str | None:
+def _unread(task: Task, witness: Witness, end: End) -> str | None:
     """
     Tell that a client of which we know what it does read nothing through our mounts.
 
     What a command of the user's own must read is between it and the user.
     """
-    if task.client == "command" or not task.mounts or witness.look() is not False:
+    if end.outcome is Outcome.FAILED or task.client == "command" or not task.mounts:
+        return None
+    if witness.look() is not False:
         return None
     return "the client read nothing of the frozen files: does it leave its mount namespace?"
 
