@@ -142,7 +142,7 @@ def test_stop(filled: Machine, alive: str) -> None:
     command = ("backup", "tank/a", "--command", "/root/slow")
     if alive == "front":
         atomtx(vm, *command, background=True)
-        vm.run("while ! pgrep -f /root/slow; do sleep 0.5; done")
+        vm.run("while ! pgrep -f /root/slo[w]; do sleep 0.5; done")
     else:
         atomtx(vm, *command, kill=stop_at("journal:backing-up#1", "front", delay_s=3))
     answer = atomtx(vm, "stop", runs(vm)[0]["id"][:8])
