@@ -70,11 +70,10 @@ class Cleaner:
         """
         self.unmount(run)
         held, self.held = self.held, {}  # released below: from then on only a probe proves
-        verdicts = self._remove(run, held) if held else {}
-        if set(verdicts.values()) != {"done"}:
-            verdicts = self._remove(run, self._identities(run)) | {
-                name: verdict for name, verdict in verdicts.items() if verdict == "done"
-            }
+        verdicts = self._remove(run, held)
+        if "absent" in verdicts.values():
+            again = self._remove(run, self._identities(run))
+            verdicts = {n: again[n] if v == "absent" else v for n, v in verdicts.items()}
         if "absent" in verdicts.values() and (trouble := pool_trouble(run, self._zfs.pools())):
             raise EffectError(trouble)  # "not found" is then not "gone" (promise 2)
         return verdicts

@@ -89,6 +89,22 @@ def test_killed_inside_command(filled: Machine, point: str, who: str) -> None:
     assert completed or "snapshot" in point
 
 
+@pytest.mark.parametrize("who", ["front", "runner", "all"])
+def test_killed_while_client_reads(filled: Machine, who: str) -> None:
+    """Killed while restic uploads: adopted where the runner lives, else resumed; one backup."""
+    vm = filled
+    kill = stop_at("journal:backing-up#1", f"{who} later", delay_s=4)
+    command = ("backup", "-r", "tank/a", "--", "--limit-upload", "40")
+    answer = atomtx(vm, *command, kill=kill)
+    assert answer.status == -9, answer.output
+    settle(vm)
+    check_clean(vm)
+    (run,) = runs(vm)
+    assert run["outcome"] == "completed"
+    assert run["attempts"] == (1 if who == "front" else 2)
+    assert len(backups(vm)) == 1
+
+
 def test_every_point_is_found(filled: Machine) -> None:
     """A run without a kill passes the points that the tests above name, each journal state once."""
     answer = atomtx(filled, "backup", "-r", "tank/a", "tank/d", kill={"at": "none"})
@@ -117,7 +133,7 @@ def test_gigabyte_is_adopted(filled: Machine) -> None:
     """
     vm = filled
     vm.run("head -c 1G /dev/urandom > /tank/a/big && sync", timeout=600)
-    kill = stop_at("journal:backing-up#1", "front", delay_s=10)
+    kill = stop_at("journal:backing-up#1", "front later", delay_s=15)
     answer = atomtx(vm, "backup", "tank/a", "--", "--limit-upload", "17000", kill=kill)
     assert answer.status == -9, answer.output
     assert vm.run("pgrep -x restic").status == 0
@@ -144,7 +160,7 @@ def test_stop(filled: Machine, alive: str) -> None:
         atomtx(vm, *command, background=True)
         vm.run("while ! pgrep -f /root/slo[w]; do sleep 0.5; done")
     else:
-        atomtx(vm, *command, kill=stop_at("journal:backing-up#1", "front", delay_s=3))
+        atomtx(vm, *command, kill=stop_at("journal:backing-up#1", "front later", delay_s=4))
     answer = atomtx(vm, "stop", runs(vm)[0]["id"][:8])
     assert answer.status == 0, answer.output
     assert vm.run("pgrep -f /root/slow", check=False).status == 1

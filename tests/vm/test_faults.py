@@ -262,7 +262,7 @@ def test_machine_crash(one: Machine) -> None:
     vm.run("sync")
     atomtx(
         vm, "backup", "tank/a", "--", "--limit-upload", "100",
-        kill=stop_at("journal:backing-up#1", "front", delay_s=5),
+        kill=stop_at("journal:backing-up#1", "front later", delay_s=6),
     )  # fmt: skip
     vm.power_off_hard()
     vm.boot()
