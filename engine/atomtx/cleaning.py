@@ -70,8 +70,8 @@ class Cleaner:
         """
         self.unmount(run)
         held, self.held = self.held, {}  # released below: from then on only a probe proves
-        verdicts = self._remove(run, held)
-        if "absent" in verdicts.values():
+        verdicts = self._remove(run, held or self._identities(run))
+        if held and "absent" in verdicts.values():  # renamed meanwhile, or destroyed
             again = self._remove(run, self._identities(run))
             verdicts = {n: again[n] if v == "absent" else v for n, v in verdicts.items()}
         if "absent" in verdicts.values() and (trouble := pool_trouble(run, self._zfs.pools())):
