@@ -53,8 +53,8 @@ def grow(machine: Machine, have: int, want: int) -> None:
     """Add datasets, each with a file, until there are *want* below tank/m."""
     machine.run(
         "zfs list tank/m >/dev/null 2>&1 || zfs create tank/m;"
-        f" for i in $(seq {have + 1} {want - 1}); do"
-        " zfs create tank/m/d$i && echo $i > /tank/m/d$i/f; done; echo m > /tank/m/f; sync",
+        f" seq {have + 1} {want - 1} | xargs -P 4 -I@ sh -c"
+        " 'zfs create tank/m/d@ && echo @ > /tank/m/d@/f'; echo m > /tank/m/f; sync",
         timeout=3000,
     )
 
