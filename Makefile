@@ -16,7 +16,7 @@ help:
 	@echo 'make unit      the tests that take seconds'
 	@echo 'make vm        start the virtual machine for work by hand'
 	@echo 'make demo      a backup, a kill, a recovery and a restore, with real ZFS and restic'
-	@echo 'make bench     measure a run beside the bare commands, in the virtual machine'
+	@echo 'make bench     measure a run beside the bare commands (SIZES="1 20" ROUNDS=1: less of it)'
 	@echo 'make clean     remove what these made in this folder; clean-vm: and the machine'
 
 test: lint

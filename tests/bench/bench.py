@@ -10,6 +10,7 @@ snapshot`, one `zfs hold`, N mount(2) in a namespace, the client, one `zfs relea
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 import time
@@ -23,8 +24,8 @@ sys.path.insert(0, str(ROOT))
 from tests.vm import remote  # noqa: E402
 from tests.vm.machine import DATA_DISKS, Machine, install, open_machine  # noqa: E402
 
-SIZES = (1, 20, 200, 1000)
-ROUNDS = 3
+SIZES = tuple(map(int, os.environ.get("SIZES", "1 20 200 1000").split()))
+ROUNDS = int(os.environ.get("ROUNDS", "3"))
 FLOOR = Path(__file__).with_name("floor.py")
 
 
