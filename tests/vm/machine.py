@@ -211,6 +211,7 @@ class Machine:
         if check and result.status:
             raise MachineError(
                 f"exit status {result.status}: {command}\n{result.stdout}{result.stderr}"
+                + (self._log() if result.status == 255 else "")
             )
         return result
 
@@ -325,7 +326,7 @@ class Machine:
         self.run(f"date -s @{time.time() + 0.1:.3f} >/dev/null")
 
     def _log(self) -> str:
-        parts = []
+        parts = ["qemu runs" if self._alive() else "qemu ended"]
         for name in ("qemu.log", "serial.log"):
             with contextlib.suppress(OSError):
                 parts.append((self.folder / name).read_text(errors="replace")[-2000:])
