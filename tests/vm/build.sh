@@ -32,17 +32,17 @@ flock 9
 "$here/clients.sh" "$cache"
 
 sources=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 2>/dev/null || true)
-mirror=$(grep -m1 -E '/debian/?$' <<<"$sources" || echo http://deb.debian.org/debian)
+mirror=$(grep -m1 -E '/debian/?$' <<<"$sources" || true) # none on Ubuntu: mmdebstrap knows one
 options=(--aptopt='APT::Install-Recommends "false"')
 while read -r line; do
   options+=(--aptopt="$line")
 done < <(apt-config dump Acquire | grep -iE '^Acquire::https?::proxy' || true)
-say "installing Debian trixie from $mirror and compiling its ZFS module (about 10 minutes)"
+say "installing Debian trixie from ${mirror:-its mirror} and compiling its ZFS module (about 10 minutes)"
 rm -rf --one-file-system "$root"
 # shellcheck disable=SC2086  # a list of words
 mmdebstrap --variant=minbase --components=main,contrib "${options[@]}" \
   --include="$(printf '%s,' $DEBIAN_PACKAGES)" \
-  trixie "$root" "$mirror" >"$cache/debootstrap.log" 2>&1 || give_up "$cache/debootstrap.log"
+  trixie "$root" ${mirror:+"$mirror"} >"$cache/debootstrap.log" 2>&1 || give_up "$cache/debootstrap.log"
 kernel=$(basename "$(ls -d "$root"/lib/modules/*)")
 mount -t proc proc "$root/proc"
 mount --bind /dev "$root/dev"
