@@ -45,6 +45,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 DISKS = ("root", "data1", "data2")
@@ -244,8 +245,8 @@ class Machine:
 
     # Inside
 
-    def _monitor(self, command: str) -> str:
-        """Give qemu's monitor a command; what savevm and loadvm answer is an error."""
+    def qmp(self, execute: str, **arguments: object) -> Any:
+        """Give qemu a command of its machine protocol and return the answer."""
         try:
             with socket.socket(socket.AF_UNIX) as qmp:
                 qmp.settimeout(300)
@@ -254,7 +255,7 @@ class Machine:
                 lines.readline()
                 for request in (
                     {"execute": "qmp_capabilities"},
-                    {"execute": "human-monitor-command", "arguments": {"command-line": command}},
+                    {"execute": execute, "arguments": arguments},
                 ):
                     lines.write(json.dumps(request) + "\n")
                     lines.flush()
@@ -263,7 +264,13 @@ class Machine:
                         answer = json.loads(lines.readline())
         except (OSError, ValueError) as exc:
             raise MachineError(f"qemu does not answer: {exc}\n{self._log()}") from exc
-        text = str(answer.get("return", answer))
+        if "return" not in answer:
+            raise MachineError(f"{execute}: {answer}")
+        return answer["return"]
+
+    def _monitor(self, command: str) -> str:
+        """Give qemu's monitor a command; what savevm and loadvm answer is an error."""
+        text = str(self.qmp("human-monitor-command", **{"command-line": command}))
         if text and command.split()[0] in ("savevm", "loadvm"):
             raise MachineError(f"{command}: {text}")
         return text
