@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import hypothesis
 import pytest
@@ -23,3 +24,20 @@ def _own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             patch.delenv(name)
         patch.setenv("ATOMTX_STATE_DIR", str(tmp_path_factory.mktemp("state") / "absent"))
         yield
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Show what the tests of power cuts tried, and what came of it."""
+    reports = [report for found in terminalreporter.stats.values() for report in found]
+    rows: list[Mapping[str, Any]] = [
+        value
+        for report in reports
+        if isinstance(report, pytest.TestReport) and report.when == "teardown"
+        for name, value in report.user_properties
+        if name == "power cuts"
+    ]
+    if rows:
+        terminalreporter.section("power cuts")
+        for row in rows:
+            line = "{where:<50} {cuts:>5} cuts  {violations:>4} violations  {outcomes}"
+            terminalreporter.line(line.format_map(row))

@@ -13,7 +13,12 @@ POINT is one of those that a run without a "kill" returns, with the number of it
 "start:zfs snapshot#1" (the child was started), "end:..." (it has ended).  WHO: "front", "runner"
 (the front end and the runner), "all" (and the client with everything that it started), or
 "child" (the program that was just started, alone); "signal 2" sends the front end SIGINT instead,
-and "... later" lets it go on for "delay_s" seconds first.
+"machine" stands still with a file at `STOPPED`, for a host that then kills the machine, and
+"... later" lets it go on for "delay_s" seconds first.
+
+"marks" in a request is a disk whose first sector each point is written to, as it is passed: a
+record of that disk's writes then tells what had happened before each of them.  "script" runs a
+Python file, with "argv" as its arguments, in place of the program.
 
 It runs in the machine with the program's own Python and needs nothing else.
 """
@@ -21,7 +26,9 @@ It runs in the machine with the program's own Python and needs nothing else.
 from __future__ import annotations
 
 import json
+import mmap
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -35,6 +42,8 @@ from pathlib import Path
 from typing import Any
 
 PORT = 7777
+STOPPED = "/run/atomtx-stopped"
+MARK = b"atomtx mark: "
 
 
 def serve() -> None:
@@ -96,10 +105,16 @@ def _become(request: dict[str, Any], files: dict[str, Path]) -> None:
     os.chdir(request.get("cwd", "/"))
     os.environ.clear()
     os.environ.update(request["env"])
-    Crash(files["points"], **request.get("kill", {})).install()
+    marks = Marks(request.get("marks"))
+    Crash(files["points"], marks, **request.get("kill", {})).install()
     status = 70
     try:
-        cli.main(request["argv"])
+        if "script" in request:
+            sys.argv = [request["script"], *request["argv"]]
+            runpy.run_path(request["script"], run_name="__main__")
+            status = 0
+        else:
+            cli.main(request["argv"])
     except SystemExit as exc:
         status = exc.code if isinstance(exc.code, int) else 1
     except BaseException:
@@ -110,14 +125,40 @@ def _become(request: dict[str, Any], files: dict[str, Path]) -> None:
         with suppress(Exception):
             sys.stdout.flush()
             sys.stderr.flush()
+            marks.write(f"exit {status}")
         os._exit(status)
+
+
+class Marks:
+    """Writes marks to a disk that records its writes; without a disk, nothing."""
+
+    def __init__(self, disk: str | None) -> None:
+        self._descriptor = -1
+        if disk:
+            # Past the page cache, and without O_DSYNC: its flush would help what is tested.
+            self._descriptor = os.open(disk, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
+            self._page = mmap.mmap(-1, 4096)  # O_DIRECT wants it aligned
+
+    def write(self, text: str) -> None:
+        """Write a mark; the disk has it on return."""
+        if self._descriptor >= 0:
+            self._page[:] = (MARK + text.encode()).ljust(4096, b"\0")
+            os.pwrite(self._descriptor, self._page, 0)
 
 
 class Crash:
     """Counts the points that a command passes, and kills at one of them."""
 
-    def __init__(self, points: Path, at: str = "", who: str = "front", delay_s: float = 0) -> None:
+    def __init__(
+        self,
+        points: Path,
+        marks: Marks,
+        at: str = "",
+        who: str = "front",
+        delay_s: float = 0,
+    ) -> None:
         self._points = points
+        self._marks = marks
         self._at = at
         self._who = who
         self._delay_s = delay_s
@@ -140,12 +181,12 @@ class Crash:
                 made.finish()
                 made.finish = lambda: None  # type: ignore[method-assign]
                 crash.pass_("before:" + _goal(self, run, made))
-            crash.pass_("journal:" + _goal(self, run, made))
+            crash.pass_("journal:" + _goal(self, run, made), note=f" {run.id} {run.rev + 1}")
 
         def begun(self: Any, plan: Any, intents: Any) -> Any:
             run = begin(self, plan, intents)
             crash._folder = self.state / "runs" / run.id
-            crash.pass_("journal:planned")
+            crash.pass_("journal:planned", note=f" {run.id} {run.rev}")
             return run
 
         class Popen(popen):  # type: ignore[misc]
@@ -166,16 +207,20 @@ class Crash:
         ):
             setattr(owner, name, wrapped)
 
-    def pass_(self, name: str, child: int | None = None) -> None:
-        """Note a point; die if it is the one."""
+    def pass_(self, name: str, child: int | None = None, note: str = "") -> None:
+        """Note a point, with a *note* in its mark; die if it is the one."""
         self._seen[name] += 1
         point = f"{name}#{self._seen[name]}"
         with self._points.open("a") as file:
             file.write(point + "\n")
+        self._marks.write(point + note)
         if point == self._at and self._who.startswith("signal "):
             self._signal_later(int(self._who.removeprefix("signal ")))
         elif point == self._at and self._who.endswith(" later"):
             self._kill_later()
+        elif point == self._at and self._who == "machine":
+            Path(STOPPED).touch()
+            signal.pause()
         elif point == self._at:
             time.sleep(self._delay_s)
             self._kill(child)

@@ -7,13 +7,14 @@ Where it cannot run, these tests fail and say why; they are never skipped.  To l
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.vm import remote
 from tests.vm.machine import DATA_DISKS, Machine, MachineError, install, open_machine
+from tests.vm.powercut import Tally
 
 HERE = Path(__file__).parent
 
@@ -54,3 +55,12 @@ def bare_vm(machine: Machine) -> Machine:
     """The machine as new, without any pool."""
     machine.load("clean")
     return machine
+
+
+@pytest.fixture
+def power_cuts(record_property: Callable[[str, object], None]) -> Iterator[list[Tally]]:
+    """A list for the tallies of a test's power cuts: they are shown when all tests have ended."""
+    tallies: list[Tally] = []
+    yield tallies
+    for tally in tallies:
+        record_property("power cuts", tally.row())

@@ -53,12 +53,18 @@ def atomtx(
     cwd: str = "/",
     background: bool = False,
     timeout_s: float = 900,
+    marks: str | None = None,
+    script: str | None = None,
 ) -> Answer:
-    """Run one command in the machine and return what it did; in the *background*, at once."""
+    """
+    Run one command in the machine and return what it did; in the *background*, at once.
+
+    *marks* names a disk to note the points on, *script* a Python file to run in its place.
+    """
     words = {k: v for k, v in {**ENV, **(env or {})}.items() if k not in without}
     request = {"argv": argv, "env": words, "cwd": cwd, "background": background}
-    if kill:
-        request["kill"] = kill
+    given = {"kill": kill, "marks": marks, "script": script}
+    request |= {name: value for name, value in given.items() if value}
     reply = _ask(machine, request, timeout_s)
     if background:
         return Answer(reply["pid"], "", "", ())

@@ -1,0 +1,242 @@
+"""
+Power cuts: a disk of the machine that records its writes, and one that holds what a cut left.
+
+`recorded` plugs empty disks into the running machine, and qemu logs each write and flush of one
+in order; `writelog` then builds what a disk with a volatile cache may hold at any moment
+of the record, and `CutDisk` gives that to a fresh machine.  The record has marks: what a program
+in the machine wrote to the disk's first partition to say what had happened (see agent.py).  As
+they lie among the other writes, each cut knows what had been acknowledged before it.
+
+Both end with a new qemu at the saved state 'clean', where none of these disks was ever there.
+
+`ATOMTX_CRASH=full` tries every mark and many more moments; `ATOMTX_CRASH_SEED` others.
+"""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import os
+import random
+import struct
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tests.vm.agent import MARK
+from tests.vm.machine import Machine
+from tests.vm.remote import atomtx
+from tests.vm.writelog import SECTOR, Fate, WriteLog, at_random, kept, lost, write_image
+
+HERE = Path(__file__).parent
+GUEST = "/root/power_guest.py"
+MIB = 1 << 20
+# The disk's partitions, each (start, size): marks, an ext4 file system, a pool.
+PARTITIONS = ((1 * MIB, 1 * MIB), (2 * MIB, 128 * MIB), (130 * MIB, 512 * MIB))
+MARKS, FILES, POOL = 1, 2, 3
+DISK_BYTES = 642 * MIB
+SEED = int(os.environ.get("ATOMTX_CRASH_SEED", "1"))
+
+
+def is_full() -> bool:
+    """Tell whether the full set of power cuts is wanted, or a sample."""
+    return os.environ.get("ATOMTX_CRASH") == "full"
+
+
+def partition_table() -> bytes:
+    """Return the disk's first sector: an MBR."""
+    sector = bytearray(SECTOR)
+    for n, (start, size) in enumerate(PARTITIONS):
+        entry = (0, bytes(3), 0x83, bytes(3), start // SECTOR, size // SECTOR)
+        struct.pack_into("<B3sB3sII", sector, 446 + 16 * n, *entry)
+    sector[510:] = b"\x55\xaa"
+    return bytes(sector)
+
+
+def partition(disk: str, number: int) -> str:
+    """Return the device of a partition in the machine."""
+    return f"/dev/disk/by-id/virtio-{disk}-part{number}"
+
+
+def plug(vm: Machine, name: str, image: Path, log: Path | None = None) -> None:
+    """Plug the raw *image* into the running machine, each request to it written to *log*."""
+    unsafe = {"no-flush": True}  # of the host: what counts is what the log says
+
+    def file(path: Path) -> dict[str, Any]:
+        return {"driver": "file", "filename": str(path), "cache": unsafe}
+
+    if log is None:
+        vm.qmp("blockdev-add", **{"driver": "raw", "node-name": name, "file": file(image)})
+    else:
+        driver = {"driver": "blklogwrites", "file": file(image), "log": file(log)}
+        vm.qmp("blockdev-add", **{"node-name": name, **driver})
+    device = {"driver": "virtio-blk-pci", "id": name, "drive": name, "serial": name}
+    # The log has no words for these two that a replay could trust.
+    options = {"write-cache": "on", "discard": "off", "write-zeroes": "off"}
+    vm.qmp("device_add", **device, **options)
+    last = partition(name, len(PARTITIONS))
+    vm.run(f"until test -e {last}; do sleep 0.1; done; mkdir -p /power", timeout=60)
+
+
+def fresh(vm: Machine) -> None:
+    """Start another qemu at the saved state 'clean'."""
+    vm.power_off_hard()
+    vm.boot(load="clean")
+
+
+@contextmanager
+def recorded(vm: Machine, *folders: Path) -> Iterator[None]:
+    """
+    Plug in a disk a folder, under the folder's name, and record its writes there for the block.
+
+    At the block's end nothing may have it mounted: the record must be all that was written.
+    """
+    try:
+        for folder in folders:
+            folder.mkdir()
+            write_image(folder / "disk", partition_table(), DISK_BYTES, ())
+            (folder / "log").touch()
+            plug(vm, folder.name, folder / "disk", folder / "log")
+        put_programs(vm)
+        yield
+        for folder in folders:
+            # The log counts its entries at a flush; fsync(2) of a disk flushes it.
+            vm.run(f"sync {partition(folder.name, MARKS)}")
+    finally:
+        fresh(vm)
+    for folder in folders:
+        log = WriteLog(folder / "log")
+        pieces = log.left(len(log.entries), kept)
+        write_image(folder / "cut", partition_table(), DISK_BYTES, pieces)
+        same = filecmp.cmp(folder / "disk", folder / "cut", shallow=False)
+        assert same, "the record is not the disk"
+
+
+def put_programs(vm: Machine) -> None:
+    """Put what runs in the machine there; the saved state does not have it."""
+    for source in (HERE / "power_guest.py", HERE.parent / "runs.py"):
+        vm.put(source, "/root/")
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What was acknowledged once the first *position* requests had reached the disk."""
+
+    position: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A moment, and what becomes of the writes that were not flushed then."""
+
+    position: int
+    kind: str  # "lost", "kept" or "random"
+    seed: int
+
+    @property
+    def fate(self) -> Fate:
+        if self.kind == "random":
+            return at_random(random.Random(self.seed))
+        return {"lost": lost, "kept": kept}[self.kind]
+
+
+class Record:
+    """The writes of one recorded disk, and its marks."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.log = WriteLog(folder / "log")
+
+    @cached_property
+    def marks(self) -> list[Mark]:
+        return [
+            Mark(n + 1, data.partition(b"\0")[0].removeprefix(MARK).decode())
+            for n, entry in enumerate(self.log.entries)
+            if entry.length and entry.offset == PARTITIONS[MARKS - 1][0]
+            if (data := self.log.data(entry)).startswith(MARK)
+        ]
+
+    def marks_before(self, cut: Cut) -> list[str]:
+        """Return what had been acknowledged before a cut."""
+        return [mark.text for mark in self.marks if mark.position <= cut.position]
+
+    def cuts(self, rng: random.Random, *, at_marks: int, others: int) -> list[Cut]:
+        """
+        Choose cuts between the first and the last mark, in order; each has a seed of its own.
+
+        Right after a mark the unflushed writes are lost once and random once; the others are
+        anywhere.
+        """
+        places = [mark.position for mark in self.marks]
+        chosen = rng.sample(places, min(at_marks, len(places)))
+        wanted = [(position, kind) for position in chosen for kind in ("lost", "random")]
+        for _ in range(others):
+            position = rng.randrange(places[0], places[-1] + 1)
+            wanted.append((position, rng.choice(("lost", "random", "random", "kept"))))
+        return [Cut(position, kind, rng.getrandbits(32)) for position, kind in sorted(wanted)]
+
+
+class CutDisk:
+    """A disk 'cut' of the machine that holds what a cut left, one cut after the other."""
+
+    def __init__(self, vm: Machine, folder: Path) -> None:
+        self._vm = vm
+        self._image = folder / "cut"
+        write_image(self._image, partition_table(), DISK_BYTES, ())
+        plug(self._vm, "cut", self._image)
+        put_programs(vm)
+
+    def set(self, record: Record, cut: Cut) -> None:
+        """Give it what *cut* left; nothing in the machine may have it mounted."""
+        pieces = record.log.left(cut.position, cut.fate)
+        write_image(self._image, partition_table(), DISK_BYTES, pieces)
+        # What the machine remembers of it is of the cut before.
+        self._vm.run("blockdev --flushbufs /dev/disk/by-id/virtio-cut*")
+
+
+@contextmanager
+def cut_disk(vm: Machine, folder: Path) -> Iterator[CutDisk]:
+    """Give the disk for the cuts; its file is in *folder*."""
+    try:
+        yield CutDisk(vm, folder)
+    finally:
+        fresh(vm)
+
+
+def guest(vm: Machine, *words: str, marks: str | None = None) -> dict[str, Any]:
+    """Run a command of power_guest.py and return what it prints."""
+    answer = atomtx(vm, *words, script=GUEST, marks=marks)
+    assert answer.status == 0, answer.output
+    told: dict[str, Any] = json.loads(answer.stdout) if answer.stdout else {}
+    return told
+
+
+@dataclass
+class Tally:
+    """What was tried and what came of it; one line of the table at the end of the tests."""
+
+    where: str
+    cuts: int = 0
+    outcomes: Counter[str] = field(default_factory=Counter)
+    violations: list[str] = field(default_factory=list)
+
+    def add(self, cut: object, outcome: str, violations: Sequence[str]) -> None:
+        """Count one cut."""
+        self.cuts += 1
+        self.outcomes[outcome] += 1
+        self.violations += [f"{cut}: {violation}" for violation in violations]
+
+    def row(self) -> Mapping[str, object]:
+        """Return the line's values, for the report."""
+        outcomes = ", ".join(f"{count} {what}" for what, count in sorted(self.outcomes.items()))
+        return {
+            "where": self.where,
+            "cuts": self.cuts,
+            "outcomes": outcomes,
+            "violations": len(self.violations),
+        }

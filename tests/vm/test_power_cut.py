@@ -1,0 +1,92 @@
+"""Promise 10: what was acknowledged survives a power cut, on a disk that loses its write cache."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+from atomtx import journalfile
+from tests.vm.machine import Machine
+from tests.vm.powercut import (
+    FILES,
+    MARKS,
+    SEED,
+    CutDisk,
+    Record,
+    Tally,
+    cut_disk,
+    guest,
+    is_full,
+    partition,
+    recorded,
+)
+
+STATE = "/power/state"
+SHIPPED = journalfile.PRAGMAS
+# SQLite's settings, and the file system's: the first must lose nothing, the others must.
+SETTINGS = {
+    "shipped": (SHIPPED, "defaults"),
+    "wal-normal": (("journal_mode=WAL", "synchronous=NORMAL"), "defaults"),
+    "python-default": (("journal_mode=DELETE", "synchronous=FULL"), "defaults"),
+    "no-flush": (SHIPPED, "barrier=0"),
+}
+
+
+def record_journals(vm: Machine, folder: Path) -> dict[str, Record]:
+    """Record runs that are written to a new journal on ext4, two commits each, under each name."""
+    folders = {name: folder / name for name in SETTINGS}
+    runs = "16" if is_full() else "8"
+    with recorded(vm, *folders.values()):
+        for name, (pragmas, options) in SETTINGS.items():
+            files = partition(name, FILES)
+            vm.run(f"mkfs.ext4 -q {files} && mount -o {options} {files} /power && sync")
+            guest(vm, "write", STATE, partition(name, MARKS), runs, *pragmas)
+            vm.run("umount /power")
+    return {name: Record(folder) for name, folder in folders.items()}
+
+
+def acknowledged(marks: list[str]) -> dict[str, int]:
+    """Return the revision of each run that was committed."""
+    words = [mark.split() for mark in marks if mark.startswith("committed ")]
+    return {run: int(revision) for _, run, revision in words}
+
+
+def lost_commits(known: dict[str, list[int]], wanted: dict[str, int]) -> list[str]:
+    """Return the runs that are not in the journal, or not as far as was acknowledged."""
+    return [run for run, rev in wanted.items() if run not in known or known[run][0] < rev]
+
+
+def cut_journal(vm: Machine, disk: CutDisk, name: str, record: Record) -> Tally:
+    """Cut the power at many moments, open the journal each time, and count what it lost."""
+    tally = Tally(f"journal on ext4, {name}")
+    if is_full():
+        cuts = record.cuts(random.Random(SEED), at_marks=32, others=160 if name == "shipped" else 0)
+    else:
+        few = 6 if name == "shipped" else 2
+        cuts = record.cuts(random.Random(SEED), at_marks=few, others=few if few > 2 else 0)
+    for cut in cuts:
+        disk.set(record, cut)
+        told = guest(vm, "open", partition("cut", FILES), STATE, *SETTINGS[name][0])
+        wanted = acknowledged(record.marks_before(cut))
+        lost = lost_commits(told["runs"], wanted)
+        found = [f"lost commits of {lost}, with {len(wanted)} runs acknowledged"] if lost else []
+        if told["check"] != "ok":
+            found.append(f"damaged: {told['check']}")
+        outcome = "damaged" if told["check"] != "ok" else "with losses" if lost else "whole"
+        tally.add(cut, outcome, found)
+    return tally
+
+
+def test_commits_survive(bare_vm: Machine, tmp_path: Path, power_cuts: list[Tally]) -> None:
+    """
+    Wherever the power is cut, the journal opens, is whole, and has each acknowledged commit.
+
+    The same look finds losses with weaker settings, and on a file system that never flushes.
+    """
+    records = record_journals(bare_vm, tmp_path)
+    with cut_disk(bare_vm, tmp_path) as disk:
+        for name, record in records.items():
+            power_cuts.append(cut_journal(bare_vm, disk, name, record))
+    shipped, *controls = power_cuts
+    assert shipped.violations == []
+    assert [tally.where for tally in controls if not tally.violations] == []
