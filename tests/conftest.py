@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections import Counter
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
@@ -27,17 +27,19 @@ def _own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Show what the tests of power cuts tried, and what came of it."""
+    """Show what the tests of power cuts tried, and what came of it; a line for each place."""
     reports = [report for found in terminalreporter.stats.values() for report in found]
-    rows: list[Mapping[str, Any]] = [
-        value
-        for report in reports
-        if isinstance(report, pytest.TestReport) and report.when == "teardown"
-        for name, value in report.user_properties
-        if name == "power cuts"
-    ]
-    if rows:
+    cuts: Counter[str] = Counter()
+    violations: Counter[str] = Counter()
+    outcomes: dict[str, Counter[str]] = {}
+    for report in reports:
+        for name, row in getattr(report, "user_properties", ()):
+            if name == "power cuts" and report.when == "teardown":
+                cuts[row["where"]] += row["cuts"]
+                violations[row["where"]] += row["violations"]
+                outcomes.setdefault(row["where"], Counter()).update(row["outcomes"])
+    if cuts:
         terminalreporter.section("power cuts")
-        for row in rows:
-            line = "{where:<50} {cuts:>5} cuts  {violations:>4} violations  {outcomes}"
-            terminalreporter.line(line.format_map(row))
+    for where, count in cuts.items():
+        told = ", ".join(f"{n} {what}" for what, n in sorted(outcomes[where].items()))
+        terminalreporter.line(f"{where}: {count} cuts, {violations[where]} violations; {told}")

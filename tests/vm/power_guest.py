@@ -18,7 +18,7 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -88,14 +88,16 @@ def tell(path: Path) -> None:
 
 def careless(*words: str) -> None:
     """Run the program with a journal whose commits wait for nothing: a control."""
-    journalfile.PRAGMAS = ("journal_mode=MEMORY", "synchronous=OFF")  # type: ignore[assignment]
+    journalfile.PRAGMAS = ("journal_mode=MEMORY", "synchronous=OFF")
     cli.main(list(words))
 
 
-def main(words: Sequence[str]) -> None:
-    command, *rest = words
-    {"write": write, "open": open_journal, "peek": peek, "run": careless}[command](*rest)
-
+COMMANDS: dict[str, Callable[..., None]] = {
+    "write": write,
+    "open": open_journal,
+    "peek": peek,
+    "run": careless,
+}
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    COMMANDS[sys.argv[1]](*sys.argv[2:])

@@ -3,11 +3,12 @@ Power cuts: a disk of the machine that records its writes, and one that holds wh
 
 `recorded` plugs empty disks into the running machine, and qemu logs each write and flush of one
 in order; `writelog` then builds what a disk with a volatile cache may hold at any moment
-of the record, and `CutDisk` gives that to a fresh machine.  The record has marks: what a program
-in the machine wrote to the disk's first partition to say what had happened (see agent.py).  As
-they lie among the other writes, each cut knows what had been acknowledged before it.
+of the record, and `CutDisk` gives that to the machine as another disk.  The record has marks: what
+a program in the machine wrote to the disk's first partition to say what had happened (see
+agent.py).  As they lie among the other writes, each cut knows what was acknowledged before it.
 
-Both end with a new qemu at the saved state 'clean', where none of these disks was ever there.
+A saved state cannot be loaded into a machine with more disks than it had.  So all of this happens
+in a block of `plugged`, which ends with a new qemu at the saved state 'clean'.
 
 `ATOMTX_CRASH=full` tries every mark and many more moments; `ATOMTX_CRASH_SEED` others.
 """
@@ -20,7 +21,7 @@ import os
 import random
 import struct
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -89,31 +90,34 @@ def fresh(vm: Machine) -> None:
 
 
 @contextmanager
-def recorded(vm: Machine, *folders: Path) -> Iterator[None]:
+def plugged(vm: Machine) -> Iterator[None]:
+    """Let the block plug disks in, and take them all out again."""
+    put_programs(vm)
+    try:
+        yield
+    finally:
+        fresh(vm)
+
+
+@contextmanager
+def recorded(vm: Machine, folder: Path) -> Iterator[None]:
     """
-    Plug in a disk a folder, under the folder's name, and record its writes there for the block.
+    Plug in an empty disk under the folder's name and record its writes there for the block.
 
     At the block's end nothing may have it mounted: the record must be all that was written.
     """
-    try:
-        for folder in folders:
-            folder.mkdir()
-            write_image(folder / "disk", partition_table(), DISK_BYTES, ())
-            (folder / "log").touch()
-            plug(vm, folder.name, folder / "disk", folder / "log")
-        put_programs(vm)
-        yield
-        for folder in folders:
-            # The log counts its entries at a flush; fsync(2) of a disk flushes it.
-            vm.run(f"sync {partition(folder.name, MARKS)}")
-    finally:
-        fresh(vm)
-    for folder in folders:
-        log = WriteLog(folder / "log")
-        pieces = log.left(len(log.entries), kept)
-        write_image(folder / "cut", partition_table(), DISK_BYTES, pieces)
-        same = filecmp.cmp(folder / "disk", folder / "cut", shallow=False)
-        assert same, "the record is not the disk"
+    folder.mkdir()
+    write_image(folder / "disk", partition_table(), DISK_BYTES, ())
+    (folder / "log").touch()
+    plug(vm, folder.name, folder / "disk", folder / "log")
+    yield
+    # The log counts its entries at a flush; fsync(2) of a disk flushes it.
+    vm.run(f"sync {partition(folder.name, MARKS)}")
+    log = WriteLog(folder / "log")
+    pieces = log.left(len(log.entries), kept)
+    write_image(folder / "cut", partition_table(), DISK_BYTES, pieces)
+    same = filecmp.cmp(folder / "disk", folder / "cut", shallow=False)
+    assert same, "the record is not the disk"
 
 
 def put_programs(vm: Machine) -> None:
@@ -170,15 +174,23 @@ class Record:
         Choose cuts between the first and the last mark, in order; each has a seed of its own.
 
         Right after a mark the unflushed writes are lost once and random once; the others are
-        anywhere.
+        anywhere.  Both are spread over the record.
         """
         places = [mark.position for mark in self.marks]
-        chosen = rng.sample(places, min(at_marks, len(places)))
-        wanted = [(position, kind) for position in chosen for kind in ("lost", "random")]
-        for _ in range(others):
-            position = rng.randrange(places[0], places[-1] + 1)
-            wanted.append((position, rng.choice(("lost", "random", "random", "kept"))))
+        wanted = [
+            (places[n], kind)
+            for n in spread(rng, len(places), at_marks)
+            for kind in ("lost", "random")
+        ]
+        for n in spread(rng, places[-1] - places[0], others):
+            wanted.append((places[0] + n, rng.choice(("lost", "random", "random", "kept"))))
         return [Cut(position, kind, rng.getrandbits(32)) for position, kind in sorted(wanted)]
+
+
+def spread(rng: random.Random, length: int, count: int) -> list[int]:
+    """Choose *count* numbers below *length*, one at random in each part of it; at most all."""
+    count = min(count, length)
+    return [int((n + rng.random()) * length / count) for n in range(count)]
 
 
 class CutDisk:
@@ -189,7 +201,6 @@ class CutDisk:
         self._image = folder / "cut"
         write_image(self._image, partition_table(), DISK_BYTES, ())
         plug(self._vm, "cut", self._image)
-        put_programs(vm)
 
     def set(self, record: Record, cut: Cut) -> None:
         """Give it what *cut* left; nothing in the machine may have it mounted."""
@@ -197,15 +208,6 @@ class CutDisk:
         write_image(self._image, partition_table(), DISK_BYTES, pieces)
         # What the machine remembers of it is of the cut before.
         self._vm.run("blockdev --flushbufs /dev/disk/by-id/virtio-cut*")
-
-
-@contextmanager
-def cut_disk(vm: Machine, folder: Path) -> Iterator[CutDisk]:
-    """Give the disk for the cuts; its file is in *folder*."""
-    try:
-        yield CutDisk(vm, folder)
-    finally:
-        fresh(vm)
 
 
 def guest(vm: Machine, *words: str, marks: str | None = None) -> dict[str, Any]:
@@ -231,12 +233,11 @@ class Tally:
         self.outcomes[outcome] += 1
         self.violations += [f"{cut}: {violation}" for violation in violations]
 
-    def row(self) -> Mapping[str, object]:
+    def row(self) -> dict[str, Any]:
         """Return the line's values, for the report."""
-        outcomes = ", ".join(f"{count} {what}" for what, count in sorted(self.outcomes.items()))
         return {
             "where": self.where,
             "cuts": self.cuts,
-            "outcomes": outcomes,
             "violations": len(self.violations),
+            "outcomes": dict(self.outcomes),
         }

@@ -14,10 +14,10 @@ from tests.vm.powercut import (
     CutDisk,
     Record,
     Tally,
-    cut_disk,
     guest,
     is_full,
     partition,
+    plugged,
     recorded,
 )
 
@@ -27,22 +27,21 @@ SHIPPED = journalfile.PRAGMAS
 SETTINGS = {
     "shipped": (SHIPPED, "defaults"),
     "wal-normal": (("journal_mode=WAL", "synchronous=NORMAL"), "defaults"),
-    "python-default": (("journal_mode=DELETE", "synchronous=FULL"), "defaults"),
+    "python-default": (("journal_mode=DELETE", "synchronous=FULL"), "defaults"),  # of its sqlite3
     "no-flush": (SHIPPED, "barrier=0"),
 }
 
 
 def record_journals(vm: Machine, folder: Path) -> dict[str, Record]:
     """Record runs that are written to a new journal on ext4, two commits each, under each name."""
-    folders = {name: folder / name for name in SETTINGS}
     runs = "16" if is_full() else "8"
-    with recorded(vm, *folders.values()):
-        for name, (pragmas, options) in SETTINGS.items():
+    for name, (pragmas, options) in SETTINGS.items():
+        with recorded(vm, folder / name):
             files = partition(name, FILES)
             vm.run(f"mkfs.ext4 -q {files} && mount -o {options} {files} /power && sync")
             guest(vm, "write", STATE, partition(name, MARKS), runs, *pragmas)
             vm.run("umount /power")
-    return {name: Record(folder) for name, folder in folders.items()}
+    return {name: Record(folder / name) for name in SETTINGS}
 
 
 def acknowledged(marks: list[str]) -> dict[str, int]:
@@ -83,8 +82,9 @@ def test_commits_survive(bare_vm: Machine, tmp_path: Path, power_cuts: list[Tall
 
     The same look finds losses with weaker settings, and on a file system that never flushes.
     """
-    records = record_journals(bare_vm, tmp_path)
-    with cut_disk(bare_vm, tmp_path) as disk:
+    with plugged(bare_vm):
+        records = record_journals(bare_vm, tmp_path)
+        disk = CutDisk(bare_vm, tmp_path)
         for name, record in records.items():
             power_cuts.append(cut_journal(bare_vm, disk, name, record))
     shipped, *controls = power_cuts
