@@ -220,7 +220,8 @@ class Crash:
             self._kill_later()
         elif point == self._at and self._who == "machine":
             Path(STOPPED).touch()
-            signal.pause()
+            while True:
+                signal.pause()
         elif point == self._at:
             time.sleep(self._delay_s)
             self._kill(child)

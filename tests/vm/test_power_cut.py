@@ -11,6 +11,7 @@ from tests.vm.powercut import (
     FILES,
     MARKS,
     SEED,
+    Cut,
     CutDisk,
     Record,
     Tally,
@@ -50,29 +51,33 @@ def acknowledged(marks: list[str]) -> dict[str, int]:
     return {run: int(revision) for _, run, revision in words}
 
 
-def lost_commits(known: dict[str, list[int]], wanted: dict[str, int]) -> list[str]:
-    """Return the runs that are not in the journal, or not as far as was acknowledged."""
-    return [run for run, rev in wanted.items() if run not in known or known[run][0] < rev]
+def commits_lost(known: dict[str, list[int]], wanted: dict[str, int]) -> int:
+    """Count the revisions that were acknowledged and are not in the journal."""
+    return sum(max(0, rev - known.get(run, [-1])[0]) for run, rev in wanted.items())
+
+
+def cuts_of(name: str, record: Record) -> list[Cut]:
+    """Choose the moments: most of them for what must hold."""
+    marks, others = (6, 6) if name == "shipped" else (2, 0)
+    if is_full():
+        marks, others = (32, 160) if name == "shipped" else (32, 0)
+    return record.cuts(random.Random(SEED), at_marks=marks, others=others)
 
 
 def cut_journal(vm: Machine, disk: CutDisk, name: str, record: Record) -> Tally:
     """Cut the power at many moments, open the journal each time, and count what it lost."""
     tally = Tally(f"journal on ext4, {name}")
-    if is_full():
-        cuts = record.cuts(random.Random(SEED), at_marks=32, others=160 if name == "shipped" else 0)
-    else:
-        few = 6 if name == "shipped" else 2
-        cuts = record.cuts(random.Random(SEED), at_marks=few, others=few if few > 2 else 0)
-    for cut in cuts:
+    for cut in cuts_of(name, record):
         disk.set(record, cut)
         told = guest(vm, "open", partition("cut", FILES), STATE, *SETTINGS[name][0])
-        wanted = acknowledged(record.marks_before(cut))
-        lost = lost_commits(told["runs"], wanted)
-        found = [f"lost commits of {lost}, with {len(wanted)} runs acknowledged"] if lost else []
+        lost = commits_lost(told["runs"], acknowledged(record.marks_before(cut)))
         if told["check"] != "ok":
-            found.append(f"damaged: {told['check']}")
-        outcome = "damaged" if told["check"] != "ok" else "with losses" if lost else "whole"
-        tally.add(cut, outcome, found)
+            tally.add(cut, "damaged", [f"damaged: {told['check']}"])
+        elif lost:
+            outcome = "with the last commit lost" if lost == 1 else "with several commits lost"
+            tally.add(cut, outcome, [f"{lost} commits lost"])
+        else:
+            tally.add(cut, "whole", [])
     return tally
 
 
