@@ -117,9 +117,11 @@ def test_image(log: WriteLog, tmp_path: Path) -> None:
 
 
 def test_not_a_log(tmp_path: Path) -> None:
-    """A file that is no log, and a request that no replay knows, are refused."""
+    """A file that is no log, a request that no replay knows, and a hole are refused."""
     (tmp_path / "zeros").write_bytes(bytes(4096))
     with pytest.raises(WriteLogError, match="not a log"):
         WriteLog(tmp_path / "zeros")
     with pytest.raises(WriteLogError, match="0x4"):
         make_log(tmp_path / "log", (0, sectors("a"), DISCARD))
+    with pytest.raises(WriteLogError, match="hole"):
+        make_log(tmp_path / "log", (0, sectors("a"), 0), (0, b"", 0), (0, b"", FLUSH))

@@ -90,6 +90,8 @@ class WriteLog:
             start, sectors, flags, mark = _ENTRY.unpack_from(self._map, at)
             if flags & ~(_FLUSH | _FUA) or mark:
                 raise WriteLogError(f"a request that a replay does not know: flags {flags:#x}")
+            if not sectors and not flags & _FLUSH:
+                raise WriteLogError("a hole: what was written here is not known")
             at += sector
             length = sectors * sector
             yield Entry(start * sector, length, at, bool(flags & _FLUSH), bool(flags & _FUA))
