@@ -63,4 +63,5 @@ def power_cuts(record_property: Callable[[str, object], None]) -> Iterator[list[
     tallies: list[Tally] = []
     yield tallies
     for tally in tallies:
+        print(tally.where, *tally.violations, sep="\n  ")  # shown with -rP, and of what failed
         record_property("power cuts", tally.row())
