@@ -9,8 +9,9 @@ What is busy is tried again with growing pauses, then its holders are named and 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 from . import errand, locks, states
 from .errors import EffectError, JournalFullError
@@ -18,12 +19,13 @@ from .intents import (
     DestroySnapshots,
     EndClient,
     KeepSnapshots,
+    Mount,
     MountVolumes,
     ReleaseSnapshots,
     UnmountVolumes,
 )
 from .journal import Change, Journal
-from .mounts import inhabitants, tree
+from .mounts import inhabitants, mountinfo, tree
 from .names import RunId
 from .probing import end_survivors, pool_trouble, presence
 from .records import Run, Step, Volume
@@ -34,6 +36,7 @@ from .volumes.zfs import Identity, Zfs
 
 PAUSES_S = (0.2, 0.5, 1.0, 2.0, 4.0)
 _RUNNER_END_S = 30.0
+_SHOWN = 6
 
 
 class Cleaner:
@@ -168,28 +171,33 @@ class Cleaner:
                 return
             if pause is None:
                 raise EffectError(
-                    f"{busy[0]} is busy: {_words(inhabitants.using(busy)) or 'holder not found'}",
+                    f"{busy[0].mountpoint} is busy: {_why_mount_is_busy(busy)}",
                     hint="end what uses it, then run `atomtx recover`",
                 )
             time.sleep(pause)
 
     def _why_busy(self, names: Collection[str]) -> str:
-        mounted = inhabitants.mounted(names)
+        """Name what uses the snapshots: processes, mounts, holds and clones."""
+        mounted = [f"mounted at {m}" for m in inhabitants.mounted(names)]
         tags = [f"hold {t} on {n}" for n, ts in self._zfs.holders(names).items() for t in ts]
-        where = _words([f"mounted at {m}" for m in mounted] + tags)
-        return f"{sorted(names)[0]} is busy" + (f": {where}" if where else "")
+        clones = [f"cloned as {c}" for cs in self._zfs.clones(names).values() for c in cs]
+        where = _words([*inhabitants.users(names), *mounted, *tags, *clones])
+        more = f" and {len(names) - 1} more are" if len(names) > 1 else " is"
+        return f"{sorted(names)[0]}{more} busy: {where or 'holder not found'}"
 
     # -- recording -------------------------------------------------------------------------
 
     def _finish(self, run: Run, verdicts: dict[str, str]) -> Run:
         kept = {n for step in run.pending(KeepSnapshots) for n in _names(step)}
-        with self._journal.change(run) as change:
+
+        def record(change: Change) -> None:
             for step in run.steps:
                 if step.outcome in (None, "parked"):
                     change.ended(step, *_outcome(step, verdicts, kept))
             change.set(cleanup=None)
             change.fire(Event.CLEANED_UP)
-        return self._journal.load(run.id)
+
+        return self._record(run, record, "everything is removed")
 
     def _park(self, run: Run, why: str) -> Run:
         self._warn(f"{why}; the cleanup is parked: `atomtx recover` tries again")
@@ -199,9 +207,25 @@ class Cleaner:
                 change.ended(step, "parked", why)
             change.set(cleanup="parked", reason=run.reason or why)
 
-        with self._journal.change(run) as change:
-            record(change)
+        return self._record(run, record, why)
+
+    def _record(self, run: Run, record: Callable[[Change], None], what: str) -> Run:
+        """Journal how the cleanup ended; without room for that it counts as parked."""
+        try:
+            with self._journal.change(run) as change:
+                record(change)
+        except JournalFullError as exc:
+            why = f"{what}, but {exc.message}"
+            self._warn(f"{why}: make room and run `atomtx recover`")
+            return replace(run, cleanup="parked", reason=run.reason or why)
         return self._journal.load(run.id)
+
+
+def _why_mount_is_busy(busy: Sequence[Mount]) -> str:
+    below = mountinfo.visible_below(mountinfo.read(), busy[0].mountpoint)
+    sources = [m.source for m in busy]
+    foreign = [f"{e.source} is mounted at {e.mountpoint}" for e in below if e.source not in sources]
+    return _words([*inhabitants.users(sources), *foreign]) or "holder not found"
 
 
 def _outcome(step: Step, verdicts: dict[str, str], kept: Collection[str]) -> tuple[str, str | None]:
@@ -227,6 +251,6 @@ def _names(step: Step) -> tuple[str, ...]:
 
 
 def _words(things: Collection[str]) -> str:
-    shown = list(things)[:3]
-    more = f" and {len(things) - 3} more" if len(things) > 3 else ""
+    shown = list(things)[:_SHOWN]
+    more = f" and {len(things) - _SHOWN} more" if len(things) > _SHOWN else ""
     return "; ".join(shown) + more

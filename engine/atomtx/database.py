@@ -24,6 +24,7 @@ from .errors import JournalError, JournalFullError, WaitingError
 from .statedir import sync_directory
 
 BUSY_TIMEOUT_MS = 30_000
+_FULL_BYTES = 65_536  # less room than this is none
 UPGRADE_WAIT_S = 10.0
 
 
@@ -141,10 +142,18 @@ def translated(path: Path) -> Iterator[None]:
         raise _error(path, exc) from exc
 
 
+def _is_full(path: Path) -> bool:
+    found = os.statvfs(path)
+    return found.f_bavail * found.f_frsize < _FULL_BYTES
+
+
 def _error(path: Path, cause: BaseException | None) -> JournalError:
     name = getattr(cause, "sqlite_errorname", "") or ""
-    if name == "SQLITE_FULL":
-        return JournalFullError(f"no space left for the journal {path}")
+    # SQLite calls a quota that is used up (EDQUOT) an error of the disk.
+    if name == "SQLITE_FULL" or (name == "SQLITE_IOERR_WRITE" and _is_full(path)):
+        return JournalFullError(
+            f"no space left for the journal {path}", hint="make room on its disk"
+        )
     if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
         return JournalError(
             f"the journal {path} is damaged: {cause}",

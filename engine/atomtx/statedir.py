@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -10,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from .errors import AtomtxError, EffectError, UserError
 
 DEFAULT = "/var/db/atomtx" if os.uname().sysname == "FreeBSD" else "/var/lib/atomtx"
 # flock and fsync mean little there, and another machine could write the same journal.
@@ -38,6 +39,9 @@ REMOTE_FILE_SYSTEMS = frozenset(
 END_RECORD_BYTES = 262_144  # reserved before the client starts: its end must find room
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
 def find(env: Mapping[str, str] = os.environ) -> Path:
     """Return the state directory's path: $ATOMTX_STATE_DIR, systemd's, or the system's."""
     if env.get("ATOMTX_STATE_DIR"):
@@ -52,7 +56,7 @@ def prepare(path: Path) -> Path:
     Make the state directory ready, mode 0700, and return it; idempotent.
 
     Raises UserError where it cannot be written, belongs to somebody else, or is on a remote file
-    system.
+    system, EffectError where its disk is full; but a full disk does not stop an undo.
     """
     hint = "set ATOMTX_STATE_DIR to a directory of root's on a local disk"
     try:
@@ -80,10 +84,18 @@ def prepare(path: Path) -> Path:
         (path / "runs").mkdir(mode=0o700, exist_ok=True)
         os.utime(path)  # mkdir(2) finds no fault where there is nothing to make
     except OSError as exc:
-        raise UserError(
-            f"the state directory {path} cannot be written: {exc.strerror}", hint=hint
-        ) from exc
+        if exc.errno not in _FULL or not (path / "runs").is_dir():
+            raise _not_written(path, exc) from exc
     return path
+
+
+def _not_written(path: Path, cause: OSError) -> AtomtxError:
+    if cause.errno in _FULL:
+        return EffectError(f"no space left in {path}", hint="make room on its disk")
+    return UserError(
+        f"the state directory {path} cannot be written: {cause.strerror}",
+        hint="set ATOMTX_STATE_DIR to a directory of root's on a local disk",
+    )
 
 
 def _file_system(path: Path) -> str:
@@ -127,13 +139,20 @@ class RunFolder:
         return cls(state / "runs" / run)
 
     def make(self) -> RunFolder:
-        """Make the folder and its lock files, durable; idempotent."""
-        for directory in (self.path, self.marker, self.temporary):
-            directory.mkdir(mode=0o700, exist_ok=True)
-        for lock in (self.front_lock, self.runner_lock, self.client_lock):
-            os.close(os.open(lock, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
-        sync_directory(self.path)
-        sync_directory(self.path.parent)
+        """
+        Make the folder and its lock files, durable; idempotent.
+
+        Raises EffectError where the disk is full.
+        """
+        try:
+            for directory in (self.path, self.marker, self.temporary):
+                directory.mkdir(mode=0o700, exist_ok=True)
+            for file in (self.front_lock, self.runner_lock, self.client_lock):
+                os.close(os.open(file, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+            sync_directory(self.path)
+            sync_directory(self.path.parent)
+        except OSError as exc:
+            raise _not_written(self.path, exc) from exc
         return self
 
     def write_progress(self, data: Mapping[str, Any]) -> None:

@@ -1,12 +1,15 @@
-"""Who lives in a run's mount namespace, and who else has a snapshot of it mounted."""
+"""Who lives in a run's mount namespace, and who else uses a snapshot of it: for messages."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 
 from .. import locks
+from ..names import is_within
 from . import mountinfo
 from .namespace import identity
 
@@ -27,37 +30,107 @@ def of(token: str) -> list[int]:
     ]
 
 
-def mounted(snapshots: Collection[str]) -> list[str]:
-    """Return who has one of *snapshots* mounted, in words: process, command, mountpoint."""
-    wanted = frozenset(snapshots)
+def mounted(sources: Collection[str]) -> list[str]:
+    """
+    Return where *sources* are mounted, in words; in a foreign namespace with who lives there.
+
+    A foreign mount that follows one of ours goes with it, and is not told.
+    """
+    here = [entry for entry in mountinfo.read() if entry.source in sources]
+    peers = {group for entry in here for group in _groups(entry)}
     found = [
         f"{entry.mountpoint} (in the namespace of {_name(pids[0])})"
         for pids, table in _foreign_namespaces()
         for entry in table
-        if entry.source in wanted
+        if entry.source in sources and not peers & _groups(entry)
     ]
-    return [e.mountpoint for e in mountinfo.read() if e.source in wanted] + found
+    return [entry.mountpoint for entry in here] + found
 
 
-def using(mountpoints: Collection[str]) -> list[str]:
-    """Return who has a file open, or stands, below one of *mountpoints* of this namespace."""
-    places = tuple(point.rstrip("/") + "/" for point in mountpoints)
-    found = []
-    for process in locks.processes():
-        for link in _links(process.pid):
-            if (link + "/").startswith(places):
-                found.append(f"{link} (by {process})")
-                break
-    return found
+def _groups(entry: mountinfo.Entry) -> set[str]:
+    """Return the peer groups from which or to which a mount propagates: mount_namespaces(7)."""
+    return {word.partition(":")[2] for word in entry.propagation if ":" in word}
 
 
-def _links(pid: int) -> Iterator[str]:
-    with suppress(OSError):
-        for name in ("cwd", "root"):
-            yield os.readlink(f"/proc/{pid}/{name}")
-        for name in os.listdir(f"/proc/{pid}/fd"):
-            with suppress(OSError):
+def users(sources: Collection[str]) -> list[str]:
+    """
+    Return who uses *sources*, wherever they are mounted, in words.
+
+    "open by 1234 (tail) at /mnt/x/log", with the first file of each process.  Nothing is opened
+    or asked for its status there: that might hang.
+    """
+    places = _Places.of(sources)
+    found = [_use(process, places) for process in locks.processes()] if places.ids else []
+    return [words for words in found if words]
+
+
+@dataclass(frozen=True)
+class _Places:
+    """The mounts of some sources in all namespaces."""
+
+    ids: frozenset[int]  # of the mounts: unique in the whole system
+    devices: frozenset[str]  # as /proc/PID/maps writes them: "00:2f"
+    points: dict[tuple[int, int], tuple[str, ...]]  # by namespace
+
+    @classmethod
+    def of(cls, sources: Collection[str]) -> _Places:
+        tables = [(identity(), mountinfo.read())]
+        for pids, table in _foreign_namespaces():
+            with suppress(OSError):  # gone
+                tables.append((identity(pids[0]), table))
+        used = [(space, e) for space, table in tables for e in table if e.source in sources]
+        points: dict[tuple[int, int], tuple[str, ...]] = {}
+        for space, entry in used:
+            points[space] = (*points.get(space, ()), entry.mountpoint)
+        return cls(
+            ids=frozenset(entry.id for _, entry in used),
+            devices=frozenset("{:02x}:{:02x}".format(*_numbers(entry.dev)) for _, entry in used),
+            points=points,
+        )
+
+
+def _numbers(device: str) -> tuple[int, int]:
+    major, _, minor = device.partition(":")
+    return int(major), int(minor)
+
+
+def _use(process: locks.Process, places: _Places) -> str | None:
+    looks: tuple[tuple[str, Callable[[int, _Places], Iterator[str]]], ...] = (
+        ("open by {} at {}", _opened),
+        ("{} stands in {}", _stood_in),
+        ("mapped by {} from {}", _mapped),
+    )
+    for words, look in looks:
+        with suppress(OSError):  # it has ended, or is another user's
+            for path in look(process.pid, places):
+                return words.format(process, path)
+    return None
+
+
+def _opened(pid: int, places: _Places) -> Iterator[str]:
+    """Yield the files that are open on one of our mounts: proc(5), fdinfo, "mnt_id:"."""
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with suppress(OSError):  # closed in between
+            lines = Path(f"/proc/{pid}/fdinfo/{name}").read_text().splitlines()
+            ids = [int(line.split()[1]) for line in lines if line.startswith("mnt_id:")]
+            if not places.ids.isdisjoint(ids):
                 yield os.readlink(f"/proc/{pid}/fd/{name}")
+
+
+def _stood_in(pid: int, places: _Places) -> Iterator[str]:
+    points = places.points.get(identity(pid), ())
+    for name in ("cwd", "root"):
+        path = os.readlink(f"/proc/{pid}/{name}")
+        if any(is_within(path, point) for point in points):
+            yield path
+
+
+def _mapped(pid: int, places: _Places) -> Iterator[str]:
+    with open(f"/proc/{pid}/maps", encoding="utf-8", errors="surrogateescape") as file:
+        for line in file:
+            words = line.rstrip("\n").split(None, 5)
+            if len(words) == 6 and words[3] in places.devices:
+                yield words[5]
 
 
 def _foreign_namespaces() -> Iterator[tuple[list[int], mountinfo.Table]]:

@@ -81,11 +81,11 @@ def make(mounts: Sequence[Mount], directories: Sequence[str]) -> None:
             raise EffectError(f"cannot mount {each.source} at {each.mountpoint}: {exc}") from exc
 
 
-def remove(mounts: Sequence[Mount], directories: Sequence[str]) -> list[str]:
+def remove(mounts: Sequence[Mount], directories: Sequence[str]) -> list[Mount]:
     """
     Unmount what is ours, children first, and remove the directories that were made.
 
-    Idempotent.  Returns the mountpoints that are busy; a directory with something in it stays.
+    Idempotent.  Returns the mounts that are busy; a directory with something in it stays.
     """
     busy = []
     for each in reversed(mounts):
@@ -95,7 +95,7 @@ def remove(mounts: Sequence[Mount], directories: Sequence[str]) -> list[str]:
             except OSError as exc:
                 if exc.errno != errno.EBUSY:
                     raise EffectError(f"cannot unmount {each.mountpoint}: {exc.strerror}") from exc
-                busy.append(each.mountpoint)
+                busy.append(each)
                 break
     if not busy:
         for directory in reversed(directories):

@@ -112,6 +112,12 @@ class Zfs:
             tags.setdefault(name, []).append(tag)
         return tags
 
+    def clones(self, snapshots: Collection[str]) -> dict[str, list[str]]:
+        """Return the clones of each snapshot that has some."""
+        done = self._run("zfs", "get", "-Hp", "-o", "name,value", "clones", *snapshots)
+        pairs = (line.split("\t") for line in done.stdout.splitlines())
+        return {name: value.split(",") for name, value in pairs if value not in ("", "-")}
+
     # -- changing --------------------------------------------------------------------------
 
     def take(self, snapshots: Sequence[str], *, run: str) -> EffectError | None:

@@ -1,0 +1,151 @@
+"""Who uses a busy snapshot: named by process, command and path, in whatever namespace."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="namespaces need root")
+
+# In a namespace of its own, with a small file system in the place of a snapshot.
+PRELUDE = """
+    import os, subprocess, sys, time
+    from atomtx import locks
+    from atomtx.mounts import inhabitants, namespace
+
+    namespace.enter()
+    top, place = sys.argv[1], sys.argv[1] + "/a"
+    os.mkdir(place)
+    namespace.mount("scratch", top, "tmpfs", 0)
+    os.mkdir(place)
+    namespace.mount("none", top, None, 0x100000)  # MS_SHARED
+    namespace.mount("tank/a@x", place, "tmpfs", 0)
+    with open(place + "/log", "w") as file:
+        file.write("words" * 1000)
+    children = []
+
+    def start(*argv, **options):
+        child = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, **options)
+        children.append(child)
+        return child
+
+    def unshared(propagation, script):
+        child = start("unshare", "-m", "--propagation", propagation, "sh", "-c", script, cwd="/")
+        assert child.stdout.readline() == "ready\\n"
+        return child.pid
+
+    def users():
+        return inhabitants.users(["tank/a@x"])
+
+    def mounted():
+        return inhabitants.mounted(["tank/a@x"])
+
+    def until(check):
+        assert locks.wait_until(check, 30), (users(), mounted())
+"""
+END = """
+    for child in children:
+        child.kill()
+        child.wait()
+"""
+
+
+def inside(tmp_path: Path, code: str) -> None:
+    """Run *code* after the prelude; its assertions are the test's."""
+    text = textwrap.dedent(PRELUDE) + textwrap.dedent(code) + textwrap.dedent(END)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    argv = [sys.executable, "-c", text, str(tmp_path)]
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@as_root
+def test_nobody(tmp_path: Path) -> None:
+    """A file system that nobody uses has no users, and one that is not mounted is nowhere."""
+    inside(
+        tmp_path,
+        """
+        assert users() == []
+        assert mounted() == [place]
+        assert inhabitants.users(["tank/b@x"]) == inhabitants.mounted(["tank/b@x"]) == []
+        """,
+    )
+
+
+@as_root
+def test_open_file(tmp_path: Path) -> None:
+    """A process with an open file is named by pid, command and path."""
+    inside(
+        tmp_path,
+        """
+        child = start("tail", "-f", place + "/log")
+        until(lambda: users() == [f"open by {child.pid} (tail) at {place}/log"])
+        """,
+    )
+
+
+@as_root
+def test_working_directory(tmp_path: Path) -> None:
+    """A process that only stands there is named; one that stands beside is not."""
+    inside(
+        tmp_path,
+        """
+        os.mkdir(top + "/ab")
+        beside = start("sleep", "100", cwd=top + "/ab")
+        child = start("sleep", "100", cwd=place)
+        until(lambda: users() == [f"{child.pid} (sleep) stands in {place}"])
+        """,
+    )
+
+
+@as_root
+def test_mapped_file(tmp_path: Path) -> None:
+    """A file that is mapped and closed keeps its file system busy as well."""
+    inside(
+        tmp_path,
+        """
+        code = (
+            "import mmap, sys, time; file = open(sys.argv[1], 'rb');"
+            " held = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ); file.close();"
+            " import os; os.closerange(3, 64); print('ready', flush=True); time.sleep(100)"
+        )
+        child = start(sys.executable, "-c", code, place + "/log", cwd="/")
+        assert child.stdout.readline() == "ready\\n"
+        until(lambda: len(users()) == 1)
+        assert users()[0].startswith(f"mapped by {child.pid} (")
+        assert users()[0].endswith(f") from {place}/log")
+        """,
+    )
+
+
+@as_root
+def test_other_namespace(tmp_path: Path) -> None:
+    """A mount that only another namespace has is named with who lives there; so is its user."""
+    inside(
+        tmp_path,
+        """
+        child = unshared("private", f"exec 5<{place}/log; echo ready; exec sleep 100")
+        namespace.unmount(place)
+        until(lambda: mounted() == [f"{place} (in the namespace of {child} (sleep))"])
+        assert users() == [f"open by {child} (sleep) at {place}/log"]
+        """,
+    )
+
+
+@as_root
+def test_following_namespace(tmp_path: Path) -> None:
+    """A copy that goes with its original, as each service has of the host's, is not told."""
+    inside(
+        tmp_path,
+        """
+        unshared("slave", "echo ready; exec sleep 100")
+        assert mounted() == [place]
+        unshared("private", "echo ready; exec sleep 100")
+        assert len(mounted()) == 2
+        """,
+    )
