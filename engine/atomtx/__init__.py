@@ -32,6 +32,7 @@ The modules, in reading order:
     clients/        restic.py, kopia.py, command.py ...: the backup programs
     task.py         what a front end asks of a runner, and what that leaves
     output.py       the client's output: lines, redacted, capped
+    supervisor.py   the client under the runner's eyes: read, stopped, ended
     runner.py       holds the namespace and the client; outlives a killed front end
     errand.py       the front end's end of a runner
     preparing.py    ask the machine and the client, and make the plan; changes nothing

@@ -29,9 +29,7 @@ class Errand:
         self, task: Task, folder: RunFolder, *, env: Mapping[str, str], front: int
     ) -> None:
         ours, theirs = socket.socketpair()
-        log = os.open(
-            folder.runner_log, os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o600
-        )
+        log = _open_log(folder)
         try:
             self.pid = process.spawn_runner(
                 control=theirs.fileno(), front=front, stderr=log, env=env
@@ -40,14 +38,16 @@ class Errand:
             os.close(log)
             theirs.close()
         self._control = ours
+        self._answers = ours.makefile("rb")
         self._folder = folder
-        self._control.sendall(task.to_json().encode() + b"\n")
+        with suppress(OSError):  # it died at once: `mounted` tells with which words
+            self._control.sendall(task.to_json().encode() + b"\n")
 
     def mounted(self) -> frozenset[str]:
         """Wait until everything is mounted; return the mountpoints that are empty."""
         self._control.settimeout(_MOUNT_S)
         try:
-            line = self._control.makefile("rb").readline()
+            line = self._answers.readline()
         except TimeoutError as exc:
             raise EffectError(f"the mounts were not made within {_MOUNT_S:.0f} s") from exc
         if not line:
@@ -66,8 +66,18 @@ class Errand:
         with suppress(OSError):  # killed: the wait that follows sees it
             self._control.sendall(b"go\n")
 
+    def unwritten_end(self) -> dict[str, Any] | None:
+        """Return the end record that a runner which has ended could not write, if it told one."""
+        try:
+            line = self._answers.readline()
+        except OSError:  # it was killed
+            return None
+        answer: dict[str, dict[str, Any]] = json.loads(line) if line.endswith(b"\n") else {}
+        return answer.get("end")
+
     def dismiss(self) -> None:
         """Tell a runner that was not let go to exit, and wait for it; idempotent."""
+        self._answers.close()
         self._control.close()
         self.reap()
 
@@ -75,6 +85,14 @@ class Errand:
         """Wait for the runner's end."""
         with suppress(ChildProcessError):
             os.waitpid(self.pid, 0)
+
+
+def _open_log(folder: RunFolder) -> int:
+    flags = os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC
+    try:
+        return os.open(folder.runner_log, flags, 0o600)
+    except OSError as exc:
+        raise EffectError(f"cannot write {folder.runner_log}: {exc.strerror}") from exc
 
 
 def runner_pid(folder: RunFolder) -> int | None:

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 from . import clients, errand, locks, plan, states
 from .cleaning import Cleaner
@@ -44,10 +46,9 @@ from .records import Run
 from .recovery import MAX_ATTEMPTS, within_patience
 from .statedir import RunFolder
 from .states import Event, Outcome
-from .task import Task
+from .task import Task, end_from_json
 from .volumes.zfs import Identity, Zfs
 
-GRACE_S = 60.0
 _RETRY_S = (10.0, 60.0, 300.0)
 _DEFAULT_TMP = "/tmp"
 _SAVED = (Outcome.COMPLETED, Outcome.PARTIAL)
@@ -82,6 +83,7 @@ class Executor:
         self._tell = tell
         self._cleaner = Cleaner(journal, folder, self._zfs, tell.warn)
         self._errand: errand.Errand | None = None
+        self._unwritten: dict[str, Any] | None = None  # the end record that found no room
         self._taken = False  # the snapshots of a planned run are there already
         self._found: dict[str, Identity] = {}  # by this process, since it took them
         self.interrupted: Interrupted | None = None
@@ -122,6 +124,10 @@ class Executor:
             return self.give_up(self._journal.load(run.id), Outcome.ROLLED_BACK, exc.message)
         except StaleRunError:
             raise
+        except JournalFullError as exc:
+            if run.state == states.BACKING_UP:
+                raise  # the client's work is not given up for that: `recover` goes on
+            return self.give_up(self._journal.load(run.id), Outcome.FAILED, exc.message)
         except (EffectError, ClientError, UserError) as exc:
             self._tell.warn(str(exc))
             return self.give_up(self._journal.load(run.id), Outcome.FAILED, str(exc))
@@ -138,8 +144,12 @@ class Executor:
 
         return self._record_or_make_room(run, record)
 
-    def resume(self, run: Run) -> Run:
-        """Go back to `snapshotted`: the same moment, the client once more."""
+    def resume(self, run: Run, *, reason: str | None = None) -> Run:
+        """
+        Go back to `snapshotted`: the same moment, the client once more.
+
+        With a *reason* the run is kept waiting there.
+        """
         if run.state == states.PLANNED:
             self._taken = True
             return run
@@ -150,7 +160,7 @@ class Executor:
                     change.ended(
                         step, "done" if kind is UnmountVolumes else "not-needed", "resumed"
                     )
-            change.set(boot_id=locks.boot_id(), pid=os.getpid(), reason=None)
+            change.set(boot_id=locks.boot_id(), pid=os.getpid(), reason=reason)
             if run.state != states.SNAPSHOTTED:
                 change.fire(Event.RESUMED, reason=f"attempt {run.attempts + 1}")
         return self._journal.load(run.id)
@@ -262,7 +272,8 @@ class Executor:
             env=env,
             moment=moment,
             stop_signal=int(client.stop_signal),
-            grace_s=GRACE_S,
+            grace_s=run.plan.grace_s,
+            time_limit_s=run.plan.time_limit_s,
         )
 
     def _freezes_tmp(self, run: Run, settings: Settings) -> bool:
@@ -326,20 +337,34 @@ class Executor:
             errand.wait(self._folder, self._interrupts, self._tell.progress, stop_on_signal=True)
         except Interrupted as exc:
             interruption = exc
+        self._unwritten = self._errand.unwritten_end() if self._errand else None
         self._dismiss()
-        known = errand.end(self._folder, run.attempts)
+        known = self._end(run)
         if interruption and not (known and known[0].outcome in _SAVED):
             raise interruption
         self.interrupted = interruption  # too late: the backup is in the repository
         if known is None:
             return self._after_lost_runner(run)
         end, _ = known
-        if end.outcome is Outcome.FAILED and end.retriable and run.attempts <= run.plan.retries:
-            return self._again(run, end)
-        trouble = end.outcome is Outcome.FAILED and end.retriable
-        if trouble and run.plan.keep_for_s and within_patience(run, _now_us()):
-            return self._keep_waiting(run, end)
-        return self._record_end(run, end)
+        if not (end.outcome is Outcome.FAILED and end.retriable):
+            return self._record_end(run, end)
+        retry = run.attempts <= run.plan.retries
+        if not retry and not (run.plan.keep_for_s and within_patience(run, _now_us())):
+            return self._record_end(run, end)
+        try:
+            resumed = self.resume(run, reason=None if retry else end.reason)
+        except JournalFullError:
+            if run.plan.keep_for_s:
+                raise  # the moment is worth more to the user than the room
+            return self._record_end(run, end)
+        return self._again(resumed, end) if retry else resumed
+
+    def _end(self, run: Run) -> tuple[End, int | None] | None:
+        """Return how the client of this attempt ended, as the runner wrote or told it."""
+        if self._unwritten is None:
+            return errand.end(self._folder, run.attempts)
+        end, _, stopped = end_from_json(self._unwritten)
+        return end, stopped
 
     def _after_lost_runner(self, run: Run) -> Run:
         end_survivors(run, self._folder, self._tell.warn)
@@ -351,15 +376,8 @@ class Executor:
     def _again(self, run: Run, end: End) -> Run:
         pause = _RETRY_S[min(run.attempts, len(_RETRY_S)) - 1]
         self._tell.warn(f"{end.reason}; again in {pause:.0f} s, on the same snapshots")
-        run = self.resume(run)
         self._interrupts.sleep(pause)
         return self._mended(run)
-
-    def _keep_waiting(self, run: Run, end: End) -> Run:
-        run = self.resume(run)
-        with self._journal.change(run) as change:
-            change.set(reason=end.reason)
-        return self._journal.load(run.id)
 
     def _is_kept_waiting(self, run: Run) -> bool:
         return run.reason is not None and run.attempts > run.plan.retries
@@ -409,9 +427,16 @@ class Executor:
                 raise
             self._tell.warn("no space left for the journal: removing the snapshots first")
             self._cleaner.remove_traces(run)
+            self._keep_end()
             with self._journal.change(run) as change:
                 record(change)
         return self._journal.load(run.id)
+
+    def _keep_end(self) -> None:
+        """Write the end record that found no room before, should the journal find none now."""
+        if self._unwritten is not None:
+            with suppress(OSError):
+                self._folder.write_end(self._unwritten)
 
 
 def _check_taken(run: Run, found: dict[str, Identity], complaints: list[EffectError]) -> None:

@@ -54,7 +54,10 @@ class ActiveRunError(BusyError):
     """The job has an active run already: *run* is its id."""
 
     def __init__(self, run: str) -> None:
-        super().__init__(f"run {run} of this job has not ended", hint="see `atomtx status`")
+        super().__init__(
+            f"run {run} of this job is at work",
+            hint="`atomtx status` shows it; --wait waits for its end",
+        )
         self.run = run
 
 

@@ -14,6 +14,7 @@ from .intents import HoldSnapshots, Intent, Mount, MountVolumes, TakeSnapshots
 from .names import Dataset, RunId, is_within
 
 SYSTEM_PATHS = ("/dev", "/proc", "/run", "/sys")  # always the live ones, in a set that holds "/"
+GRACE_S = 60
 _LABEL_CHARS = 60
 
 
@@ -122,6 +123,9 @@ class Plan:
     keep_snapshots: bool = False
     retries: int = 0
     keep_for_s: int = 0
+    # What an older journal does not tell has the value that held then.
+    time_limit_s: int = 0  # of one attempt; 0: none
+    grace_s: int = GRACE_S  # from a stop of the client to its kill
 
 
 # -- making a plan -----------------------------------------------------------------------------
@@ -139,6 +143,8 @@ def assemble(
     keep_snapshots: bool = False,
     retries: int = 0,
     keep_for_s: int = 0,
+    time_limit_s: int = 0,
+    grace_s: int = GRACE_S,
 ) -> Plan:
     """
     Put a plan together from what was selected and what the client needs.
@@ -168,6 +174,8 @@ def assemble(
         keep_snapshots=keep_snapshots,
         retries=retries,
         keep_for_s=keep_for_s,
+        time_limit_s=time_limit_s,
+        grace_s=grace_s,
     )
 
 

@@ -85,6 +85,8 @@ def make_plan(
     keep_snapshots: bool = False,
     retries: int = 0,
     keep_for_s: int = 0,
+    time_limit_s: int = 0,
+    grace_s: int = plan.GRACE_S,
 ) -> Plan:
     """
     Return the plan of a new run: the one that `--dry-run` prints and the journal stores.
@@ -106,6 +108,8 @@ def make_plan(
         keep_snapshots=keep_snapshots,
         retries=retries,
         keep_for_s=keep_for_s,
+        time_limit_s=time_limit_s,
+        grace_s=grace_s,
     )
     client.check(wanted, made.targets, made.excludes)
     _check_cwd(made)

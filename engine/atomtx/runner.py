@@ -3,15 +3,15 @@ The runner: a small process that holds a run's namespace and its client.
 
 It outlives a killed front end, so that an upload of six hours is not lost with it.  It holds
 lock R, makes the mounts, starts the client only on the front end's "go" (end of file before it
-means exit), reads, redacts and caps the client's output, forwards a stop in the client's own
-way, ends every descendant, and writes the client's end durably.  It reports through files in
-the run's folder; the socket serves the start alone.
+means exit), watches over it (supervisor.py), and writes its end durably.  It reports through
+files in the run's folder; the socket serves the start, and the end where the disk is full.
 
 Single-threaded, because only the calling thread moves into a namespace, and light: it imports
 neither the journal nor the state machine.
 
     front end -> runner   one line of JSON, the Task; then "go"
-    runner -> front end   {"mounted": true, "empty": [...]} or {"error": ..., "hint": ...}
+    runner -> front end   {"mounted": true, "empty": [...]} or {"error": ..., "hint": ...};
+                          {"end": ...} where it could not be written
 """
 
 from __future__ import annotations
@@ -20,234 +20,28 @@ import ctypes
 import json
 import os
 import select
-import selectors
 import signal
 import socket
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import Any
 
-from . import clients, locks, process
-from .clients import Backup, End, Reader
+from . import locks
+from .clients import End, failed
 from .errors import AtomtxError, EffectError
 from .mounts import namespace
 from .mounts.witness import Witness
 from .names import RunId
-from .output import Lines, Log
-from .redact import Redactor
 from .statedir import RunFolder
 from .states import Outcome
+from .supervisor import Supervisor
 from .task import Task, end_to_json
 
-if TYPE_CHECKING:
-    from subprocess import Popen
-
-_READ_BYTES = 1 << 16
-_LAST_READS = (1 << 20) // _READ_BYTES + 1  # a pipe holds 1 MiB at most (pipe(7)), then its end
-PROGRESS_S = 0.5
-DESCENDANTS_S = 5.0
+_ROOM_S = 120.0  # how long to wait for room for the end record when nobody else can be told
 _PR_SET_CHILD_SUBREAPER = 36
 _MAX_OPEN_FILES = 65_536
-
-
-# -- the client ------------------------------------------------------------------------------
-
-
-class Supervisor:
-    """Runs the client's commands one after the other and reads what they print."""
-
-    def __init__(
-        self, task: Task, folder: RunFolder, wakeup: socket.socket, witness: Witness
-    ) -> None:
-        self._task = task
-        self._folder = folder
-        self._wakeup = wakeup
-        self._witness = witness
-        self._redactor = Redactor(dict(os.environ))
-        self._log = Log(folder.log, self._redactor)
-        self._reader: Reader = clients.load(task.client).reader(task.moment)
-        self._child: Popen[bytes] | None = None
-        self._progress_at = 0.0
-        self._kill_at: float | None = None
-        self.stopped: int | None = None
-
-    def run(self) -> End:
-        """Run all commands; a stop, or the first that cannot be started, ends it."""
-        for n, argv in enumerate(self._task.commands):
-            if self.stopped:
-                break
-            self._run_one(n, argv)
-            self._end_descendants()
-        return self._redacted(self._reader.end())
-
-    def _run_one(self, n: int, argv: tuple[str, ...]) -> None:
-        lock = locks.try_acquire(self._folder.client_lock)
-        if lock is None:
-            raise EffectError("a client of this run is still alive")
-        env = {**os.environ, **self._task.env}
-        try:
-            self._child = process.spawn_client(argv, env=env, cwd=self._task.cwd, lock=lock)
-        except OSError as exc:
-            raise EffectError(f"cannot start {argv[0]}: {exc.strerror}") from exc
-        finally:
-            os.close(lock)  # from here on C is held by the client and its descendants alone
-        self._watch(self._child)
-        self._reader.end_command(n, self._child.wait())
-        self._child = None
-
-    def _watch(self, child: Popen[bytes]) -> None:
-        """Read both outputs until the child has ended and what it printed is read."""
-        assert child.stdout
-        assert child.stderr
-        pidfd = os.pidfd_open(child.pid)
-        with selectors.DefaultSelector() as selector:
-            for pipe, take in (
-                (child.stdout, self._reader.stdout),
-                (child.stderr, self._reader.stderr),
-            ):
-                os.set_blocking(pipe.fileno(), False)
-                selector.register(pipe, selectors.EVENT_READ, self._feeder(pipe, take))
-            selector.register(pidfd, selectors.EVENT_READ, None)
-            selector.register(self._wakeup, selectors.EVENT_READ, self._on_signal)
-            if self._witness.saw is False:
-                selector.register(self._witness.descriptor, selectors.EVENT_READ, self._on_read)
-            while self._turn(selector, pidfd):
-                pass
-            # A descendant may keep a pipe open, and write, for ever: read what is there, and go.
-            for _ in range(_LAST_READS):
-                for key in list(selector.get_map().values()):
-                    if key.fileobj in (child.stdout, child.stderr):
-                        key.data(selector)
-        os.close(pidfd)
-        child.stdout.close()
-        child.stderr.close()
-
-    def _turn(self, selector: selectors.BaseSelector, pidfd: int) -> bool:
-        """Handle what is ready; False once the child has ended."""
-        timeout = PROGRESS_S
-        if self._kill_at is not None:
-            timeout = min(timeout, max(0.0, self._kill_at - time.monotonic()))
-        ended = False
-        for key, _ in selector.select(timeout):
-            if key.fd == pidfd:
-                ended = True
-            else:
-                key.data(selector)
-        self._tell_progress()
-        self._escalate()
-        return not ended
-
-    def _feeder(
-        self, pipe: IO[bytes], take: Callable[[str], None]
-    ) -> Callable[[selectors.BaseSelector], None]:
-        lines = Lines()
-
-        def feed(selector: selectors.BaseSelector) -> None:
-            # Once a turn: a client that never pauses must not keep us from hearing a signal.
-            try:
-                data = os.read(pipe.fileno(), _READ_BYTES)
-            except BlockingIOError:
-                return
-            for line in lines.feed(data) if data else lines.rest():
-                self._take(line, take)
-            if not data:
-                selector.unregister(pipe)
-
-        return feed
-
-    def _take(self, line: str, take: Callable[[str], None]) -> None:
-        before = self._reader.progress
-        take(line)
-        if self._reader.progress is before:  # a line of progress is not worth keeping
-            self._log.line(line)
-
-    def _tell_progress(self) -> None:
-        now = time.monotonic()
-        if now - self._progress_at < PROGRESS_S:
-            return
-        self._progress_at = now
-        with suppress(OSError):  # a full disk: the display stands still, the backup goes on
-            self._folder.write_progress(
-                {"attempt": self._task.attempt, **asdict(self._reader.progress)}
-            )
-
-    def _on_read(self, selector: selectors.BaseSelector) -> None:
-        if self._witness.look():
-            selector.unregister(self._witness.descriptor)
-
-    # -- stopping --------------------------------------------------------------------------
-
-    def _on_signal(self, _: selectors.BaseSelector) -> None:
-        for number in self._wakeup.recv(4096):
-            if number in (signal.SIGTERM, signal.SIGINT) and self.stopped is None:
-                self._stop(number)
-
-    def _stop(self, number: int) -> None:
-        self.stopped = number
-        self._kill_at = time.monotonic() + self._task.grace_s
-        self._log.line(f"atomtx: asked to stop by {signal.Signals(number).name}")
-        if self._child:
-            with suppress(ProcessLookupError):  # a session of its own: the wrapper and all in it
-                os.killpg(self._child.pid, self._task.stop_signal)
-
-    def _escalate(self) -> None:
-        if self._kill_at is not None and time.monotonic() >= self._kill_at:
-            self._kill_at = None
-            self._log.line(f"atomtx: not ended after {self._task.grace_s:.0f} s: killed")
-            for pid in descendants():
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-
-    def _end_descendants(self) -> None:
-        """End what the client left behind; as its subreaper we are the parent of all of it."""
-        for signum, wait_s in ((signal.SIGTERM, DESCENDANTS_S), (signal.SIGKILL, DESCENDANTS_S)):
-            for pid in descendants():
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signum)
-            if locks.wait_until(_reaped_all, wait_s):
-                return
-        raise EffectError(f"processes of the client cannot be ended: {descendants()}")
-
-    def _redacted(self, end: End) -> End:
-        def clean(text: str | None) -> str | None:
-            return self._redactor.redact(text)[:2000] if text else text
-
-        backups = tuple(Backup(**{**vars(b), "reason": clean(b.reason)}) for b in end.backups)
-        return End(end.outcome, clean(end.reason), end.retriable, backups)
-
-
-def descendants() -> list[int]:
-    """Return the living descendants of this process; their children before them."""
-    found: list[int] = []
-
-    def visit(pid: int) -> None:
-        with suppress(OSError):
-            for task in os.listdir(f"/proc/{pid}/task"):
-                children = Path(f"/proc/{pid}/task/{task}/children").read_text().split()
-                for child in map(int, children):
-                    visit(child)
-                    found.append(child)
-
-    visit(os.getpid())
-    return found
-
-
-def _reaped_all() -> bool:
-    """Reap what has ended; True when no child is left."""
-    while True:
-        try:
-            pid, _ = os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
-            return True
-        if pid == 0:
-            return False
-
-
-# -- the whole -------------------------------------------------------------------------------
 
 
 class Conversation:
@@ -261,9 +55,13 @@ class Conversation:
         line = self._file.readline()
         return Task.from_json(line.decode()) if line.endswith(b"\n") else None
 
-    def tell(self, **facts: Any) -> None:
-        with suppress(OSError):  # the front end was killed: whoever comes next reads the folder
+    def tell(self, **facts: Any) -> bool:
+        """Tell the front end; False where it was killed: whoever comes next reads the folder."""
+        try:
             self._control.sendall(json.dumps(facts).encode() + b"\n")
+        except OSError:
+            return False
+        return True
 
     def go(self, wakeup: socket.socket) -> bool:
         """Wait for "go"; False at end of file, or when a signal says stop."""
@@ -303,7 +101,7 @@ def main(control: int, front: int) -> int:
 
 
 def _serve(task: Task, folder: RunFolder, conversation: Conversation, wakeup: socket.socket) -> int:
-    folder.reserve_end()
+    _reserve_end(folder)
     assembly = _assemble(task)
     _stand_in(task.cwd)
     empty = sorted(assembly.empty())
@@ -318,9 +116,42 @@ def _serve(task: Task, folder: RunFolder, conversation: Conversation, wakeup: so
         end = End(Outcome.FAILED, exc.message)
     trouble = assembly.disturbance() or _unread(task, witness, end)
     if trouble:
-        end = End(Outcome.FAILED, trouble, retriable=False, backups=_failed(end.backups, trouble))
-    folder.write_end(end_to_json(end, attempt=task.attempt, stopped=supervisor.stopped))
-    return 0
+        end = failed(end, trouble)
+    record = end_to_json(end, attempt=task.attempt, stopped=supervisor.stopped)
+    return 0 if _leave_end(folder, conversation, record) else 1
+
+
+def _reserve_end(folder: RunFolder) -> None:
+    try:
+        folder.reserve_end()
+    except OSError as exc:
+        raise EffectError(
+            f"cannot reserve room for the client's end in {folder.path}: {exc.strerror}",
+            hint="make room on the disk of the state directory",
+        ) from exc
+
+
+def _leave_end(folder: RunFolder, conversation: Conversation, record: Mapping[str, Any]) -> bool:
+    """
+    Write the end record; False where it cannot be, for too long, and nobody could be told.
+
+    The space was reserved, but where files are not overwritten in place (ZFS, btrfs) a full disk
+    refuses that as well.  The front end, if it lives, makes room by removing our snapshots, for
+    which this process has to end first.
+    """
+
+    def is_written() -> bool:
+        try:
+            folder.write_end(record)
+        except OSError:  # full; what fails for another reason may be better soon, too
+            return False
+        return True
+
+    return (
+        is_written()
+        or conversation.tell(end=record)
+        or locks.wait_until(is_written, _ROOM_S, step_s=1.0)
+    )
 
 
 def _unread(task: Task, witness: Witness, end: End) -> str | None:
@@ -334,12 +165,6 @@ def _unread(task: Task, witness: Witness, end: End) -> str | None:
     if witness.look() is not False:
         return None
     return "the client read nothing of the frozen files: does it leave its mount namespace?"
-
-
-def _failed(backups: tuple[Backup, ...], reason: str) -> tuple[Backup, ...]:
-    return tuple(
-        Backup(**{**vars(b), "outcome": Outcome.FAILED, "reason": reason}) for b in backups
-    )
 
 
 def _assemble(task: Task) -> namespace.Assembly:

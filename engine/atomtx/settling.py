@@ -15,7 +15,16 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from . import clients, errand, locks, recovery, states
-from .errors import AtomtxError, BusyError, ExitStatus, Interrupted, UserError, WaitingError
+from .errors import (
+    AtomtxError,
+    BusyError,
+    EffectError,
+    ExitStatus,
+    Interrupted,
+    JournalFullError,
+    UserError,
+    WaitingError,
+)
 from .executor import Executor, Tell, settings_of
 from .interrupts import Interrupts
 from .journal import Journal
@@ -144,13 +153,23 @@ class Settler:
                     return Settled(run, decision)
                 self._adopt(run, folder)
             elif isinstance(decision, recovery.EndOrphans):
-                end_survivors(run, folder, self._tell.warn)
+                self._end_orphans(run, folder, Zfs(lock))
             elif isinstance(decision, recovery.Wait):
                 raise self._waiting(run, decision)
             else:
                 run = self._act(run, decision, executor)
                 return Settled(run, decision, executor.interrupted)
         return Settled(run, recovery.RollForward())
+
+    def _end_orphans(self, run: Run, folder: RunFolder, zfs: Zfs) -> None:
+        """End what is left of the run; in a suspended pool no signal is heard."""
+        try:
+            end_survivors(run, folder, self._tell.warn)
+        except EffectError as exc:
+            trouble = pool_trouble(run, zfs.pools())
+            if trouble is None:
+                raise
+            raise self._waiting(run, recovery.Wait(trouble)) from exc
 
     def _waiting(self, run: Run, decision: recovery.Wait) -> WaitingError:
         probes_blocked = self._rollback or run.state == states.UNMOUNTING
@@ -169,6 +188,12 @@ class Settler:
         errand.wait(folder, self._interrupts, self._tell.progress, stop_on_signal=False)
 
     def _act(self, run: Run, decision: Decision, executor: Executor) -> Run:
+        try:
+            return self._advance(run, decision, executor)
+        except JournalFullError as exc:  # what could be undone without a new row is undone
+            raise self._waiting(run, recovery.Wait(exc.message)) from exc
+
+    def _advance(self, run: Run, decision: Decision, executor: Executor) -> Run:
         match decision:
             case recovery.Resume():
                 self._tell.step(

@@ -28,7 +28,8 @@ class Task:
     env: dict[str, str]
     moment: Moment
     stop_signal: int
-    grace_s: float
+    grace_s: float  # from a stop to SIGKILL
+    time_limit_s: float  # of the attempt; 0: none
 
     def to_json(self) -> str:
         data = asdict(self)
@@ -46,6 +47,18 @@ class Task:
         data["live"] = tuple(data["live"])
         data["commands"] = tuple(tuple(argv) for argv in data["commands"])
         return cls(moment=Moment(**moment), **data)
+
+
+_UNITS_S = (("d", 86_400), ("h", 3600), ("m", 60))
+
+
+def span(seconds: float) -> str:
+    """Return a time as `--time-limit` reads it: "6h", "90s"."""
+    whole = round(seconds)
+    for unit, size_s in _UNITS_S:
+        if whole and whole % size_s == 0:
+            return f"{whole // size_s}{unit}"
+    return f"{whole}s"
 
 
 # -- the end record --------------------------------------------------------------------------

@@ -238,6 +238,12 @@ def test_unchanged() -> None:
     assert read(BOTH[1], text=[text[0], error, text[1]]).outcome is Outcome.PARTIAL
 
 
+@pytest.mark.parametrize(("status", "retriable"), [(-9, True), (137, True), (-15, False)])
+def test_retriable_kill(status: int, retriable: bool) -> None:
+    """A SIGKILL says nothing of the backup; a stop says that it is not wanted."""
+    assert read(status=status).retriable is retriable
+
+
 @pytest.mark.parametrize(
     ("line", "retriable"),
     [

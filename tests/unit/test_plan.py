@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 import pytest
@@ -324,6 +325,8 @@ PLANS = st.builds(
     keep_snapshots=st.booleans(),
     retries=st.integers(),
     keep_for_s=st.integers(),
+    time_limit_s=st.integers(),
+    grace_s=st.integers(),
 )
 
 
@@ -333,6 +336,14 @@ def test_round_trip(made: Plan) -> None:
     text = plan.to_json(made)
     assert text.isascii()
     assert plan.from_json(text) == made
+
+
+def test_older_plan() -> None:
+    """A plan that an older release stored had no time limit, and a grace of a minute."""
+    data = json.loads(plan.to_json(assemble(HOME, BOOT, time_limit_s=5, grace_s=5)))
+    del data["time_limit_s"], data["grace_s"]
+    made = plan.from_json(json.dumps(data))
+    assert (made.time_limit_s, made.grace_s) == (0, 60)
 
 
 def test_round_trip_of_a_real_plan() -> None:

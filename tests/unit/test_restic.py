@@ -306,7 +306,9 @@ def test_partial_counts_once() -> None:
         (1, "Fatal: wrong password or no key found", False),
         (1, "unknown flag: --nope", False),
         (12, "Fatal: wrong password or no key found", False),
-        (-9, "", False),
+        (-9, "", True),  # by somebody else, such as the kernel for want of memory
+        (137, "", True),  # a wrapper's word for the same
+        (-15, "", False),  # it was asked to end
     ],
 )
 def test_retriable(status: int, line: str, retriable: bool) -> None:

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 import atomtx
 from atomtx import clients, errand, locks, output
+from atomtx.cli import backup
 from atomtx.clients import Backup, End, Moment
 from atomtx.errand import Errand
 from atomtx.errors import EffectError
@@ -27,7 +28,7 @@ from atomtx.output import Lines, Log
 from atomtx.redact import Redactor
 from atomtx.statedir import RunFolder, prepare
 from atomtx.states import Outcome
-from atomtx.task import Task, end_from_json, end_to_json
+from atomtx.task import Task, end_from_json, end_to_json, span
 from tests.runs import RUN
 
 AT = datetime(2026, 7, 1, 12, tzinfo=UTC)
@@ -143,6 +144,7 @@ TASKS = st.builds(
     moment=MOMENTS,
     stop_signal=st.integers(),
     grace_s=st.floats(0, 1e6),
+    time_limit_s=st.floats(0, 1e6),
 )
 BACKUPS = st.builds(Backup, TUPLE, OUTCOME, st.none() | TEXT, st.none() | TEXT, NUMBER, NUMBER)
 ENDS = st.builds(
@@ -201,6 +203,7 @@ class Stage:
             "moment": Moment(("/a",), "", AT),
             "stop_signal": int(signal.SIGTERM),
             "grace_s": PATIENCE_S,
+            "time_limit_s": 0,
         }
         return Task(**given | values)
 
@@ -346,7 +349,8 @@ def test_missing_directory(stage: Stage) -> None:
 @as_root
 def test_runner_that_dies(stage: Stage) -> None:
     """A runner that dies on the way is told with its last words."""
-    stage.folder.end.mkdir()
+    stage.folder.runner_lock.unlink()
+    stage.folder.runner_lock.mkdir()
     started = stage.start(("true",))
     with pytest.raises(EffectError, match=r"the runner died: IsADirectoryError"):
         started.mounted()
@@ -415,8 +419,115 @@ def test_grace(stage: Stage) -> None:
     os.kill(started.pid, signal.SIGTERM)
     end, _ = stage.end(started)
     assert end.reason == "killed by SIGKILL"
-    assert "not ended after 0 s: killed" in stage.log()
+    assert "not ended after 0s: killed" in stage.log()
     assert not is_alive(child)
+
+
+@as_root
+def test_time_limit(stage: Stage) -> None:
+    """A client that runs longer than it may is stopped in its own way; it is not tried again."""
+    script = 'trap "echo stopping; exit 7" USR1; while :; do sleep 0.1; done'
+    started = stage.run(sh(script), stop_signal=int(signal.SIGUSR1), time_limit_s=0.6)
+    end, stopped = stage.end(started)
+    assert (end.outcome, end.reason) == (Outcome.FAILED, "did not end within 1s: stopped")
+    assert (end.retriable, stopped) == (False, None)
+    assert end.backups == (Backup(("/a",), Outcome.FAILED, reason=end.reason),)
+    assert "over its limit of 1s" in stage.log()
+    assert "stopping" in stage.log()
+
+
+@as_root
+def test_time_limit_and_grace(stage: Stage) -> None:
+    """One that does not hear the stop either is killed after the grace, with what it started."""
+    script = 'trap "" TERM; sleep 1000 & echo "child $!"; wait; sleep 1000'
+    started = stage.run(sh(script), time_limit_s=1, grace_s=0.3)
+    end, _ = stage.end(started)
+    assert (end.reason, end.retriable) == ("did not end within 1s: killed", False)
+    assert not is_alive(int(stage.log().split("child ")[1].split()[0]))
+
+
+@as_root
+def test_time_limit_of_the_attempt(stage: Stage, tmp_path: Path) -> None:
+    """The limit is for all commands of an attempt, and after it no other one is started."""
+    commands = (sh("sleep 0.4"), sh("sleep 1000"), sh('touch "$1"', str(tmp_path / "made")))
+    end, _ = stage.end(stage.run(*commands, time_limit_s=0.8))
+    assert end.reason == "did not end within 1s: stopped"
+    assert not (tmp_path / "made").exists()
+
+
+@as_root
+def test_time_limit_kept(stage: Stage) -> None:
+    """A client that ends well at its limit, or long before, is believed."""
+    end, _ = stage.end(stage.run(("true",), time_limit_s=1000))
+    assert end.outcome is Outcome.COMPLETED
+    script = 'trap "exit 0" TERM; while :; do sleep 0.1; done'
+    end, _ = stage.end(stage.run(sh(script), time_limit_s=0.5))
+    assert end.outcome is Outcome.COMPLETED
+
+
+@as_root
+def test_stop_after_the_limit(stage: Stage) -> None:
+    """A stop from outside gives a client that is overdue no second grace, nor another reason."""
+    script = 'trap "echo told" TERM; while :; do sleep 0.1; done'
+    started = stage.run(sh(script), time_limit_s=0.2, grace_s=3)
+    stage.said("told")
+    os.kill(started.pid, signal.SIGTERM)
+    end, _ = stage.end(started)
+    assert end.reason == "did not end within 0s: killed"
+    assert stage.log().count("told") == 1
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0s"), (1, "1s"), (90, "90s"), (5400, "90m"), (21600, "6h"), (172800, "2d")],
+)
+def test_span(seconds: float, text: str) -> None:
+    """A time is told as it can be typed."""
+    assert span(seconds) == text
+    assert backup.seconds(text) == seconds
+
+
+@as_root
+def test_end_without_room(stage: Stage) -> None:
+    """Promise 10: an end that finds no room is told to the front end, which makes room."""
+    flag = stage.folder.path / "flag"
+    started = stage.run(sh('while ! test -e "$1"; do sleep 0.05; done; exit 9', str(flag)))
+    stage.folder.end.unlink()
+    stage.folder.end.mkdir()
+    flag.touch()
+    assert locks.wait_gone(started.pid, PATIENCE_S)
+    data = started.unwritten_end()
+    assert data
+    end, attempt, _ = end_from_json(data)
+    assert (end.reason, attempt) == ("exit status 9", 1)
+    started.dismiss()
+
+
+@as_root
+def test_end_without_room_nor_front_end(stage: Stage) -> None:
+    """Where nobody can be told, the runner waits for room, for a while."""
+    flag = stage.folder.path / "flag"
+    started = stage.run(sh('while ! test -e "$1"; do sleep 0.05; done; exit 9', str(flag)))
+    started._answers.close()
+    started._control.close()
+    stage.folder.end.unlink()
+    stage.folder.end.mkdir()
+    flag.touch()
+    assert locks.wait_until(lambda: not locks.is_held(stage.folder.client_lock), PATIENCE_S)
+    assert not locks.wait_gone(started.pid, 1.5)
+    stage.folder.end.rmdir()
+    stage.folder.end.touch()
+    end, _ = stage.end(started)
+    assert end.reason == "exit status 9"
+
+
+@as_root
+def test_end_told_nothing(stage: Stage) -> None:
+    """A runner that wrote the end, or was killed, tells none."""
+    started = stage.run(("true",))
+    assert locks.wait_gone(started.pid, PATIENCE_S)
+    assert started.unwritten_end() is None
+    started.dismiss()
 
 
 @as_root

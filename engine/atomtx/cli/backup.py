@@ -15,11 +15,19 @@ import click
 
 from .. import clients, locks, plan, statedir
 from ..clients import Moment
-from ..errors import AtomtxError, BusyError, ExitStatus, UserError, worst
+from ..errors import (
+    AtomtxError,
+    BusyError,
+    EffectError,
+    ExitStatus,
+    JournalFullError,
+    UserError,
+    worst,
+)
 from ..executor import Executor, Tell, facts_of, kept, settings_of
 from ..intents import KeepSnapshots, RunClient, TakeSnapshots
 from ..interrupts import Interrupts
-from ..journal import Journal
+from ..journal import ActiveRunError, Journal
 from ..mounts import tree
 from ..plan import Plan, Request
 from ..preparing import choose_client, make_plan, settings
@@ -31,6 +39,8 @@ from ..volumes.zfs import Zfs
 from . import json_option
 from .render import Reporter, reporter
 from .summary import closing_line, result
+
+_LOOK_S = 0.2
 
 
 class _WithClientOptions(click.Command):
@@ -73,6 +83,20 @@ class _WithClientOptions(click.Command):
     metavar="TIME",
     help="Keep the moment that long (such as 6h, 2d) when the client keeps failing.",
 )
+@click.option(
+    "--time-limit",
+    default="0",
+    metavar="TIME",
+    help="Stop a client that runs longer: the backup has failed. 0: no limit.",
+)
+@click.option(
+    "--grace",
+    default=f"{plan.GRACE_S}s",
+    metavar="TIME",
+    show_default=True,
+    help="How long a client that was stopped may take to end; then it is killed.",
+)
+@click.option("--wait", is_flag=True, help="Wait for another run of this job to end.")
 @click.option(
     "--keep-history",
     default="366d",
@@ -129,6 +153,7 @@ class _Backup:
         self._options = options
         self._tell = Tell(show.step, show.warn, show.progress)
         self._interrupts = Interrupts()
+        self._noted: set[str] = set()
 
     def run(self) -> ExitStatus:
         state = statedir.find()
@@ -141,11 +166,29 @@ class _Backup:
         self._interrupts.install()
         statedir.prepare(state)
         with Journal.open(state) as journal:
-            made = self._plan(state)
-            settled = self._settle(journal, made.job)
-            status = self._carry_out(journal, made)
+            status = self._in_turn(journal)
             journal.expire(keep_history_s)
-        return worst([status, settled])
+        return status
+
+    def _in_turn(self, journal: Journal) -> ExitStatus:
+        """Back up; where another run of the job is at work, fail, or wait for it and plan anew."""
+        while True:
+            made = self._plan(journal.state)
+            try:
+                settled = self._settle(journal, made.job)
+                return worst([self._carry_out(journal, made), settled])
+            except ActiveRunError as exc:
+                if not self._options["wait"]:
+                    raise
+                self._await(journal, exc.run)
+
+    def _await(self, journal: Journal, run: str) -> None:
+        """Wait until nobody is at work on *run*; raise Interrupted on a signal."""
+        self._show.step(f"run {run} of this job is at work: waiting for its end")
+        lock = RunFolder.of(journal.state, run).front_lock
+        while locks.is_held(lock):
+            self._interrupts.sleep(_LOOK_S)
+        self._interrupts.check()
 
     def _plan(self, state: Path) -> Plan:
         options = self._options
@@ -159,10 +202,14 @@ class _Backup:
             keep_snapshots=options["keep_snapshots"],
             retries=options["retries"],
             keep_for_s=seconds(options["keep_for"]),
+            time_limit_s=seconds(options["time_limit"]),
+            grace_s=seconds(options["grace"]),
         )
         self._check_atomic(made)
         for note in made.notes:
-            self._show.note(note)
+            if note not in self._noted:
+                self._show.note(note)
+        self._noted.update(made.notes)
         return made
 
     def _request(self) -> Request:
@@ -223,19 +270,19 @@ class _Backup:
     def _settle_one(self, settler: Settler, run: Run) -> None:
         settled = settler.settle(run)
         if isinstance(settled.decision, LeaveAlone):
-            raise BusyError(f"run {run.id} of this job is at work", hint="see `atomtx status`")
+            raise ActiveRunError(run.id)
         if settled.interrupted:
             raise settled.interrupted
         self._show.step(f"run {run.id} of this job: {settled.run.outcome}")
 
     def _carry_out(self, journal: Journal, made: Plan) -> ExitStatus:
-        folder = RunFolder.of(journal.state, made.run).make()
+        folder = _make(RunFolder.of(journal.state, made.run))
         with front(folder) as lock:
             assert lock is not None
             first = [step for step in plan.intents(made) if isinstance(step, TakeSnapshots)]
             try:
                 run = journal.begin(made, first)
-            except BusyError:
+            except (BusyError, JournalFullError):  # there is no row of it
                 shutil.rmtree(folder.path)
                 raise
             executor = Executor(
@@ -249,6 +296,14 @@ class _Backup:
         if executor.interrupted:
             statuses.append(executor.interrupted.exit_status)
         return worst(statuses)
+
+
+def _make(folder: RunFolder) -> RunFolder:
+    try:
+        return folder.make()
+    except EffectError:  # the disk is full
+        shutil.rmtree(folder.path, ignore_errors=True)
+        raise
 
 
 def _keeping(made: Plan) -> list[KeepSnapshots]:

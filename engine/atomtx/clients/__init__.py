@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from importlib import import_module
 from typing import Protocol
@@ -97,6 +97,12 @@ class End:
     reason: str | None = None
     retriable: bool = False  # network or repository trouble: the moment is worth keeping
     backups: tuple[Backup, ...] = field(default=())
+
+
+def failed(end: End, reason: str) -> End:
+    """Return *end* as a failure for another reason than the client's own; not to be repeated."""
+    backups = tuple(replace(b, outcome=Outcome.FAILED, reason=reason) for b in end.backups)
+    return End(Outcome.FAILED, reason, retriable=False, backups=backups)
 
 
 class Reader(Protocol):

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..states import Outcome
 from . import Backup, End, Moment, Progress
-from .program import ended, is_trouble, message_of
+from .program import ended, is_trouble, message_of, was_killed
 
 _KEPT_LINES = 50
 _SOURCE = re.compile(r"Snapshotting [^@]*@[^:]*:(.*) \.\.\.")
@@ -118,7 +118,8 @@ class KopiaReader:
         return End(outcome, "; ".join(reasons) or None, backups=backups)
 
     def _failed(self, reason: str, backups: tuple[Backup, ...]) -> End:
-        return End(Outcome.FAILED, reason, is_trouble(self._text), backups)
+        retriable = is_trouble(self._text) or any(map(was_killed, self._statuses))
+        return End(Outcome.FAILED, reason, retriable, backups)
 
     def _says(self, words: str) -> bool:
         return any(words in line for line in self._text)

@@ -173,6 +173,15 @@ def ended(status: int) -> str:
     return f"killed by {signal.Signals(-status).name}"
 
 
+def was_killed(status: int | None) -> bool:
+    """
+    Tell whether a program, or the one that its wrapper started, was ended by SIGKILL.
+
+    Somebody else did that, such as the kernel for want of memory: it says nothing of the backup.
+    """
+    return status in (-signal.SIGKILL, 128 + signal.SIGKILL)
+
+
 def is_trouble(lines: Iterable[str]) -> bool:
     """Tell whether a failure is one of the network or the repository, worth another attempt."""
     text = "\n".join(lines)

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..states import Outcome
 from . import Backup, End, Moment, Progress
-from .program import ended, is_trouble, message_of
+from .program import ended, is_trouble, message_of, was_killed
 
 _KEPT_LINES = 50
 
@@ -120,6 +120,8 @@ class ResticReader:
 
     def _is_retriable(self) -> bool:
         if self._status in (10, 11):  # the repository was there at `inspect`; or it is locked
+            return True
+        if was_killed(self._status):
             return True
         return self._status == 1 and is_trouble([*self._text, self._exit_error or ""])
 
