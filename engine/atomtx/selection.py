@@ -116,7 +116,7 @@ def _resolve(there: Inventory, text: str) -> tuple[str, str]:
     pool = Dataset(name).pool
     if pool not in there.pools:
         raise UserError(f"pool {pool} is not imported", hint=command("zpool", "import", pool))
-    if name not in there.facts:
+    if name not in there.facts and not _is_suspended(there, name):  # which cannot be asked
         hint = command("zfs", "list", "-r", pool) + " shows those of its pool"
         raise UserError(f"there is no dataset {name}", hint=hint)
     return name, where
@@ -143,19 +143,25 @@ def _dataset_at(mounts: Table, path: str) -> str:
     return entry.source
 
 
+def _is_suspended(there: Inventory, name: str) -> bool:
+    return there.pools[Dataset(name).pool].health == "SUSPENDED"
+
+
 def _check_pool(there: Inventory, name: str) -> None:
-    pool = there.pools[Dataset(name).pool]
-    if pool.health == "SUSPENDED":
+    pool = Dataset(name).pool
+    if _is_suspended(there, name):
         raise UserError(
-            f"{name} cannot be backed up: its pool {pool.name} is suspended",
-            hint=f"{command('zpool', 'status', pool.name)} shows why",
+            f"{name} cannot be backed up: its pool {pool} is suspended",
+            hint=f"{command('zpool', 'status', pool)} shows why; "
+            f"then {command('zpool', 'clear', pool)}",
         )
 
 
 def _excluded(request: Request, there: Inventory, named: Collection[str]) -> set[str]:
     """Return the datasets that are left out by the user's word: those given, and all below."""
     given = {_resolve(there, text)[0] for text in request.exclude}
-    excluded = {name for name in there.facts if not given.isdisjoint((name, *ancestors(name)))}
+    below = {name for name in there.facts if not given.isdisjoint((name, *ancestors(name)))}
+    excluded = given | below  # of a suspended pool no facts are known
     for name in named:
         if name in excluded:
             raise UserError(f"{name} is both named and left out", hint="do one of the two")
@@ -167,7 +173,7 @@ def _candidates(
 ) -> Iterator[DatasetFacts]:
     for name, facts in there.facts.items():
         if request.all:
-            if there.pools[Dataset(name).pool].health != "SUSPENDED":
+            if not _is_suspended(there, name):
                 yield facts
         elif name in named or (request.recursive and any(a in named for a in ancestors(name))):
             yield facts

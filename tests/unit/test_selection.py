@@ -305,12 +305,21 @@ def test_container(facts: dict[str, Any]) -> None:
 
 
 def test_suspended_pool() -> None:
-    """A suspended pool is refused by name; with -a it is left out as a whole, and said."""
+    """
+    A suspended pool is refused by name; with -a it is left out as a whole, and said.
+
+    Its datasets cannot be listed; that must not look as if they were not there.
+    """
     pools = (Pool("tank", "11", "SUSPENDED"), POOLS[1])
-    datasets = [HOME, BOB, dataset("zroot")]
-    mounts = table(*(mount(facts.name, facts.mountpoint) for facts in datasets))
-    with pytest.raises(UserError, match="its pool tank is suspended"):
-        select(Request(("tank/home",)), datasets, pools, mounts)
+    datasets = [dataset("zroot")]
+    mounts = table(*(mount(facts.name, facts.mountpoint) for facts in (HOME, *datasets)))
+    for name in ("tank/home", HOME.mountpoint):
+        with pytest.raises(UserError, match=r"tank/home cannot .* its pool tank is suspended"):
+            select(Request((name,)), datasets, pools, mounts)
+    for left_out in ("tank", "tank/home"):
+        selection = select(Request((), all=True, exclude=(left_out,)), datasets, pools, mounts)
+        assert names(selection) == ["zroot"]
+        assert bool(selection.skipped) is (left_out != "tank")
     selection = select(Request((), all=True), datasets, pools, mounts)
     assert names(selection) == ["zroot"]
     assert selection.skipped == (("tank", "the whole pool is suspended"),)

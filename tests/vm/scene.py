@@ -1,0 +1,66 @@
+"""What a fault needs around it: a client that waits, a backup at work, a disk that is full."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+from tests.vm.machine import Machine
+from tests.vm.remote import Answer, atomtx
+
+READY, GO = "/tmp/ready", "/tmp/go"
+# As a client's script: it says that it runs, and ends when it is told to.
+WAITS = f"touch {READY}\nwhile ! test -e {GO}; do sleep 0.2; done"
+HOST = "nsenter -t 1 -m"  # out of the run's namespace
+
+
+def script(vm: Machine, path: str, text: str) -> str:
+    """Write a shell script and return its path."""
+    vm.run(f"cat > {path}; chmod 755 {path}", input=f"#!/bin/sh\n{text}\n")
+    return path
+
+
+@contextmanager
+def running(vm: Machine, *argv: str, **options: Any) -> Iterator[Future[Answer]]:
+    """Run one command while the block acts on the machine; its answer when it has ended."""
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(atomtx, vm, *argv, **options)
+
+
+def runs(vm: Machine, env: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
+    """Return the runs of the journal that *env* names, the newest first."""
+    answer = atomtx(vm, "history", "--json", env=env)
+    assert answer.status == 0, answer.output
+    found: list[dict[str, Any]] = json.loads(answer.stdout)
+    return found
+
+
+def until(vm: Machine, condition: str, *, timeout_s: int = 120) -> None:
+    """Wait in the machine until a shell condition holds."""
+    vm.run(
+        f"n=0; until {condition}; do sleep 0.2; n=$((n+1));"
+        f" if [ $n -gt {timeout_s * 5} ]; then exit 1; fi; done",
+        timeout=timeout_s * 3,
+    )
+
+
+def let_go(vm: Machine) -> None:
+    """Let a client that waits come to its end."""
+    vm.run(f"touch {GO}")
+
+
+def fill(path: str) -> str:
+    """Return the shell command that fills the file system of *path* to the last block."""
+    sizes = "1M 64k 4k 512"
+    return (
+        f"for n in 1 2; do for s in {sizes}; do"
+        f" dd if=/dev/zero of={path}.$n.$s bs=$s 2>/dev/null || true; done; sync; done"
+    )
+
+
+def kill_run(vm: Machine, state: str = "/var/lib/atomtx") -> None:
+    """Kill front end, runner and client of the runs at work."""
+    vm.run(f"fuser -s -k -KILL {state}/runs/*/*.lock; sleep 1")
