@@ -11,6 +11,7 @@ from typing import Any
 from tests.vm.machine import Machine
 from tests.vm.remote import Answer, atomtx
 
+_STATE = "/var/lib/atomtx"
 READY, GO = "/tmp/ready", "/tmp/go"
 # As a client's script: it says that it runs, and ends when it is told to.
 WAITS = f"touch {READY}\nwhile ! test -e {GO}; do sleep 0.2; done"
@@ -25,9 +26,17 @@ def script(vm: Machine, path: str, text: str) -> str:
 
 @contextmanager
 def running(vm: Machine, *argv: str, **options: Any) -> Iterator[Future[Answer]]:
-    """Run one command while the block acts on the machine; its answer when it has ended."""
+    """
+    Run one command while the block acts on the machine; its answer when it has ended.
+
+    Where the block fails, all is killed: a test that fails must not wait for a client that waits.
+    """
     with ThreadPoolExecutor(1) as pool:
-        yield pool.submit(atomtx, vm, *argv, **options)
+        try:
+            yield pool.submit(atomtx, vm, *argv, **options)
+        except BaseException:
+            kill_run(vm, (options.get("env") or {}).get("ATOMTX_STATE_DIR", _STATE))
+            raise
 
 
 def runs(vm: Machine, env: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
@@ -61,6 +70,6 @@ def fill(path: str) -> str:
     )
 
 
-def kill_run(vm: Machine, state: str = "/var/lib/atomtx") -> None:
+def kill_run(vm: Machine, state: str = _STATE) -> None:
     """Kill front end, runner and client of the runs at work."""
     vm.run(f"fuser -s -k -KILL {state}/runs/*/*.lock; sleep 1")

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from .. import adoption, recovery, statedir, states
-from ..errors import ExitStatus, UserError, WaitingError, worst
+from ..errors import EffectError, ExitStatus, UserError, WaitingError, worst
 from ..executor import Tell
 from ..interrupts import Interrupts
 from ..journal import Journal
@@ -111,9 +111,8 @@ class _Recover:
     def _settle(self, settler: Settler, journal: Journal, run: Run) -> ExitStatus:
         try:
             settled = settler.settle(run)
-        except (
-            WaitingError
-        ) as exc:  # one run that must wait does not keep the others from their end
+        except (WaitingError, EffectError) as exc:
+            # One run that must wait, or cannot be settled, does not keep the others from their end.
             self._show.warn(str(exc))
             return exc.exit_status
         self._show.result(result(journal.path, settled.run))
