@@ -222,6 +222,35 @@ def test_suspended(faulty: Machine, at: str) -> None:
     assert leftovers(vm) == []
 
 
+def test_suspended_under_a_client(faulty: Machine) -> None:
+    """
+    A client that hangs in a suspended pool hears no signal: recover waits for the pool, not for it.
+
+    After `zpool clear` it is ended, and the client runs again.
+    """
+    vm = faulty
+    vm.run("zfs set primarycache=metadata tank/a; head -c 1M /dev/urandom > /tank/a/big; sync")
+    client = script(vm, "/root/client", f"{WAITS}\nexec cat /tank/a/big")
+    with running(vm, "backup", "tank/a", "--command", client) as answer:
+        until(vm, READY)
+        suspend(vm)
+        vm.run("touch /tmp/go")
+        until(vm, "grep -q '^State:.D' /proc/$(pgrep -x cat)/status")
+        kill_run(vm)
+    assert answer.result().status == -9
+    assert vm.run("pgrep -x cat", check=False).status == 0
+    again = atomtx(vm, "recover")
+    assert again.status == 6, again.output
+    assert "suspended: `zpool clear tank`" in again.output
+    switch(vm, "running")
+    vm.run("zpool clear tank")
+    again = atomtx(vm, "recover")
+    assert again.status == 0, again.output
+    (run,) = runs(vm)
+    assert (run["outcome"], run["attempts"]) == ("completed", 2)
+    assert leftovers(vm) == []
+
+
 # -- a repository that is gone -----------------------------------------------------------------
 
 
