@@ -28,7 +28,6 @@ from sqlalchemy import (
     select,
     update,
 )
-from sqlalchemy.exc import IntegrityError
 
 from . import journalfile, locks, plan
 from .clients import Backup, End
@@ -59,6 +58,10 @@ class ActiveRunError(BusyError):
             hint="`atomtx status` shows it; --wait waits for its end",
         )
         self.run = run
+
+
+class NoRunError(JournalError):
+    """There is no such run, or it has ended and was forgotten a moment ago."""
 
 
 class Journal:
@@ -151,11 +154,11 @@ class Journal:
     # -- reading ---------------------------------------------------------------------------
 
     def load(self, run: str) -> Run:
-        """Return a run; JournalError where there is none."""
+        """Return a run; NoRunError where there is none."""
         with self._transaction() as connection:
             row = connection.execute(select(runs).where(runs.c.id == run)).one_or_none()
             if row is None:
-                raise JournalError(f"no run {run} in {self.path}", hint="see `atomtx history`")
+                raise NoRunError(f"no run {run} in {self.path}", hint="see `atomtx history`")
             return self._read(connection, row)
 
     def open_runs(self) -> list[Run]:
@@ -243,17 +246,15 @@ class Journal:
             "boot_id": locks.boot_id(),
             "pid": os.getpid(),
         }
-        try:
-            with self._transaction() as connection:
-                connection.execute(insert(runs).values(values))
-                connection.execute(insert(volumes), _volume_rows(the_plan))
-                for intent in intents:
-                    _intend(connection, the_plan.run, 0, intent)
-        except IntegrityError as exc:
-            active = self._active(the_plan.job)
-            if active is None:
-                raise
-            raise ActiveRunError(active) from exc
+        with self._transaction() as connection:
+            # In the transaction that inserts: it may end between a refused row and a look at it.
+            active = _active(connection, the_plan.job)
+            if active is not None:
+                raise ActiveRunError(active)
+            connection.execute(insert(runs).values(values))
+            connection.execute(insert(volumes), _volume_rows(the_plan))
+            for intent in intents:
+                _intend(connection, the_plan.run, 0, intent)
         return self.load(the_plan.run)
 
     def adopt(
@@ -275,13 +276,6 @@ class Journal:
         """Return the id of every run in this journal."""
         with self._transaction() as connection:
             return list(connection.scalars(select(runs.c.id)))
-
-    def _active(self, job: str) -> str | None:
-        query = select(runs.c.id).where(
-            runs.c.job == job, runs.c.state != "destroyed", runs.c.cleanup.is_(None)
-        )
-        with self._transaction() as connection:
-            return connection.scalars(query).first()
 
     @contextmanager
     def change(self, run: Run) -> Iterator[Change]:
@@ -419,6 +413,13 @@ class Change:
                 f"run {self._run.id} was moved by another process",
                 hint="see `atomtx status`",
             )
+
+
+def _active(connection: Connection, job: str) -> str | None:
+    query = select(runs.c.id).where(
+        runs.c.job == job, runs.c.state != "destroyed", runs.c.cleanup.is_(None)
+    )
+    return connection.scalars(query).first()
 
 
 def _persist(event_data: Any) -> None:

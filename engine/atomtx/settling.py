@@ -10,7 +10,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -27,7 +27,7 @@ from .errors import (
 )
 from .executor import Executor, Tell, settings_of
 from .interrupts import Interrupts
-from .journal import Journal
+from .journal import Journal, NoRunError
 from .probing import end_survivors, pool_trouble, probe, survivors
 from .records import Run
 from .recovery import Decision, Probes, Wish
@@ -95,8 +95,10 @@ class Settler:
         """
         Bring one open run to its end, or as far as it can be brought now.
 
-        Raises WaitingError where it must wait, and says for what.
+        Raises WaitingError where it must wait, and says for what; NoRunError where it has ended
+        and was forgotten meanwhile.
         """
+        run = self._journal.load(run.id)  # no folder is made for one that was forgotten
         folder = RunFolder.of(self._journal.state, run.id).make()
         with front(folder) as lock:
             if lock is None:
@@ -215,8 +217,16 @@ class Settler:
 
 @contextmanager
 def front(folder: RunFolder) -> Iterator[int | None]:
-    """Hold lock F of a run for a block; None inside where somebody else holds it."""
-    with locks.acquired(folder.front_lock) as descriptor:
+    """
+    Hold lock F of a run for a block; None inside where somebody else holds it.
+
+    Raises NoRunError where the run was forgotten, with its folder, a moment ago.
+    """
+    with ExitStack() as stack:
+        try:
+            descriptor = stack.enter_context(locks.acquired(folder.front_lock))
+        except FileNotFoundError as exc:
+            raise NoRunError(f"run {folder.path.name} was forgotten meanwhile") from exc
         yield descriptor
 
 

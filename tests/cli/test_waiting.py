@@ -147,10 +147,15 @@ def test_interrupted(tmp_path: Path, start: Start, atomtx_: Run, number: signal.
     assert len(list((tmp_path / "state" / "runs").iterdir())) == 1
 
 
-def test_twenty_at_once(tmp_path: Path, flag: Path, start: Start, atomtx_: Run) -> None:
-    """Of twenty that start at once, in a new journal, each has its turn, alone."""
+@pytest.mark.parametrize("keep", ["1d", "0"])
+def test_twenty_at_once(tmp_path: Path, flag: Path, start: Start, atomtx_: Run, keep: str) -> None:
+    """
+    Of twenty that start at once, in a new journal, each has its turn, alone.
+
+    Also where each run is forgotten as soon as it has ended, while the others look at it.
+    """
     flag.unlink()
-    children = [start("--wait", "--quiet") for _ in range(20)]
+    children = [start("--wait", "--quiet", "--keep-history", keep) for _ in range(20)]
     said = [child.communicate(timeout=300)[1] for child in children]
     assert [child.returncode for child in children] == [0] * 20, said
     words = [line.split() for line in log(tmp_path).read_text().splitlines()]
@@ -158,4 +163,4 @@ def test_twenty_at_once(tmp_path: Path, flag: Path, start: Start, atomtx_: Run) 
     for (begin, run), (end, same) in zip(words[::2], words[1::2], strict=True):
         assert (begin, end, run) == ("begun", "ended", same)
     assert len({run for _, run in words}) == 20
-    assert [run["outcome"] for run in runs(atomtx_)] == ["completed"] * 20
+    assert len(runs(atomtx_)) == (20 if keep == "1d" else 0)

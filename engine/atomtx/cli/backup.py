@@ -27,7 +27,7 @@ from ..errors import (
 from ..executor import Executor, Tell, facts_of, kept, settings_of
 from ..intents import KeepSnapshots, RunClient, TakeSnapshots
 from ..interrupts import Interrupts
-from ..journal import ActiveRunError, Journal
+from ..journal import ActiveRunError, Journal, NoRunError
 from ..mounts import tree
 from ..plan import Plan, Request
 from ..preparing import choose_client, make_plan, settings
@@ -268,7 +268,10 @@ class _Backup:
             self._show.warn(str(exc))
 
     def _settle_one(self, settler: Settler, run: Run) -> None:
-        settled = settler.settle(run)
+        try:
+            settled = settler.settle(run)
+        except NoRunError:  # ended, and forgotten at its --keep-history, since we looked
+            return
         if isinstance(settled.decision, LeaveAlone):
             raise ActiveRunError(run.id)
         if settled.interrupted:

@@ -12,7 +12,7 @@ from .. import adoption, recovery, statedir, states
 from ..errors import EffectError, ExitStatus, UserError, WaitingError, worst
 from ..executor import Tell
 from ..interrupts import Interrupts
-from ..journal import Journal
+from ..journal import Journal, NoRunError
 from ..records import Run
 from ..settling import Patience, Settled, Settler, abandon
 from ..volumes.zfs import Zfs
@@ -115,6 +115,8 @@ class _Recover:
             # One run that must wait, or cannot be settled, does not keep the others from their end.
             self._show.warn(str(exc))
             return exc.exit_status
+        except NoRunError:  # ended, and forgotten at its --keep-history, since we looked
+            return ExitStatus.COMPLETED
         self._show.result(result(journal.path, settled.run))
         self._show.done(_told(settled))
         return settled.status
