@@ -179,11 +179,17 @@ class Cleaner:
     def _why_busy(self, names: Collection[str]) -> str:
         """Name what uses the snapshots: processes, mounts, holds and clones."""
         mounted = [f"mounted at {m}" for m in inhabitants.mounted(names)]
-        tags = [f"hold {t} on {n}" for n, ts in self._zfs.holders(names).items() for t in ts]
         clones = [f"cloned as {c}" for cs in self._zfs.clones(names).values() for c in cs]
-        where = _words([*inhabitants.users(names), *mounted, *tags, *clones])
+        where = _words([*inhabitants.users(names), *mounted, *self._holds(names), *clones])
         more = f" and {len(names) - 1} more are" if len(names) > 1 else " is"
         return f"{sorted(names)[0]}{more} busy: {where or 'holder not found'}"
+
+    def _holds(self, names: Collection[str]) -> list[str]:
+        try:
+            held = self._zfs.holders(names)
+        except EffectError as exc:  # it is busy all the same, and parked for it
+            return [exc.message]
+        return [f"hold {tag} on {name}" for name, tags in held.items() for tag in tags]
 
     # -- recording -------------------------------------------------------------------------
 

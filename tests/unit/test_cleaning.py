@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import cast
 
 import pytest
 
-from atomtx import plan, states
+from atomtx import cleaning, plan, states
 from atomtx.cleaning import Cleaner
+from atomtx.errors import EffectError
 from atomtx.intents import TakeSnapshots
 from atomtx.journal import Journal
 from atomtx.plan import Pool
@@ -120,6 +123,31 @@ def test_pool_that_goes_away(journal: Journal) -> None:
     run = clean(journal, machine)
     assert (run.state, run.cleanup) == (states.UNMOUNTING, "parked")
     assert len(machine.there) == len(NAMES)
+
+
+def test_busy_and_unseen(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is busy is parked, with a reason, also where its holds cannot be listed."""
+    given_up(journal)
+    monkeypatch.setattr(cleaning, "PAUSES_S", ())
+
+    class Busy(Machine):
+        def destroy(self, identities: Sequence[Identity], *, run: str) -> dict[str, str]:
+            return {identity.name: "busy" for identity in identities}
+
+        def holders(self, names: Collection[str]) -> dict[str, list[str]]:
+            raise EffectError("cannot look at the holds: I/O error")
+
+    machine = Busy()
+    run = clean(journal, machine)
+    assert (run.state, run.cleanup) == (states.UNMOUNTING, "parked")
+    assert {step.outcome for step in run.steps} == {None, "parked"}
+    (why,) = query(journal, "SELECT detail FROM steps WHERE outcome = 'parked'")
+    assert why == (f"{min(NAMES)} is busy: cannot look at the holds: I/O error",)
+
+
+def query(journal: Journal, sql: str) -> list[tuple[object, ...]]:
+    with closing(sqlite3.connect(journal.path)) as connection:
+        return connection.execute(sql).fetchall()
 
 
 def test_foreign(journal: Journal) -> None:

@@ -307,6 +307,36 @@ def test_holders(fake: Fake) -> None:
     assert Zfs().holders([A]) == {A: [TOKEN, "other"]}
 
 
+def test_holders_of_absent(fake: Fake) -> None:
+    """Promise 4: a snapshot that is gone has no holds; those of the others are told."""
+    fake.answer((HELD, ABSENT.format(B), 1))
+    assert Zfs().holders([A, B]) == {A: [TOKEN, "other"]}
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ((HELD, "cannot open 'tank/b': I/O error\n", 1), "I/O error"),
+        (("", "permission denied\n", 1), "permission denied"),
+        (("", "", 1), "exit status 1"),
+        (("", "", -9), "exit status -9"),
+        (("", ABSENT.format(B), -9), "does not exist"),
+    ],
+)
+def test_holders_unknown(fake: Fake, answer: tuple[str, str, int], said: str) -> None:
+    """Promise 2: a `zfs holds` that failed, or was killed, never means that there are no holds."""
+    fake.answer(answer)
+    with pytest.raises(EffectError, match=f"cannot look at the holds: .*{said}"):
+        Zfs().holders([A, B])
+
+
+def test_release_unknown(fake: Fake) -> None:
+    """Promise 2: a release that failed is not taken for done where the holds cannot be seen."""
+    fake.answer(("", "pool is read-only\n", 1), ("", "permission denied\n", 1))
+    with pytest.raises(EffectError, match="cannot look at the holds"):
+        Zfs().release([A], tag=TOKEN)
+
+
 # -- destroying ------------------------------------------------------------------------------
 
 

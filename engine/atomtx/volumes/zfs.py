@@ -104,8 +104,13 @@ class Zfs:
         return [name for name, value in pairs if value == "unavailable"]
 
     def holders(self, snapshots: Collection[str]) -> dict[str, list[str]]:
-        """Return the tags of the holds on each snapshot."""
+        """Return the tags of the holds on each snapshot; one that is absent has none."""
         done = self._run("zfs", "holds", "-H", *snapshots)
+        said = [line for line in done.stderr.splitlines() if line.strip()]
+        strange = [line for line in said if not _says_absent(line)]
+        # One that was killed, or failed without a word, says nothing of those that it left out.
+        if strange or not (done.ok or (said and done.status > 0)):
+            raise EffectError(f"cannot look at the holds: {(strange or [done.last_line()])[0]}")
         tags: dict[str, list[str]] = {}
         for line in done.stdout.splitlines():
             name, tag, _ = line.split("\t", 2)
