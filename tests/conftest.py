@@ -13,7 +13,16 @@ import pytest
 hypothesis.settings.register_profile("atomtx", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("atomtx")
 
-FOREIGN = ("ATOMTX_STATE_DIR", "STATE_DIRECTORY", "RESTIC_", "KOPIA_", "BORG_", "AWS_", "B2_")
+FOREIGN = (
+    "ATOMTX_STATE_DIR",
+    "STATE_DIRECTORY",
+    "RUNTIME_DIRECTORY",
+    "RESTIC_",
+    "KOPIA_",
+    "BORG_",
+    "AWS_",
+    "B2_",
+)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -23,6 +32,7 @@ def _own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         for name in [name for name in os.environ if name.startswith(FOREIGN)]:
             patch.delenv(name)
         patch.setenv("ATOMTX_STATE_DIR", str(tmp_path_factory.mktemp("state") / "absent"))
+        patch.setenv("RUNTIME_DIRECTORY", str(tmp_path_factory.mktemp("run") / "atomtx"))
         yield
 
 

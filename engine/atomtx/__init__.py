@@ -19,10 +19,14 @@ The modules, in reading order:
     recovery.py     journal and probes -> resume, roll forward, roll back, wait ...    pure
     redact.py       take secrets out of what is kept or shown                          pure
     journalfile.py  the journal's file: its numbers, and whether we may touch it
+    provenance.py   whether a journal may act here: its machine's, and the newest seen
     schema.py       the tables; bringing an older journal up to date
+    aside.py        setting a journal aside, renamed
+    copying.py      copies of the journal, each of one instant
     database.py     its connections, its upgrade, its errors as ours
     journal.py      the only module that writes to the database
     history.py      reading the journal for people, with the standard library alone
+    audit.py        what is wrong with a journal, if anything
     statedir.py     the state directory, and the folder of each run in it
     locks.py        the kernel locks F, R and C, and who holds them
     process.py      the only module that starts programs

@@ -19,13 +19,20 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.pool import StaticPool
 
-from . import journalfile, locks, schema
-from .errors import JournalError, JournalFullError, WaitingError
+from . import aside, copying, journalfile, locks, provenance, schema
+from .errors import (
+    BusyError,
+    JournalDamagedError,
+    JournalError,
+    JournalFullError,
+    WaitingError,
+)
 from .statedir import sync_directory
 
 BUSY_TIMEOUT_MS = 30_000
 _FULL_BYTES = 65_536  # less room than this is none
 UPGRADE_WAIT_S = 10.0
+RESERVE_BYTES = 65_536  # free pages, so that a full disk does not stop an undo from being recorded
 
 
 def make_engine(path: Path, *, foreign_keys: bool = True) -> Engine:
@@ -77,6 +84,7 @@ def _upgrade(path: Path) -> None:
     with closed_on_error(engine):
         if (found := _version(engine)) < journalfile.SCHEMA_VERSION:
             if found:
+                _prove(engine, path)
                 _back_up(engine, path, found)
             schema.upgrade(engine)
     engine.dispose()
@@ -111,22 +119,42 @@ def _lock_for_upgrade(path: Path, lock: int) -> bool:
     return locked
 
 
+def _prove(engine: Engine, path: Path) -> None:
+    """Refuse a journal that must not act here before it is changed; the lock is held alone."""
+    with engine.connect() as connection:
+        row = connection.exec_driver_sql("SELECT uuid, machine_id FROM journals").one_or_none()
+    if row:
+        counter = journalfile.counter(journalfile.header(path))
+        provenance.prove(path, row.uuid, row.machine_id, counter)
+
+
 def _back_up(engine: Engine, path: Path, version: int) -> None:
-    """Copy the journal beside itself, durable, before it is upgraded."""
+    """Copy the journal beside itself, durable, before it is upgraded; the lock is held alone."""
     copy = path.with_name(f"{path.name}.v{version}")
     partial = copy.with_name(copy.name + ".partial")
-    # Emptied, should an earlier try have left one, and for nobody else to read.
-    flags = os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC
-    os.close(os.open(partial, flags, 0o600))
-    with engine.connect() as connection, closing(sqlite3.connect(partial)) as target:
+    counter = journalfile.counter(journalfile.header(path))
+    with engine.connect() as connection:
         source = connection.connection.driver_connection
         assert isinstance(source, sqlite3.Connection)
-        source.backup(target)
-    descriptor = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
-    os.fsync(descriptor)
-    os.close(descriptor)
+        copying.fill(partial, source, counter)
     partial.replace(copy)
     sync_directory(path.parent)
+
+
+def reserve(engine: Engine, path: Path) -> None:
+    """See that the file has free pages; idempotent, and without effect on a full disk."""
+    with engine.connect() as connection:
+        free = connection.exec_driver_sql("PRAGMA freelist_count").scalar_one()
+        size = connection.exec_driver_sql("PRAGMA page_size").scalar_one()
+    if free * size >= RESERVE_BYTES // 2:
+        return
+    with suppress(JournalFullError):  # nothing to reserve from; what there was is still there
+        with translated(path), engine.begin() as connection:
+            # It may be there: another process is at this point, or was killed at it.
+            connection.exec_driver_sql("CREATE TABLE IF NOT EXISTS reserve (space BLOB)")
+            connection.exec_driver_sql(f"INSERT INTO reserve VALUES (zeroblob({RESERVE_BYTES}))")
+        with translated(path), engine.begin() as connection:
+            connection.exec_driver_sql("DROP TABLE IF EXISTS reserve")
 
 
 @contextmanager
@@ -148,15 +176,50 @@ def _is_full(path: Path) -> bool:
 
 
 def _error(path: Path, cause: BaseException | None) -> JournalError:
-    name = getattr(cause, "sqlite_errorname", "") or ""
+    name = journalfile.error_name(cause)
     # SQLite calls a quota that is used up (EDQUOT) an error of the disk.
     if name == "SQLITE_FULL" or (name == "SQLITE_IOERR_WRITE" and _is_full(path)):
         return JournalFullError(
             f"no space left for the journal {path}", hint="make room on its disk"
         )
-    if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
-        return JournalError(
-            f"the journal {path} is damaged: {cause}",
-            hint=f"nothing was changed; move {path} aside and run `atomtx recover --scan`",
-        )
+    if journalfile.is_damage(cause):
+        return JournalDamagedError(path, cause)
     return JournalError(f"the journal {path} cannot be used: {cause}")
+
+
+def set_damaged_aside(found: JournalDamagedError, path: Path) -> JournalDamagedError:
+    """
+    Set a damaged journal aside; return the error to raise, which says where it is now.
+
+    This process must have let go of the journal and its lock.  It stays where it is while
+    another atomtx is at work with it, where a second look finds no damage, and where it cannot
+    be renamed.
+    """
+    try:
+        with aside.writers_lock(path.parent):
+            if not _is_damaged(path):
+                return _still_damaged(found, path, "a second look found no damage: try again")
+            new = aside.set_aside(path, aside.DAMAGED)
+    except BusyError:
+        why = "it was left there, because another atomtx is at work with it; when that has ended, "
+        return _still_damaged(found, path, why + "`atomtx recover` sets it aside")
+    except JournalError as exc:
+        return _still_damaged(found, path, f"it was left there: {exc}")
+    hint = f"it was set aside as {new}; `atomtx recover --scan` lists what its runs left, and the "
+    return _still_damaged(found, path, hint + "next command begins a new journal")
+
+
+def _still_damaged(found: JournalDamagedError, path: Path, hint: str) -> JournalDamagedError:
+    return JournalDamagedError(path, found.cause, hint=hint)
+
+
+def _is_damaged(path: Path) -> bool:
+    """Look at every page; what a killed writer left half made is taken back first."""
+    try:
+        if not journalfile.check(path):  # another process has set it aside
+            return False
+        with translated(path), closing(sqlite3.connect(journalfile.uri(path, "rw"), uri=True)) as c:
+            said: list[tuple[str]] = c.execute("PRAGMA integrity_check(1)").fetchall()
+    except JournalDamagedError:
+        return True
+    return said != [("ok",)]

@@ -9,6 +9,8 @@ Every error of atomtx, and the exit status of each.
       ClientError               1   the backup client failed, or cannot be used
       JournalError              1   the journal cannot be read or written
         JournalFullError        1   no space left for a row
+        JournalDamagedError     1   the journal's file is damaged
+        JournalOlderError       1   this machine has seen a newer state of the journal
         JournalNewerError       2   a newer atomtx wrote the journal
         StaleRunError           1   somebody else moved the run: this process is fenced off
       Interrupted         130/143   SIGINT or SIGTERM; everything was compensated
@@ -97,6 +99,23 @@ class JournalError(AtomtxError):
 
 
 class JournalFullError(JournalError):
+    pass
+
+
+class JournalDamagedError(JournalError):
+    """The file cannot be trusted: *cause* is what was found; an I/O error is none."""
+
+    def __init__(self, path: object, cause: object, *, hint: str | None = None) -> None:
+        super().__init__(
+            f"the journal {path} is damaged: {cause}",
+            hint=hint
+            or "nothing was changed; after `atomtx journal set-aside`, `atomtx recover --scan` "
+            "lists what its runs left",
+        )
+        self.cause = str(cause)
+
+
+class JournalOlderError(JournalError):
     pass
 
 

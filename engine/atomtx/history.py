@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from . import journalfile
-from .errors import ExitStatus, JournalError, UserError
+from .errors import ExitStatus, UserError
 
 BUSY_TIMEOUT_MS = 5_000
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -235,12 +235,6 @@ def volumes(path: Path, run_id: str) -> list[Volume]:
     return [_filled(Volume, row) for row in _of_run(path, Volume, "volumes", run_id, order="n")]
 
 
-def integrity(path: Path) -> list[str]:
-    """Return what SQLite's integrity check complains of; empty for a healthy or absent journal."""
-    found = [row[0] for row in _fetch(path, "PRAGMA integrity_check", {})]
-    return [] if found == ["ok"] else found
-
-
 def _of_run(path: Path, cls: type, table: str, run_id: str, *, order: str) -> list[sqlite3.Row]:
     columns = ", ".join(f.name for f in fields(cls))
     query = f"SELECT {columns} FROM {table} WHERE run = :run ORDER BY {order}"
@@ -280,7 +274,7 @@ def _connect(path: Path) -> sqlite3.Connection:
     # Not mode=ro: after a kill -9 the journal is hot, and a read-only connection cannot roll it
     # back (SQLITE_READONLY_ROLLBACK).
     connection = sqlite3.connect(
-        f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=BUSY_TIMEOUT_MS / 1000
+        journalfile.uri(path, "rw"), uri=True, timeout=BUSY_TIMEOUT_MS / 1000
     )
     connection.row_factory = sqlite3.Row
     connection.execute("PRAGMA query_only=ON")
@@ -292,10 +286,4 @@ def _translated(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.DatabaseError as exc:
-        name = getattr(exc, "sqlite_errorname", "") or ""
-        if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
-            raise journalfile.damaged(path, exc) from exc
-        if name.startswith(("SQLITE_CANTOPEN", "SQLITE_PERM", "SQLITE_READONLY", "SQLITE_AUTH")):
-            raise journalfile.not_permitted(path) from exc
-        hint = "another atomtx writes it; try again" if name.startswith("SQLITE_BUSY") else None
-        raise JournalError(f"cannot read the journal {path}: {exc}", hint=hint) from exc
+        raise journalfile.read_error(path, exc) from exc

@@ -9,13 +9,12 @@ the run's state and revision: a process that was overtaken gets :class:`StaleRun
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +28,17 @@ from sqlalchemy import (
     update,
 )
 
-from . import journalfile, locks, plan
+from . import aside, journalfile, locks, plan, provenance
 from .clients import Backup, End
-from .database import bring_up_to_date, closed_on_error, translated
-from .errors import BusyError, JournalError, JournalFullError, StaleRunError
+from .database import bring_up_to_date, reserve, set_damaged_aside, translated
+from .errors import BusyError, JournalDamagedError, JournalError, StaleRunError
 from .intents import Intent, from_json
+from .journalfile import HeaderFile
 from .plan import Plan
 from .records import Run, Step, Volume
 from .schema import backups, journals, moves, runs, steps, volumes
-from .statedir import RunFolder
+from .statedir import RunFolder, sweep
 from .states import PLANNED, Event, StateMachine
-
-RESERVE_BYTES = 65_536  # free pages, so that a full disk does not stop an undo from being recorded
-_SWEEP_AFTER_S = 3600.0  # long after any front end would have written its row
 
 
 def now_us() -> int:
@@ -65,44 +62,66 @@ class NoRunError(JournalError):
 
 
 class Journal:
-    """An open journal, brought up to date; holds the writers' lock, shared, until closed."""
+    """
+    An open journal, brought up to date; holds the writers' lock, shared, until closed.
 
-    def __init__(self, path: Path, engine: Engine, lock: int) -> None:
+    Where a `with` block on it ends because the journal is damaged, it is set aside.
+    """
+
+    def __init__(
+        self, path: Path, engine: Engine, lock: int, header: HeaderFile, *, keep: bool
+    ) -> None:
         self.path = path
         self.state = path.parent
         self._engine = engine
         self._lock = lock
+        self._keep = keep
+        self._header = header
+        self._watermark: provenance.Watermark | None = None
+        self._follows_another = False
         self._machine = StateMachine(_persist)
         self._plans: dict[str, Plan] = {}
         # A step's intent never changes; SQLite may give its number again once it was forgotten.
         self._intents: dict[tuple[str, int], Intent] = {}
 
     @classmethod
-    def open(cls, state: Path) -> Journal:
+    def open(cls, state: Path, *, keep: bool = False) -> Journal:
         """
         Open the journal of a state directory; make or upgrade it where needed.
 
-        Raises JournalNewerError for one that a newer atomtx wrote, JournalError for one that is
-        damaged, or belongs to another machine: neither is touched.
+        Raises JournalNewerError for one that a newer atomtx wrote, JournalOlderError for one that
+        was rolled back, JournalError for one that belongs to another machine: none is touched.
+        JournalDamagedError for one that is damaged: unless *keep*, it is set aside.
         """
         path = state / journalfile.NAME
-        journalfile.check(path)
-        lock = os.open(state / "journal.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         try:
-            with translated(path):
-                engine = bring_up_to_date(path, lock)
-                journal = cls(path, engine, lock)
-                with closed_on_error(engine):
-                    journal._prove_machine()
-                    journal._reserve()
-        except BaseException:
-            os.close(lock)
-            raise
+            return cls._open(path, keep)
+        except JournalDamagedError as exc:
+            if keep:
+                raise
+            raise set_damaged_aside(exc, path) from exc
+
+    @classmethod
+    def _open(cls, path: Path, keep: bool) -> Journal:
+        journalfile.check(path)
+        flags = os.O_CREAT | os.O_RDWR | os.O_CLOEXEC
+        with ExitStack() as on_error, translated(path):
+            lock = os.open(path.with_name(journalfile.LOCK), flags, 0o600)
+            on_error.callback(os.close, lock)
+            engine = bring_up_to_date(path, lock)
+            on_error.callback(engine.dispose)
+            header = HeaderFile(path)
+            on_error.callback(header.close)
+            journal = cls(path, engine, lock, header, keep=keep)
+            journal._prove()
+            reserve(engine, path)
+            on_error.pop_all()
         return journal
 
     def close(self) -> None:
         """Close the database and give up the lock; idempotent."""
         self._engine.dispose()
+        self._header.close()
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
@@ -110,46 +129,42 @@ class Journal:
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, exc: BaseException | None, __: object) -> None:
         self.close()
+        if isinstance(exc, JournalDamagedError) and not self._keep:
+            raise set_damaged_aside(exc, self.path) from exc
 
     @contextmanager
     def _transaction(self) -> Iterator[Connection]:
         with translated(self.path), self._engine.begin() as connection:
+            if self._watermark:
+                # No other process writes now, and we have not yet: it is the last commit's.
+                self._watermark.note(journalfile.counter(self._header.read()))
             yield connection
 
-    def _prove_machine(self) -> None:
-        """A journal that was copied to another machine must not act there (promise 2)."""
-        here = _machine_id()
+    def _prove(self) -> None:
+        """See that this journal may act here; write in a new one which it is."""
         with self._transaction() as connection:
             row = connection.execute(select(journals)).one_or_none()
             if row is None:
-                connection.execute(
-                    insert(journals).values(
-                        uuid=str(uuid.uuid4()), machine_id=here, created_at=now_us()
-                    )
-                )
-            elif row.machine_id != here:
-                raise JournalError(
-                    f"the journal {self.path} was written on another machine",
-                    hint=f"move {self.state} away to begin a new one here",
-                )
+                values = {"uuid": str(uuid.uuid4()), "machine_id": provenance.machine_id()}
+                connection.execute(insert(journals).values(values | {"created_at": now_us()}))
+                row = connection.execute(select(journals)).one()
+                self._follows_another = provenance.knows_any(self.state)
+            counter = journalfile.counter(self._header.read())
+            watermark = provenance.prove(self.path, row.uuid, row.machine_id, counter)
+        watermark.note(counter)
+        self._watermark = watermark
 
-    def _reserve(self) -> None:
-        with self._engine.connect() as connection:
-            free = connection.exec_driver_sql("PRAGMA freelist_count").scalar_one()
-            size = connection.exec_driver_sql("PRAGMA page_size").scalar_one()
-        if free * size >= RESERVE_BYTES // 2:
-            return
-        with suppress(JournalFullError):  # nothing to reserve from; what there was is still there
-            with self._transaction() as connection:
-                # It may be there: another process is at this point, or was killed at it.
-                connection.exec_driver_sql("CREATE TABLE IF NOT EXISTS reserve (space BLOB)")
-                connection.exec_driver_sql(
-                    f"INSERT INTO reserve VALUES (zeroblob({RESERVE_BYTES}))"
-                )
-            with self._transaction() as connection:
-                connection.exec_driver_sql("DROP TABLE IF EXISTS reserve")
+    def notes(self) -> list[str]:
+        """Return what the user should know about this journal and those beside it."""
+        assert self._watermark
+        anew = "a new journal was begun; `atomtx recover --scan` lists what runs of an older left"
+        return [
+            *([anew] if self._follows_another else []),
+            *aside.notes(self.state),
+            *self._watermark.trouble(),
+        ]
 
     # -- reading ---------------------------------------------------------------------------
 
@@ -299,17 +314,8 @@ class Journal:
                 connection.execute(runs.delete().where(old))
         for run in ids:
             shutil.rmtree(RunFolder.of(self.state, run).path, ignore_errors=True)
-        self._sweep()
+        sweep(self.state, self.known())
         return len(ids)
-
-    def _sweep(self) -> None:
-        """Remove the folders of runs that were killed before their row was written."""
-        known = frozenset(self.known())
-        for path in (self.state / "runs").iterdir():
-            folder = RunFolder(path)
-            young = time.time() - path.stat().st_mtime < _SWEEP_AFTER_S
-            if path.name not in known and not young and not locks.is_held(folder.front_lock):
-                shutil.rmtree(path, ignore_errors=True)
 
 
 class Change:
@@ -485,11 +491,3 @@ def _volume(row: Row[Any]) -> Volume:
         guid=row.snapshot_guid,
         createtxg=row.createtxg,
     )
-
-
-def _machine_id() -> str:
-    """Return a hash of what names this machine; empty where nothing does."""
-    for source in ("/etc/machine-id", "/etc/hostid"):
-        with suppress(OSError):
-            return hashlib.sha256(b"atomtx" + Path(source).read_bytes().strip()).hexdigest()
-    return ""

@@ -6,11 +6,14 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import stat
-from collections.abc import Mapping
+import time
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from . import locks
 from .errors import AtomtxError, EffectError, UserError
 
 DEFAULT = "/var/db/atomtx" if os.uname().sysname == "FreeBSD" else "/var/lib/atomtx"
@@ -36,6 +39,7 @@ REMOTE_FILE_SYSTEMS = frozenset(
         "virtiofs",
     ]
 )
+_SWEEP_AFTER_S = 3600.0  # long after any front end would have written its row
 END_RECORD_BYTES = 262_144  # reserved before the client starts: its end must find room
 
 
@@ -155,6 +159,11 @@ class RunFolder:
             raise _not_written(self.path, exc) from exc
         return self
 
+    def was_used(self) -> bool:
+        """Tell whether a runner was ever at work in it."""
+        traces = (self.runner_log, self.log, self.progress, self.end)
+        return any(trace.exists() for trace in traces)
+
     def write_progress(self, data: Mapping[str, Any]) -> None:
         """Replace the progress file; a reader sees the old one or the new one, whole."""
         new = self.progress.with_suffix(".new")
@@ -204,6 +213,21 @@ class RunFolder:
             return None
         data: dict[str, Any] = json.loads(body)
         return data
+
+
+def sweep(state: Path, known: Collection[str]) -> None:
+    """
+    Remove the folders of runs that were killed before their row was written.
+
+    *known* are the runs of the journal.  A folder in which a runner was at work, and whose run
+    is not known, belongs to a journal that was set aside, or lost: it is left.
+    """
+    for path in (state / "runs").iterdir():
+        folder = RunFolder(path)
+        young = time.time() - path.stat().st_mtime < _SWEEP_AFTER_S
+        needed = young or folder.was_used() or locks.is_held(folder.front_lock)
+        if path.name not in known and not needed:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def sync_directory(path: Path) -> None:

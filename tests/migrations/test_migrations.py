@@ -20,9 +20,9 @@ from alembic.config import Config
 from alembic.util.exc import CommandError
 from sqlalchemy import Connection
 
-from atomtx import journalfile, plan, schema
+from atomtx import journalfile, plan, provenance, schema
 from atomtx.database import make_engine
-from atomtx.errors import JournalError
+from atomtx.errors import JournalError, JournalOlderError
 from atomtx.intents import TakeSnapshots
 from atomtx.journal import Journal
 from atomtx.statedir import prepare
@@ -279,6 +279,46 @@ def test_copy(old_journal: Path, next_release: Path) -> None:
     assert stat.S_IMODE(copy.stat().st_mode) == 0o600
     names = {path.name for path in old_journal.parent.iterdir() if path.is_file()}
     assert not [name for name in names if "partial" in name]
+
+
+def test_copy_is_the_way_back(old_journal: Path, next_release: Path) -> None:
+    """The copy that was made before the upgrade counts as no older than the journal was then."""
+    before = journalfile.counter(journalfile.header(old_journal))
+    write_second(next_release, "")
+    Journal.open(old_journal.parent).close()
+    copy = old_journal.with_name(f"journal.db.v{NEXT - 1}")
+    assert journalfile.counter(journalfile.header(copy)) == before
+
+
+def test_rolled_back(
+    old_journal: Path, next_release: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Promise 2: an older journal that was rolled back is refused before it is upgraded."""
+    write_second(next_release, "")
+    yesterday = old_journal.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(journalfile, "SCHEMA_VERSION", NEXT - 1)
+        with Journal.open(old_journal.parent) as journal:
+            for attempt in range(3):
+                with journal.change(journal.load(RUN)) as change:
+                    change.set(attempts=attempt)
+    old_journal.write_bytes(yesterday)
+    with pytest.raises(JournalOlderError):
+        Journal.open(old_journal.parent)
+    assert old_journal.read_bytes() == yesterday
+    assert list(old_journal.parent.glob("*.v*")) == []
+
+
+def test_other_machine(
+    old_journal: Path, next_release: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Promise 2: so is an older one of another machine."""
+    write_second(next_release, "")
+    before = old_journal.read_bytes()
+    monkeypatch.setattr(provenance, "machine_id", lambda: "another")
+    with pytest.raises(JournalError, match="another machine"):
+        Journal.open(old_journal.parent)
+    assert old_journal.read_bytes() == before
 
 
 def test_rubbish_of_an_earlier_copy(old_journal: Path, next_release: Path) -> None:

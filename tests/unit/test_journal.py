@@ -17,8 +17,7 @@ import pytest
 from sqlalchemy.exc import IntegrityError
 from transitions import MachineError
 
-from atomtx import database, journalfile, plan, states
-from atomtx import journal as journal_module
+from atomtx import database, journalfile, locks, plan, provenance, states
 from atomtx.clients import Backup, End
 from atomtx.errors import (
     JournalError,
@@ -463,30 +462,6 @@ def journalfile_version(path: Path) -> int:
     return int.from_bytes(path.read_bytes()[60:64], "big")
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        pytest.param(lambda data: b"not a database, but a letter" * 200, id="letter"),
-        pytest.param(lambda data: data[:50], id="short"),
-        pytest.param(lambda data: data[:100] + b"\xff" * (len(data) - 100), id="pages"),
-        pytest.param(lambda data: data[: len(data) // 2], id="half"),
-        pytest.param(lambda data: bytes(4096) + data[4096:], id="header"),
-    ],
-)
-def test_damaged(state: Path, damage: object) -> None:
-    """A damaged journal is refused: it is said what to do, and not a byte is changed."""
-    assert callable(damage)
-    with Journal.open(state) as journal:
-        begin(journal)
-    path = state / journalfile.NAME
-    path.write_bytes(damage(path.read_bytes()))
-    before = path.read_bytes()
-    with pytest.raises(JournalError, match="damaged") as caught:
-        Journal.open(state)
-    assert "recover --scan" in (caught.value.hint or "")
-    assert path.read_bytes() == before
-
-
 def test_not_a_journal(state: Path) -> None:
     """Somebody else's database is refused, untouched."""
     path = state / journalfile.NAME
@@ -505,7 +480,7 @@ def test_other_machine(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         begin(journal)
     path = state / journalfile.NAME
     before = path.read_bytes()
-    monkeypatch.setattr(journal_module, "_machine_id", lambda: "another")
+    monkeypatch.setattr(provenance, "machine_id", lambda: "another")
     with pytest.raises(JournalError, match="another machine"):
         Journal.open(state)
     assert path.read_bytes() == before
@@ -513,7 +488,7 @@ def test_other_machine(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_machine_id() -> None:
     """The machine's id itself is confidential (machine-id(5)): a hash of it is stored."""
-    hashed = journal_module._machine_id()
+    hashed = provenance.machine_id()
     for source in ("/etc/machine-id", "/etc/hostid"):
         if os.path.exists(source):
             assert Path(source).read_text(errors="replace").strip() not in hashed
@@ -579,6 +554,25 @@ def test_expire(journal: Journal, state: Path) -> None:
     assert journal.expire(30 * 86_400) == 0
 
 
+def test_sweep(journal: Journal, state: Path) -> None:
+    """
+    The folder of a run that never began is removed after a while.
+
+    Not one in which a runner was at work: it is of a journal that was set aside, or lost, and
+    may have the only record of how a client ended.  Nor one that a living front end holds.
+    """
+    never, used, held, young = (RunFolder.of(state, f"{n:016x}").make() for n in range(4))
+    used.reserve_end()
+    for folder in (never, used, held):
+        os.utime(folder.path, (1, 1))
+    with locks.acquired(held.front_lock):
+        journal.expire(1)
+    there = {path.name for path in (state / "runs").iterdir()}
+    assert there == {folder.path.name for folder in (used, held, young)}
+    journal.expire(1)
+    assert not held.path.exists()
+
+
 def test_number_of_a_forgotten_step(journal: Journal, state: Path) -> None:
     """SQLite gives the number of a deleted row again: the step of a new run is its own."""
     old = begin(journal)
@@ -602,7 +596,7 @@ def free_bytes(journal: Journal) -> int:
 
 def test_reserve(journal: Journal) -> None:
     """Free pages are kept in the file; no table of it is left."""
-    assert free_bytes(journal) >= journal_module.RESERVE_BYTES
+    assert free_bytes(journal) >= database.RESERVE_BYTES
     assert query(journal, "SELECT name FROM sqlite_master WHERE name = 'reserve'") == []
 
 
@@ -632,6 +626,7 @@ def test_no_page_left(journal: Journal) -> None:
 _FULL = """
     import os, sys
     from pathlib import Path
+    from atomtx import journal as journal_module
     from atomtx import plan, statedir
     from atomtx.errors import JournalFullError
     from atomtx.intents import MountVolumes, RunClient, TakeSnapshots
@@ -646,7 +641,7 @@ _FULL = """
     namespace.mount("full", sys.argv[1], "tmpfs", 0, "size=1m")
     state = statedir.prepare(Path(sys.argv[1]) / "state")
     if sys.argv[2] == "no reserve":
-        Journal._reserve = lambda self: None
+        journal_module.reserve = lambda engine, path: None
     journal = Journal.open(state)
     names = [f"tank/a{n}" for n in range(100)]
     the_plan = a_plan(*names)

@@ -124,7 +124,7 @@ def test_not_root(zoo_vm: Machine) -> None:
 
 
 def test_damaged_and_newer_journal(zoo_vm: Machine) -> None:
-    """A corrupt journal and one of a newer version are refused and left as they are."""
+    """A newer journal is refused and left as it is; a corrupt one too, under another name."""
     vm = zoo_vm
     for content, status, word in (
         ("head -c 8192 /dev/urandom > $J", 1, "damaged"),
@@ -139,11 +139,14 @@ def test_damaged_and_newer_journal(zoo_vm: Machine) -> None:
             )
         vm.run(f"export J=/var/lib/atomtx/journal.db; mkdir -p /var/lib/atomtx; rm -f $J; {make}")
         before = vm.run("sha256sum /var/lib/atomtx/journal.db").stdout
-        for command in (("backup", "tank/a"), ("recover",), ("history",)):
+        looking = [("history",), ("recover", "--dry-run")]
+        for command in (*looking, ("backup", "tank/a")):
+            assert vm.run("sha256sum /var/lib/atomtx/journal.db").stdout == before
             answer = atomtx(vm, *command)
             assert answer.status == status, answer.output
             assert word in answer.stderr
-        assert vm.run("sha256sum /var/lib/atomtx/journal.db").stdout == before
+        kept = "/var/lib/atomtx/journal.db" + (".damaged-*Z" if word == "damaged" else "")
+        assert vm.run(f"sha256sum {kept}").stdout.split()[0] == before.split()[0]
     vm.run("rm -rf /var/lib/atomtx")
 
 

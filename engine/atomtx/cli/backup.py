@@ -20,6 +20,7 @@ from ..errors import (
     BusyError,
     EffectError,
     ExitStatus,
+    JournalDamagedError,
     JournalFullError,
     UserError,
     worst,
@@ -166,6 +167,8 @@ class _Backup:
         self._interrupts.install()
         statedir.prepare(state)
         with Journal.open(state) as journal:
+            for note in journal.notes():
+                self._show.note(note)
             status = self._in_turn(journal)
             journal.expire(keep_history_s)
         return status
@@ -264,6 +267,8 @@ class _Backup:
     def _try_parked(self, settler: Settler, run: Run) -> None:
         try:
             settler.settle(run)
+        except JournalDamagedError:
+            raise
         except AtomtxError as exc:  # its result stands; it must not block a new backup
             self._show.warn(str(exc))
 

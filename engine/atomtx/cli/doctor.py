@@ -12,14 +12,13 @@ from pathlib import Path
 
 import click
 
-from .. import __version__, history, journalfile, process, statedir
+from .. import __version__, aside, audit, history, journalfile, process, statedir
 from ..errors import AtomtxError, ExitStatus, JournalError
 from . import echo, json_option, render
 
 _ASK_S = 20.0
 _CAP_SYS_ADMIN = 21  # linux/capability.h
 _CLONE_NEWNS = 0x00020000  # linux/sched.h
-_STRICT_TABLES = (3, 37, 0)  # the SQLite that brought them
 _NAMESPACE_TEST = f"""
 import ctypes, os, sys
 libc = ctypes.CDLL(None, use_errno=True)
@@ -78,7 +77,7 @@ def _python(_: Path) -> Iterator[Check]:
     import sqlite3
 
     yield Check("python", "ok", f"{platform.python_version()} ({sys.executable})")
-    enough = sqlite3.sqlite_version_info >= _STRICT_TABLES
+    enough = sqlite3.sqlite_version_info >= journalfile.SQLITE_NEEDED
     hint = None if enough else "3.37 or later is needed"
     yield Check("sqlite", "ok" if enough else "missing", sqlite3.sqlite_version, hint)
 
@@ -220,25 +219,27 @@ def _zfs_settings(state: Path) -> Iterator[Check]:
 
 
 def _journal(state: Path) -> Iterator[Check]:
+    for path in aside.damaged(state):
+        hint = "`atomtx recover --scan` lists what its runs left; move it away when you are done"
+        yield Check("journal", "warning", f"a damaged one lies aside at {path}", hint)
     path = state / journalfile.NAME
-    settings = ", ".join(journalfile.PRAGMAS)
     try:
-        if not journalfile.check(path):
-            yield Check("journal", "note", f"{path} is not there; the first backup makes it")
-            return
-        problems = history.integrity(path)
-        unfinished = len(history.open_runs(path))
+        report = audit.check(state)
+        unfinished = len(history.open_runs(path)) if report.ok else 0
     except JournalError as exc:
         yield Check("journal", "missing", exc.message, exc.hint)
         return
     except AtomtxError as exc:  # another user's
         yield Check("journal", "warning", exc.message, exc.hint)
         return
-    if problems:
-        error = journalfile.damaged(path, problems[0])
-        yield Check("journal", "missing", error.message, error.hint)
-    else:
-        yield Check("journal", "ok", f"healthy, version {journalfile.SCHEMA_VERSION}; {settings}")
+    for finding in report.findings:
+        status = "missing" if finding.kind == audit.DAMAGE else "note"
+        yield Check("journal", status, finding.text, "`atomtx journal check`; docs/recovery.md")
+    settings = ", ".join(journalfile.PRAGMAS)
+    if not report.exists:
+        yield Check("journal", "note", f"{path} is not there; the first backup makes it")
+    elif report.ok:
+        yield Check("journal", "ok", f"healthy, version {report.version}; {settings}")
     if unfinished:
         hint = "`atomtx status` tells more"
         yield Check("runs", "note", f"{unfinished} not ended", hint)

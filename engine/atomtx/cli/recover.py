@@ -72,7 +72,9 @@ class _Recover:
             raise UserError("--dry-run goes with neither --adopt nor --abandon")
         self._interrupts.install()
         state = statedir.prepare(statedir.find())
-        with Journal.open(state) as journal:
+        with Journal.open(state, keep=self._options["dry_run"]) as journal:
+            for note in journal.notes():
+                self._show.note(note)
             if self._options["scan"]:
                 return self._scan(journal)
             if self._options["adopt"]:
