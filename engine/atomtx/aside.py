@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -86,7 +87,7 @@ def _free_name(path: Path, why: str) -> Path:
 def way_back(new: Path, path: Path) -> list[str]:
     """Return the commands that put a journal back that was set aside as *new*."""
     pairs = [(journalfile.rollback_journal(new), journalfile.rollback_journal(path)), (new, path)]
-    return [f"mv -n {old} {back}" for old, back in pairs if old.exists()]
+    return [shlex.join(["mv", "-n", str(old), str(back)]) for old, back in pairs if old.exists()]
 
 
 def damaged(state: Path) -> list[Path]:

@@ -159,7 +159,7 @@ class Journal:
     def notes(self) -> list[str]:
         """Return what the user should know about this journal and those beside it."""
         assert self._watermark
-        anew = "a new journal was begun; `atomtx recover --scan` lists what runs of an older left"
+        anew = "a new journal was begun; `atomtx recover --scan` lists what the one before left"
         return [
             *([anew] if self._follows_another else []),
             *aside.notes(self.state),
