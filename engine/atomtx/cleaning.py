@@ -9,7 +9,7 @@ What is busy is tried again with growing pauses, then its holders are named and 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -179,17 +179,19 @@ class Cleaner:
     def _why_busy(self, names: Collection[str]) -> str:
         """Name what uses the snapshots: processes, mounts, holds and clones."""
         mounted = [f"mounted at {m}" for m in inhabitants.mounted(names)]
-        clones = [f"cloned as {c}" for cs in self._zfs.clones(names).values() for c in cs]
-        where = _words([*inhabitants.users(names), *mounted, *self._holds(names), *clones])
+        where = _words([*inhabitants.users(names), *mounted, *self._links(names)])
         more = f" and {len(names) - 1} more are" if len(names) > 1 else " is"
         return f"{sorted(names)[0]}{more} busy: {where or 'holder not found'}"
 
-    def _holds(self, names: Collection[str]) -> list[str]:
+    def _links(self, names: Collection[str]) -> Iterator[str]:
+        """Name holds and clones; where they cannot be read, say why: it is busy all the same."""
         try:
-            held = self._zfs.holders(names)
-        except EffectError as exc:  # it is busy all the same, and parked for it
-            return [exc.message]
-        return [f"hold {tag} on {name}" for name, tags in held.items() for tag in tags]
+            for name, tags in self._zfs.holders(names).items():
+                yield from (f"hold {tag} on {name}" for tag in tags)
+            for clones in self._zfs.clones(names).values():
+                yield from (f"cloned as {clone}" for clone in clones)
+        except EffectError as exc:
+            yield exc.message
 
     # -- recording -------------------------------------------------------------------------
 

@@ -305,13 +305,18 @@ class Journal:
             change.finish()
 
     def expire(self, keep_s: float) -> int:
-        """Forget runs that ended over *keep_s* seconds ago, with their files; return how many."""
+        """
+        Forget runs that ended over *keep_s* seconds ago, with their files; return how many.
+
+        One whose front end is yet to tell its result stays.
+        """
         before = now_us() - int(keep_s * 1e6)
         old = (runs.c.state == "destroyed") & (runs.c.ended_at < before)
         with self._transaction() as connection:
-            ids = list(connection.scalars(select(runs.c.id).where(old)))
+            found = connection.scalars(select(runs.c.id).where(old))
+            ids = [r for r in found if not locks.is_held(RunFolder.of(self.state, r).front_lock)]
             if ids:
-                connection.execute(runs.delete().where(old))
+                connection.execute(runs.delete().where(runs.c.id.in_(ids)))
         for run in ids:
             shutil.rmtree(RunFolder.of(self.state, run).path, ignore_errors=True)
         sweep(self.state, self.known())

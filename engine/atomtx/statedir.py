@@ -224,7 +224,10 @@ def sweep(state: Path, known: Collection[str]) -> None:
     """
     for path in (state / "runs").iterdir():
         folder = RunFolder(path)
-        young = time.time() - path.stat().st_mtime < _SWEEP_AFTER_S
+        try:
+            young = time.time() - path.stat().st_mtime < _SWEEP_AFTER_S
+        except FileNotFoundError:  # another process has swept it meanwhile
+            continue
         needed = young or folder.was_used() or locks.is_held(folder.front_lock)
         if path.name not in known and not needed:
             shutil.rmtree(path, ignore_errors=True)

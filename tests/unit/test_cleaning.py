@@ -142,7 +142,7 @@ def test_busy_and_unseen(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> N
     assert (run.state, run.cleanup) == (states.UNMOUNTING, "parked")
     assert {step.outcome for step in run.steps} == {None, "parked"}
     (why,) = query(journal, "SELECT detail FROM steps WHERE outcome = 'parked'")
-    assert why == (f"{min(NAMES)} is busy: cannot look at the holds: I/O error",)
+    assert why == (f"{min(NAMES)} and 1 more are busy: cannot look at the holds: I/O error",)
 
 
 def query(journal: Journal, sql: str) -> list[tuple[object, ...]]:

@@ -298,8 +298,8 @@ class _Backup:
             )
             started = time.monotonic()
             run = executor.advance(run)
-        self._show.result(result(journal.path, run))
-        self._show.done(closing_line(journal.path, run, time.monotonic() - started))
+            self._show.result(result(journal.path, run))
+            self._show.done(closing_line(journal.path, run, time.monotonic() - started))
         statuses = [status_of(run)]
         if executor.interrupted:
             statuses.append(executor.interrupted.exit_status)

@@ -105,12 +105,7 @@ class Zfs:
 
     def holders(self, snapshots: Collection[str]) -> dict[str, list[str]]:
         """Return the tags of the holds on each snapshot; one that is absent has none."""
-        done = self._run("zfs", "holds", "-H", *snapshots)
-        said = [line for line in done.stderr.splitlines() if line.strip()]
-        strange = [line for line in said if not _says_absent(line)]
-        # One that was killed, or failed without a word, says nothing of those that it left out.
-        if strange or not (done.ok or (said and done.status > 0)):
-            raise EffectError(f"cannot look at the holds: {(strange or [done.last_line()])[0]}")
+        done = self._look("holds", "zfs", "holds", "-H", *snapshots)
         tags: dict[str, list[str]] = {}
         for line in done.stdout.splitlines():
             name, tag, _ = line.split("\t", 2)
@@ -118,10 +113,20 @@ class Zfs:
         return tags
 
     def clones(self, snapshots: Collection[str]) -> dict[str, list[str]]:
-        """Return the clones of each snapshot that has some."""
-        done = self._run("zfs", "get", "-Hp", "-o", "name,value", "clones", *snapshots)
+        """Return the clones of each snapshot that has some; one that is absent has none."""
+        done = self._look("clones", "zfs", "get", "-Hp", "-o", "name,value", "clones", *snapshots)
         pairs = (line.split("\t") for line in done.stdout.splitlines())
         return {name: value.split(",") for name, value in pairs if value not in ("", "-")}
+
+    def _look(self, what: str, *argv: str) -> process.Completed:
+        """Run a command that prints what it finds and complains of snapshots that are absent."""
+        done = self._run(*argv)
+        said = [line for line in done.stderr.splitlines() if line.strip()]
+        strange = [line for line in said if not _says_absent(line)]
+        # One that was killed, or failed without a word, says nothing of those that it left out.
+        if strange or not (done.ok or (said and done.status > 0)):
+            raise EffectError(f"cannot look at the {what}: {(strange or [done.last_line()])[0]}")
+        return done
 
     # -- changing --------------------------------------------------------------------------
 
