@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.vm.agent import MARK
+from tests.vm.points import MARK
 from tests.vm.powercut import (
     DISK_BYTES,
     MARKS,

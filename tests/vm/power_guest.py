@@ -22,7 +22,7 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
-sys.path.insert(0, "/root")  # where this file, agent.py and tests/runs.py lie
+sys.path.insert(0, "/root")  # where this file, points.py and tests/runs.py lie
 
 from atomtx import cli, journalfile, plan
 from atomtx.errors import JournalError
@@ -36,7 +36,7 @@ MOUNT = "/power"
 
 def write(state: str, marks: str, count: str, *pragmas: str) -> None:
     """Make *count* runs, two commits each, in a new state directory."""
-    from agent import Marks  # type: ignore[import-not-found]
+    from points import Marks  # type: ignore[import-not-found]
     from runs import a_plan  # type: ignore[import-not-found]
 
     journalfile.PRAGMAS = pragmas  # type: ignore[assignment]

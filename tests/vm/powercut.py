@@ -5,7 +5,7 @@ Power cuts: a disk of the machine that records its writes, and one that holds wh
 in order; `writelog` then builds what a disk with a volatile cache may hold at any moment
 of the record, and `CutDisk` gives that to the machine as another disk.  The record has marks: what
 a program in the machine wrote to the disk's first partition to say what had happened (see
-agent.py).  As they lie among the other writes, each cut knows what was acknowledged before it.
+points.py).  As they lie among the other writes, each cut knows what was acknowledged before it.
 
 A saved state cannot be loaded into a machine with more disks than it had.  So all of this happens
 in a block of `plugged`, which ends with a new qemu at the saved state 'clean'.
@@ -28,8 +28,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tests.vm.agent import MARK
 from tests.vm.machine import Machine
+from tests.vm.points import MARK
 from tests.vm.remote import atomtx
 from tests.vm.writelog import SECTOR, Fate, WriteLog, at_random, kept, lost, write_image
 

@@ -40,7 +40,8 @@ class Answer:
 
 def install(machine: Machine) -> None:
     """Start the agent in the machine."""
-    machine.put(HERE / "agent.py", "/root/agent.py")
+    for name in ("points.py", "agent.py"):
+        machine.put(HERE / name, f"/root/{name}")
     machine.run("/venv/bin/python /root/agent.py start", timeout=300)
 
 
@@ -55,15 +56,17 @@ def atomtx(
     timeout_s: float = 900,
     marks: str | None = None,
     script: str | None = None,
+    fork: bool = False,
 ) -> Answer:
     """
     Run one command in the machine and return what it did; in the *background*, at once.
 
-    *marks* names a disk to note the points on, *script* a Python file to run in its place.
+    *marks* names a disk to note the points on, *script* a Python file to run in its place; with
+    *fork* its runner is forked, which is faster.
     """
     words = {k: v for k, v in {**ENV, **(env or {})}.items() if k not in without}
     request = {"argv": argv, "env": words, "cwd": cwd, "background": background}
-    given = {"kill": kill, "marks": marks, "script": script}
+    given = {"kill": kill, "marks": marks, "script": script, "fork": fork}
     request |= {name: value for name, value in given.items() if value}
     reply = _ask(machine, request, timeout_s)
     if background:
@@ -110,5 +113,5 @@ def restic_command(words: str, restic: str = "restic") -> str:
 
 
 def stop_at(point: str, who: str = "front", **options: Sequence[str] | float) -> dict[str, Any]:
-    """Return the wish to be killed at a point; see agent.py."""
+    """Return the wish to be killed at a point; see points.py."""
     return {"at": point, "who": who, **options}

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from tests.vm.agent import STOPPED
 from tests.vm.machine import Machine
+from tests.vm.points import STOPPED
 from tests.vm.powercut import (
     FILES,
     GUEST,
