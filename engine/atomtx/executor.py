@@ -334,7 +334,13 @@ class Executor:
     def _await_end(self, run: Run) -> Run:
         interruption: Interrupted | None = None
         try:
-            errand.wait(self._folder, self._interrupts, self._tell.progress, stop_on_signal=True)
+            errand.wait(
+                self._folder,
+                self._interrupts,
+                self._tell.progress,
+                stop_on_signal=True,
+                likely=self._errand.pid if self._errand else None,
+            )
         except Interrupted as exc:
             interruption = exc
         self._unwritten = self._errand.unwritten_end() if self._errand else None

@@ -33,6 +33,10 @@ class Process:
     pid: int
     command: str
 
+    @classmethod
+    def of(cls, pid: int) -> Process:
+        return cls(pid, command_of(pid) or "?")
+
     def __str__(self) -> str:
         return f"{self.pid} ({self.command})"
 
@@ -96,17 +100,13 @@ def holders(path: Path) -> list[Process]:
         target = os.stat(path)
     except FileNotFoundError:
         return []
-    others = (process for process in processes() if process.pid != os.getpid())
-    return [process for process in others if _has_open(process.pid, target, locked=True)]
+    others = (pid for pid in pids() if pid != os.getpid())
+    return [Process.of(pid) for pid in others if _has_open(pid, target, locked=True)]
 
 
-def processes() -> list[Process]:
+def pids() -> list[int]:
     """Return every process that /proc shows."""
-    return [
-        Process(int(entry), command)
-        for entry in os.listdir("/proc")
-        if entry.isdigit() and (command := command_of(int(entry))) is not None
-    ]
+    return [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]
 
 
 def command_of(pid: int) -> str | None:
@@ -135,6 +135,14 @@ def _is_locked(pid: int, descriptor: str) -> bool:
     """Tell whether an exclusive flock(2) is on a descriptor: proc(5), fdinfo, "lock:"."""
     text = Path(f"/proc/{pid}/fdinfo/{descriptor}").read_text()
     return any("FLOCK" in line and "WRITE" in line for line in text.splitlines())
+
+
+def holds(pid: int, path: Path) -> bool:
+    """Tell whether process *pid* holds the lock, inherited or not."""
+    try:
+        return _has_open(pid, os.stat(path), locked=True)
+    except FileNotFoundError:
+        return False
 
 
 def has_lock_open(pid: int, path: Path) -> bool:

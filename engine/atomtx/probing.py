@@ -107,11 +107,10 @@ def end_survivors(run: Run, folder: RunFolder, tell: Callable[[str], None]) -> N
     for number in (signal.SIGTERM, signal.SIGKILL):
         for pid in (alive := survivors(run, folder)):
             locks.send(pid, number, if_still=still)
-        if alive:
-            names = ", ".join(
-                str(locks.Process(pid, locks.command_of(pid) or "?")) for pid in alive
-            )
-            tell(f"ending what the interrupted run left behind: {names}")
+        if not alive:
+            return
+        names = ", ".join(str(locks.Process.of(pid)) for pid in alive)
+        tell(f"ending what the interrupted run left behind: {names}")
         if locks.wait_until(lambda: not survivors(run, folder), _END_S, step_s=0.2):
             return
     raise EffectError(

@@ -60,7 +60,7 @@ def users(sources: Collection[str]) -> list[str]:
     or asked for its status there: that might hang.
     """
     places = _Places.of(sources)
-    found = [_use(process, places) for process in locks.processes()] if places.ids else []
+    found = [_use(pid, places) for pid in locks.pids()] if places.ids else []
     return [words for words in found if words]
 
 
@@ -94,7 +94,7 @@ def _numbers(device: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def _use(process: locks.Process, places: _Places) -> str | None:
+def _use(pid: int, places: _Places) -> str | None:
     looks: tuple[tuple[str, Callable[[int, _Places], Iterator[str]]], ...] = (
         ("open by {} at {}", _opened),
         ("{} stands in {}", _stood_in),
@@ -102,8 +102,8 @@ def _use(process: locks.Process, places: _Places) -> str | None:
     )
     for words, look in looks:
         with suppress(OSError):  # it has ended, or is another user's
-            for path in look(process.pid, places):
-                return words.format(process, path)
+            for path in look(pid, places):
+                return words.format(locks.Process.of(pid), path)
     return None
 
 
@@ -136,9 +136,9 @@ def _mapped(pid: int, places: _Places) -> Iterator[str]:
 def _foreign_namespaces() -> Iterator[tuple[list[int], mountinfo.Table]]:
     """Yield the mount table of each namespace that is not ours, with who lives there."""
     groups: dict[tuple[int, int], list[int]] = {}
-    for process in locks.processes():
+    for pid in locks.pids():
         with suppress(OSError):  # gone
-            groups.setdefault(identity(process.pid), []).append(process.pid)
+            groups.setdefault(identity(pid), []).append(pid)
     groups.pop(identity(), None)
     for pids in groups.values():
         for pid in pids:  # the first may have ended meanwhile
@@ -148,4 +148,4 @@ def _foreign_namespaces() -> Iterator[tuple[list[int], mountinfo.Table]]:
 
 
 def _name(pid: int) -> str:
-    return str(locks.Process(pid, locks.command_of(pid) or "?"))
+    return str(locks.Process.of(pid))
