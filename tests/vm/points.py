@@ -122,7 +122,8 @@ class Crash:
         class Popen(popen):  # type: ignore[misc]
             def __init__(self, argv: Any, **options: Any) -> None:
                 super().__init__(argv, **options)
-                self._name = " ".join(argv[:2]) if argv[0] in ("zfs", "zpool") else argv[0]
+                words = argv[:2] if argv[0] in ("zfs", "zpool") else [os.path.basename(argv[0])]
+                self._name = " ".join(words)
                 crash.pass_("start:" + self._name, child=self.pid)
 
             def communicate(self, *args: Any, **options: Any) -> Any:

@@ -1,0 +1,415 @@
+"""
+A stage in the machine on which runs are killed, and what must be true afterwards.
+
+A stage has datasets, a state directory, a client and a place for its copies of its own, so that
+several can be used at once.  Each case begins with a new *moment*: a number in every file.  Before
+a recovery the live files are changed, so that a copy of them would show.  The client copies what
+it is given, whole or not at all.
+
+It runs in the machine with the program's own Python and needs points.py beside it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+HANGS_S = 240.0  # no command of these takes a tenth of it
+DOCUMENTED = (0, 1, 2, 3, 4, 5, 6, 130, 143)  # exit statuses, see errors.py
+LOOKALIKE = "atomtx-0123456789abcdef"  # our name, but not our mark
+_FOREIGN = ("foreign", LOOKALIKE)
+_CHILDREN = ("", "/b c")
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_CLIENT = """#!/bin/sh
+set -e
+d=$(mktemp -d {copies}/new.XXXXXX)
+cp -a --parents "$@" "$d"
+mv "$d" {copies}/done.$$
+"""
+_TRACER_NONE = "TracerPid:\t0\n"
+
+
+@dataclass(frozen=True)
+class Crashing:
+    """How a command is disturbed: killed at a point, or a system call of it fails or kills it."""
+
+    at: str = ""  # a point, see points.py
+    who: str = "front"
+    inject: str = ""  # such as "pwrite64:signal=KILL:when=3"; see strace(1)
+    of: str = "front"  # the process that makes the system call: "front" or "runner"
+    count: str = ""  # system calls to count, as strace names them
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A command that ended; *status* is its exit status, or minus the signal that ended it."""
+
+    argv: tuple[str, ...]
+    status: int
+    output: str
+    points: tuple[str, ...]
+    calls: tuple[str, ...] = ()  # the system calls that were counted
+
+    @property
+    def killed(self) -> bool:
+        return self.status == -signal.SIGKILL
+
+
+@dataclass
+class Stage:
+    """One worker's datasets and everything else that it needs."""
+
+    number: int
+    moment: int = 0
+    violations: list[str] = field(default_factory=list)
+    _seen: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def dataset(self) -> str:
+        return f"tank/w{self.number}"
+
+    @property
+    def root(self) -> Path:
+        return Path("/", self.dataset)
+
+    @property
+    def home(self) -> Path:
+        return Path(f"/srv/stage{self.number}")
+
+    @property
+    def state(self) -> Path:
+        return self.home / "state"
+
+    @property
+    def copies(self) -> Path:
+        return self.home / "copies"
+
+    @property
+    def tree(self) -> Path:
+        return self.home / "tree"
+
+    # -- before ----------------------------------------------------------------------------
+
+    def build(self) -> None:
+        """Make everything anew, by force."""
+        self._tear_down()
+        for child in _CHILDREN:
+            _must("zfs", "create", self.dataset + child)
+        for name in _FOREIGN:
+            _must("zfs", "snapshot", f"{self.dataset}@{name}")
+        self.copies.mkdir(parents=True)
+        client = self.home / "client"
+        client.write_text(_CLIENT.format(copies=self.copies))
+        client.chmod(0o755)
+
+    def _tear_down(self) -> None:
+        for pid in _inside(self.dataset):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.2)
+        for line in reversed(Path("/proc/self/mountinfo").read_text().splitlines()):
+            if f" {self.dataset}@" in line or f" {self.dataset}/b\\040c@" in line:
+                subprocess.run(["umount", line.split()[4].replace("\\040", " ")])
+        found = _lines("zfs", "list", "-Hr", "-t", "snapshot", "-o", "name,userrefs", self.dataset)
+        for name, held in (line.split("\t") for line in found):
+            if held != "0":
+                for hold in _lines("zfs", "holds", "-H", name):
+                    _must("zfs", "release", hold.split("\t")[1], name)
+        if Path("/", self.dataset).exists():
+            subprocess.run(["zfs", "destroy", "-R", self.dataset])
+        shutil.rmtree(self.home, ignore_errors=True)
+
+    def new_moment(self) -> None:
+        """Begin a case: new contents everywhere, no copies."""
+        self.moment += 1
+        self.violations = []
+        self._write(str(self.moment))
+        for copy in self.copies.iterdir():
+            shutil.rmtree(copy)
+
+    def change_live_files(self) -> None:
+        """A backup of these is not one of the moment."""
+        self._write("live")
+
+    def _write(self, text: str) -> None:
+        for child in _CHILDREN:
+            Path(str(self.root) + child, "file").write_text(text)
+
+    # -- commands --------------------------------------------------------------------------
+
+    def backup(self, crashing: Crashing, *options: str, client: str = "client") -> Ended:
+        """Back up the stage's datasets."""
+        words = ("backup", "-r", self.dataset, "--retries", "0", "--command")
+        return self.run((*words, f"{self.home}/{client}", *options), crashing)
+
+    def recover(self, crashing: Crashing | None = None, *options: str) -> Ended:
+        """Recover what is open on this stage."""
+        return self.run(("recover", *options), crashing or Crashing())
+
+    def run(self, argv: Sequence[str], crashing: Crashing) -> Ended:
+        """Run a command of the program in a forked child, to its end."""
+        files = {name: self.home / name for name in ("output", "points", "trace")}
+        for file in files.values():
+            file.write_bytes(b"")
+        sys.stdout.flush()
+        pid = os.fork()
+        if pid == 0:
+            self._become(argv, crashing, files)
+        status = self._await(pid, argv)
+        return Ended(
+            tuple(argv),
+            status,
+            files["output"].read_text(errors="replace"),
+            tuple(files["points"].read_text().splitlines()),
+            tuple(_calls(files["trace"])),
+        )
+
+    def _await(self, pid: int, argv: Sequence[str]) -> int:
+        pidfd = os.pidfd_open(pid)
+        try:
+            import select
+
+            if not select.select([pidfd], [], [], HANGS_S)[0]:
+                self.violations.append(f"{argv[0]} hangs")
+                os.kill(pid, signal.SIGKILL)
+        finally:
+            os.close(pidfd)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    def _become(self, argv: Sequence[str], crashing: Crashing, files: Mapping[str, Path]) -> None:
+        from points import Crash, fork_runner  # type: ignore[import-not-found]
+
+        os.setsid()
+        null = os.open(os.devnull, os.O_RDONLY)
+        out = os.open(files["output"], os.O_WRONLY | os.O_APPEND)
+        for source, target in ((null, 0), (out, 1), (out, 2)):
+            os.dup2(source, target)
+        os.closerange(3, 1024)
+        os.chdir("/")
+        os.environ.clear()
+        os.environ |= {"PATH": _PATH, "LANG": "C.UTF-8", "ATOMTX_STATE_DIR": str(self.state)}
+        crash = Crash(files["points"], at=crashing.at, who=crashing.who)
+        crash.install()
+        trace = _tracer(crashing, files["trace"])
+        fork_runner(crash, trace if crashing.of == "runner" else lambda: None)
+        if crashing.of == "front":
+            trace()
+        _run_program(argv)
+
+    # -- after -----------------------------------------------------------------------------
+
+    def settle(self) -> list[Ended]:
+        """Recover until nothing is open; then once more, which must change nothing."""
+        tries = []
+        for _ in range(4):
+            tries.append(self.recover())
+            self._check_ended(tries[-1])
+            if tries[-1].status == 0:
+                break
+        before = self.journal()
+        again = self.recover()
+        if again.status != 0 or "nothing to recover" not in again.output:
+            self.violations.append(f"recover again: {again.status} {again.output}")
+        if self.journal() != before:
+            self.violations.append("recover again changed the journal")
+        return [*tries, again]
+
+    def _check_ended(self, ended: Ended) -> None:
+        if ended.status not in DOCUMENTED:
+            self.violations.append(f"{ended.argv[0]} ended with {ended.status}: {ended.output}")
+        elif "Traceback" in ended.output:
+            self.violations.append(f"{ended.argv[0]} shows a traceback: {ended.output}")
+
+    def check_disturbed(self, ended: Ended) -> None:
+        """Check a command that was killed, or of which a system call failed."""
+        if not ended.killed:
+            self._check_ended(ended)
+        for log in self.state.glob("runs/*/runner.log"):
+            if "Traceback" in log.read_text(errors="replace"):
+                self.violations.append(f"the runner shows a traceback: {log.read_text()}")
+
+    def check(self) -> dict[str, Any] | None:
+        """Check that nothing is left, lost or said to be done; return the case's run, if any."""
+        self.violations += [*self._left_in_pool(), *self._left_in_kernel(), *self._left_locked()]
+        journal = self.journal()
+        self.violations += _inconsistencies(journal)
+        runs = [run for run in journal["runs"] if run["moment"] == self.moment]
+        self.violations += self._wrong_copies(runs[-1] if runs else None)
+        return runs[-1] if runs else None
+
+    def _left_in_pool(self) -> Iterator[str]:
+        listed = _lines("zfs", "list", "-Hr", "-t", "snapshot", "-o", "name,userrefs", self.dataset)
+        expected = [f"{self.dataset}@{name}\t0" for name in _FOREIGN]
+        for line in sorted(set(listed) - set(expected)):
+            yield f"left in the pool: {line}"
+        for line in sorted(set(expected) - set(listed)):
+            yield f"not ours, but destroyed or held: {line}"
+
+    def _left_in_kernel(self) -> Iterator[str]:
+        for pid in _inside(self.dataset):
+            yield f"process {pid} still has a mount of a snapshot, or our client"
+        for line in Path("/proc/self/mountinfo").read_text().splitlines():
+            if f" {self.dataset}@" in line or f" {self.dataset}/b\\040c@" in line:
+                yield f"mounted in the host: {line}"
+        if self.tree.exists():
+            yield f"{self.tree} is left"
+
+    def _left_locked(self) -> Iterator[str]:
+        from atomtx import locks
+
+        for lock in self.state.glob("runs/*/*.lock"):
+            if locks.is_held(lock):
+                yield f"{lock} is still held"
+
+    def _wrong_copies(self, run: Mapping[str, Any] | None) -> Iterator[str]:
+        whole = list(self.copies.glob("done.*"))
+        for copy in whole:
+            found = sorted(p.read_text() for p in copy.rglob("file"))
+            if found != [str(self.moment)] * len(_CHILDREN):
+                yield f"a backup that is not of the moment {self.moment}: {found}"
+        if run is not None and run["outcome"] == "completed" and not whole:
+            yield "completed, and there is no backup"
+
+    def journal(self) -> dict[str, Any]:
+        """Return the journal's rows, and what SQLite says of the file."""
+        path = self.state / "journal.db"
+        if not path.exists():
+            return {"integrity": "ok", "runs": [], "steps": [], "moves": 0}
+        with closing(sqlite3.connect(path)) as connection:
+            connection.row_factory = sqlite3.Row
+            if connection.execute("PRAGMA user_version").fetchone()[0] == 0:
+                return {"integrity": "ok", "runs": [], "steps": [], "moves": 0}
+            query = "SELECT id, state, rev, outcome, cleanup, attempts, label FROM runs"
+            runs = [dict(row) for row in connection.execute(query + " ORDER BY started_at")]
+            steps = connection.execute("SELECT id, run, kind, outcome FROM steps").fetchall()
+            moves = connection.execute("SELECT count(*) FROM moves").fetchone()[0]
+            (integrity,) = connection.execute("PRAGMA integrity_check").fetchone()
+        return {
+            "integrity": integrity,
+            "runs": [run | {"moment": self._moment_of(run["id"])} for run in runs],
+            "steps": [dict(step) for step in steps],
+            "moves": moves,
+        }
+
+    def _moment_of(self, run: str) -> int:
+        """Return in which case a run began: it is in that case's run that it was first seen."""
+        return self._seen.setdefault(run, self.moment)
+
+
+def _inconsistencies(journal: Mapping[str, Any]) -> Iterator[str]:
+    if journal["integrity"] != "ok":
+        yield f"the journal is damaged: {journal['integrity']}"
+    for run in journal["runs"]:
+        if run["state"] != "destroyed" or not run["outcome"]:
+            yield f"run {run['id']} is not at its end: {run}"
+    for step in journal["steps"]:
+        if not step["outcome"]:
+            yield f"step {step['id']} ({step['kind']}) of run {step['run']} has no outcome"
+
+
+def _inside(dataset: str) -> list[int]:
+    """Return the processes that have a snapshot of the stage mounted apart from the host."""
+    source = dataset.replace(" ", "\\040") + "@"
+    client = f"/srv/stage{dataset.removeprefix('tank/w')}/client"
+    host = os.readlink("/proc/self/ns/mnt")
+    found, spaces = [], {host: False}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdecimal():
+            continue
+        with suppress(OSError):
+            space = os.readlink(entry / "ns/mnt")
+            if space not in spaces:
+                table = (entry / "mountinfo").read_text()
+                spaces[space] = f" {source}" in table or f" {dataset}/b\\040c@" in table
+            if spaces[space] or client in (entry / "cmdline").read_text().split("\0"):
+                found.append(int(entry.name))
+    return found
+
+
+def _tracer(crashing: Crashing, trace: Path) -> Callable[[], None]:
+    """Return what has strace attached to the process that calls it; nothing, if none is wanted."""
+    if not crashing.inject and not crashing.count:
+        return lambda: None
+    wanted = ["-e", f"inject={crashing.inject}"] if crashing.inject else []
+    calls = crashing.inject.partition(":")[0] or crashing.count
+
+    words = ["strace", "-qq", "-o", str(trace), "-e", f"trace={calls}", *wanted, "-p"]
+
+    def attach() -> None:
+        traced = str(os.getpid())
+        ready, told = os.pipe()
+        _detached(lambda: os.execvpe("strace", [*words, traced], {"PATH": _PATH}))
+        _detached(lambda: _tell_when_traced(traced, told), told)
+        os.read(ready, 1)  # of the calls that count none is made between here and the command
+        os.close(ready)
+        os.close(told)
+
+    return attach
+
+
+def _detached(work: Callable[[], object], *keep: int) -> None:
+    """Do something in a process that is nobody's child: a runner ends all that it finds."""
+    middle = os.fork()
+    if middle == 0:
+        os.setsid()
+        if os.fork() == 0:
+            for descriptor in range(3, 1024):
+                if descriptor not in keep:
+                    with suppress(OSError):
+                        os.close(descriptor)
+            work()
+        os._exit(0)
+    os.waitpid(middle, 0)
+
+
+def _tell_when_traced(pid: str, told: int) -> None:
+    while _TRACER_NONE in Path("/proc", pid, "status").read_text():
+        time.sleep(0.02)
+    os.write(told, b"!")
+    os._exit(0)
+
+
+def _calls(trace: Path) -> Iterator[str]:
+    """Return the names of the system calls in a trace."""
+    for line in trace.read_text(errors="replace").splitlines():
+        name, bracket, _ = line.partition("(")
+        if bracket and name.isidentifier():
+            yield name
+
+
+def _run_program(argv: Sequence[str]) -> None:
+    from atomtx import cli
+
+    status = 70
+    try:
+        cli.main(list(argv))
+    except SystemExit as exc:
+        status = exc.code if isinstance(exc.code, int) else 1
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        with suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+
+
+def _must(*argv: str) -> None:
+    subprocess.run(argv, check=True, stdin=subprocess.DEVNULL)
+
+
+def _lines(*argv: str) -> list[str]:
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    return done.stdout.splitlines()
