@@ -153,7 +153,7 @@ class Crash:
         name = name if self._front is None else f"runner:{name}"
         self._seen[name] += 1
         point = f"{name}#{self._seen[name]}"
-        os.write(self._points, f"{point}\n".encode())
+        os.writev(self._points, [f"{point}\n".encode()])  # write(2) is one to fail
         self._marks.write(point + note)
         if point != self._at:
             return
