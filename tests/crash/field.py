@@ -15,7 +15,7 @@ from tests.crash.cases import CALLS, Case, case, injections, kills, worst
 from tests.vm.machine import Machine
 
 HERE = Path(__file__).parent
-GUEST = (HERE.parent / "vm/points.py", HERE / "stage.py", HERE / "sweep.py")
+GUEST = (HERE.parent / "vm/points.py", *(HERE / f"{n}.py" for n in ("tracing", "stage", "sweep")))
 SCENARIOS = ("namespace", "tree")
 _KILLED = {"at": "journal:backing-up#1", "who": "all"}  # a run whose recovery resumes
 _CHUNK = 20  # cases a start of the players
