@@ -48,7 +48,10 @@ def tracer(trace: Path, *, inject: str = "", count: str = "") -> Callable[[], No
 def _detached(work: Callable[[], object], *keep: int) -> None:
     """Do something in a process that is nobody's child: a runner ends all that it finds."""
     middle = os.fork()
-    if middle == 0:
+    if middle:
+        os.waitpid(middle, 0)
+        return
+    try:
         os.setsid()
         if os.fork() == 0:
             for descriptor in range(3, 1024):
@@ -56,8 +59,8 @@ def _detached(work: Callable[[], object], *keep: int) -> None:
                     with suppress(OSError):
                         os.close(descriptor)
             work()
+    finally:
         os._exit(0)
-    os.waitpid(middle, 0)
 
 
 def _tell_when_traced(pid: str, told: int) -> None:
