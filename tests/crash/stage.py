@@ -17,6 +17,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
@@ -65,18 +66,32 @@ class Ended:
         return self.status == -signal.SIGKILL
 
 
+@dataclass(frozen=True)
+class Started:
+    """A command that is at work; its files are in *folder*."""
+
+    argv: tuple[str, ...]
+    pid: int
+    folder: Path
+
+    @property
+    def output(self) -> str:
+        return (self.folder / "output").read_text(errors="replace")
+
+
 @dataclass
 class Stage:
     """One worker's datasets and everything else that it needs."""
 
     number: int
+    pool: str = "tank"
     moment: int = 0
     violations: list[str] = field(default_factory=list)
     _seen: dict[str, int] = field(default_factory=dict)
 
     @property
     def dataset(self) -> str:
-        return f"tank/w{self.number}"
+        return f"{self.pool}/w{self.number}"
 
     @property
     def root(self) -> Path:
@@ -114,7 +129,7 @@ class Stage:
         self.recover()  # makes the journal
 
     def _tear_down(self) -> None:
-        for pid in _inside(self.dataset):
+        for pid in _inside(self.dataset, self.home):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.2)
@@ -168,21 +183,32 @@ class Stage:
 
     def run(self, argv: Sequence[str], crashing: Crashing) -> Ended:
         """Run a command of the program in a forked child, to its end."""
-        files = {name: self.home / name for name in ("output", "points", "trace")}
+        return self.wait(self.start(argv, crashing))
+
+    def start(self, argv: Sequence[str], crashing: Crashing) -> Started:
+        """Start a command of the program in a forked child."""
+        folder = Path(tempfile.mkdtemp(prefix="command-", dir=self.home))
+        files = {name: folder / name for name in ("output", "points", "trace")}
         for file in files.values():
             file.write_bytes(b"")
         sys.stdout.flush()
         pid = os.fork()
         if pid == 0:
             self._become(argv, crashing, files)
-        status = self._await(pid, argv)
-        return Ended(
-            tuple(argv),
+        return Started(tuple(argv), pid, folder)
+
+    def wait(self, started: Started) -> Ended:
+        """Wait for the end of a command, and tell how it ended."""
+        status = self._await(started.pid, started.argv)
+        ended = Ended(
+            started.argv,
             status,
-            files["output"].read_text(errors="replace"),
-            tuple(files["points"].read_text().splitlines()),
-            tuple(calls(files["trace"])),
+            started.output,
+            tuple((started.folder / "points").read_text().splitlines()),
+            tuple(calls(started.folder / "trace")),
         )
+        shutil.rmtree(started.folder)
+        return ended
 
     def _await(self, pid: int, argv: Sequence[str]) -> int:
         pidfd = os.pidfd_open(pid)
@@ -266,7 +292,7 @@ class Stage:
             yield f"not ours, but destroyed or held: {line}"
 
     def _left_in_kernel(self) -> Iterator[str]:
-        for pid in _inside(self.dataset):
+        for pid in _inside(self.dataset, self.home):
             yield f"process {pid} still has a mount of a snapshot, or our client"
         for line in Path("/proc/self/mountinfo").read_text().splitlines():
             if f" {self.dataset}@" in line or f" {self.dataset}/b\\040c@" in line:
@@ -327,10 +353,10 @@ def _inconsistencies(journal: Mapping[str, Any]) -> Iterator[str]:
             yield f"step {step['id']} ({step['kind']}) of run {step['run']} has no outcome"
 
 
-def _inside(dataset: str) -> list[int]:
+def _inside(dataset: str, home: Path) -> list[int]:
     """Return the processes that have a snapshot of the stage mounted apart from the host."""
     source = dataset.replace(" ", "\\040") + "@"
-    client = f"/srv/stage{dataset.removeprefix('tank/w')}/client"
+    client = f"{home}/client"
     host = os.readlink("/proc/self/ns/mnt")
     found, spaces = [], {host: False}
     for entry in Path("/proc").iterdir():

@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args(argv)
     cases = [json.loads(line) for line in options.cases.read_text().splitlines()]
-    _import_everything()
+    import_everything()
     source, sink = os.pipe()  # the numbers of the cases: whoever is free takes the next
     os.set_blocking(sink, False)
     os.write(sink, b"".join(n.to_bytes(2, "big") for n in range(len(cases))))
@@ -56,7 +56,8 @@ def main(argv: Sequence[str]) -> int:
     return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
 
 
-def _import_everything() -> None:
+def import_everything() -> None:
+    """Pay for the imports once, before the commands are forked."""
     import alembic.command  # noqa: F401
     import sqlalchemy.dialects.sqlite  # noqa: F401
     import transitions  # noqa: F401

@@ -12,6 +12,8 @@ points the moment it exists.  A point has the number of its occurrence:
     "start:mount#1"          mount(2) comes next; "end:mount#1" it has returned
     "runner:..."             the same, in a forked runner
 
+"#17" is whatever point comes seventeenth, "runner:#5" the fifth of a runner.
+
 WHO dies there: "front" (in the runner's points: the runner), "runner" (the front end and the
 runner), "all" (and the client with everything that it started), or "child" (the program that was
 just started, alone); "signal 2" sends the front end SIGINT instead, "machine" stands still with
@@ -158,7 +160,7 @@ class Crash:
         point = f"{name}#{self._seen[name]}"
         os.writev(self._points, [f"{point}\n".encode()])  # write(2) is one to fail
         self._marks.write(point + note)
-        if point != self._at:
+        if self._at not in (point, self._ordinal()):
             return
         if self._who.startswith("signal "):
             self._signal_later(int(self._who.removeprefix("signal ")))
@@ -171,6 +173,9 @@ class Crash:
         else:
             time.sleep(self._delay_s)
             self._kill(child)
+
+    def _ordinal(self) -> str:
+        return f"{'runner:' if self._front is not None else ''}#{self._seen.total()}"
 
     def _signal_later(self, number: int) -> None:
         """Send the front end a signal, from outside, after the delay."""

@@ -1,0 +1,26 @@
+"""Many commands at once, on real ZFS: nobody is in another's way."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from tests.vm.machine import Machine
+
+HERE = Path(__file__).parent
+JOBS = int(os.environ.get("ATOMTX_JOBS", "20"))
+FILES = ("../vm/points.py", "stage.py", "sweep.py", "world.py", "crowd_guest.py")
+
+
+def test_many_at_once(vm: Machine) -> None:
+    """
+    Twenty backups at once, of twenty jobs and of one, beside `recover` in a loop.
+
+    None is disturbed: each completes with its first attempt, or is told that its job is at work,
+    and no error of the journal reaches anybody (promise 6).
+    """
+    for file in FILES:
+        vm.put(HERE / file, f"/root/{Path(file).name}")
+    done = vm.run(f"/venv/bin/python /root/crowd_guest.py --jobs {JOBS}", check=False, timeout=7200)
+    assert done.status == 0, done.stdout + done.stderr
+    print(done.stdout)
