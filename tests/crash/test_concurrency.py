@@ -9,7 +9,7 @@ from tests.vm.machine import Machine
 
 HERE = Path(__file__).parent
 JOBS = int(os.environ.get("ATOMTX_JOBS", "20"))
-FILES = ("../vm/points.py", "stage.py", "sweep.py", "world.py", "crowd_guest.py")
+FILES = ("../vm/points.py", "tracing.py", "stage.py", "sweep.py", "world.py", "crowd_guest.py")
 
 
 def test_many_at_once(vm: Machine) -> None:

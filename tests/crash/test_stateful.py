@@ -12,9 +12,10 @@ HERE = Path(__file__).parent
 FULL = os.environ.get("ATOMTX_CRASH") == "full"
 EXAMPLES = int(os.environ.get("ATOMTX_HISTORIES", "150" if FULL else "5"))  # a worker
 STEPS = int(os.environ.get("ATOMTX_STEPS", "12" if FULL else "5"))
-SEED = int(os.environ.get("ATOMTX_SEED", random.randrange(1_000_000) if FULL else 1))
-WORKERS = 2
-FILES = ("../vm/points.py", "stage.py", "sweep.py", "world.py", "stateful_guest.py")
+SEED = int(os.environ.get("ATOMTX_SEED", random.randrange(1_000_000) if FULL else 2))
+BLOB = os.environ.get("ATOMTX_BLOB", "")  # of one history: what a failure printed
+WORKERS = 1 if BLOB else 2
+FILES = ("../vm/points.py", "tracing.py", "stage.py", "sweep.py", "world.py", "stateful_guest.py")
 
 
 def test_random_histories(vm: Machine) -> None:
@@ -27,14 +28,16 @@ def test_random_histories(vm: Machine) -> None:
     for file in FILES:
         vm.put(HERE / file, f"/root/{Path(file).name}")
     words = f"--seed {SEED} --workers {WORKERS} --examples {EXAMPLES} --steps {STEPS}"
+    if BLOB:
+        words += f" --blob {BLOB}"
     done = vm.run(
         f"cd / && /venv/bin/python /root/stateful_guest.py /root/histories {words}",
         check=False,
         timeout=600 + EXAMPLES * STEPS * 120,
     )
     log = vm.run("cat /root/histories").stdout
-    said = f"{words} (ATOMTX_SEED={SEED})\n{done.stdout}{done.stderr}\n{log}"
+    said = f"ATOMTX_SEED={SEED}: {words}\n{done.stdout}{done.stderr}\n{log}"
     assert done.status == 0, said
     settled = [line for line in log.splitlines() if "settle: [" in line]
-    assert len(settled) == WORKERS * EXAMPLES, said  # each history came to its end
+    assert len(settled) >= (1 if BLOB else WORKERS * EXAMPLES), said  # all came to their ends
     print(log)
