@@ -86,6 +86,7 @@ class Expected:
 
     taken: bool = False  # all its snapshots were seen
     excuses: set[str] = field(default_factory=set)  # why it may end without a backup
+    outcome: str | None = None  # once it is known, it stands
 
 
 class History(RuleBasedStateMachine):
@@ -363,10 +364,13 @@ class History(RuleBasedStateMachine):
         assert not found, "\n".join(found)
 
     def _wrong(self, row: Row, copied: set[tuple[str, int]]) -> list[str]:
+        expected = self.expected[row.id]
+        if expected.outcome not in (None, row.outcome):
+            return [f"its outcome was {expected.outcome}: {row}"]
+        expected.outcome = row.outcome
         if row.outcome == "completed":
             there = (row.job, row.moment) in copied
             return [] if there else [f"completed, and there is no backup: {row}"]
-        expected = self.expected[row.id]
         must = expected.taken and not expected.excuses and row.attempts < _MAX_ATTEMPTS
         if row.outcome is not None and must:
             return [f"could have been completed: {row}"]

@@ -204,8 +204,13 @@ class World(Stage):
         yield from self._disorder_in_kernel(opened)
 
     def _disorder_in_journal(self, rows: list[Row]) -> Iterator[str]:
-        if self.journal()["integrity"] != "ok":
-            yield f"the journal is damaged: {self.journal()['integrity']}"
+        journal = self.journal()
+        if journal["integrity"] != "ok":
+            yield f"the journal is damaged: {journal['integrity']}"
+        ended = {row.id for row in rows if not row.is_open}
+        for step in journal["steps"]:
+            if step["run"] in ended and not step["outcome"]:
+                yield f"ended, but a step has no outcome: {step}"
         for job in (TREE, NAMESPACE):
             active = [row for row in rows if row.job == job and row.is_open and not row.parked]
             if len(active) > 1:
