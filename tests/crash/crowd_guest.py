@@ -143,8 +143,10 @@ def main(argv: Sequence[str]) -> int:
         statuses = Counter(ended.status for ended in play(crowd, count))
         passed = time.monotonic() - begun
         print(f"{passed:6.1f} s  {name}: {statuses}, recoveries {crowd.recoveries}", flush=True)
-    print(*crowd.violations, sep="\n")
-    return 1 if crowd.violations else 0
+        if crowd.violations:
+            print(*crowd.violations, sep="\n")
+            return 1
+    return 0
 
 
 def many_jobs(crowd: Crowd, count: int) -> list[Ended]:
