@@ -30,7 +30,9 @@ from .errors import (
 )
 from .statedir import sync_directory
 
-BUSY_TIMEOUT_MS = 30_000
+# SQLite's waiters poll, so one of many may lose every time: 20 backups at once on a slow machine
+# starved some for over 30 s.  No transaction waits for anything, so the queue ends.
+BUSY_TIMEOUT_MS = 600_000
 _FULL_BYTES = 65_536  # less room than this is none
 UPGRADE_WAIT_S = 10.0
 RESERVE_BYTES = 65_536  # free pages, so that a full disk does not stop an undo from being recorded
