@@ -273,7 +273,8 @@ class History(RuleBasedStateMachine):
         for (what, _, crash, moment), each in zip(commands, ended, strict=True):
             last = each.points[-1] if each.points else ""
             wish = f" {crash.who} at {crash.at}" if crash.at else ""
-            self.world.say(f"{what}{wish}{' ' + killed if killed else ''}: {each.status} {last}")
+            name = " ".join(each.argv) if what == "recover" else what
+            self.world.say(f"{name}{wish}{' ' + killed if killed else ''}: {each.status} {last}")
             self.world.check_disturbed(each)
             new = [r for r in rows.values() if r.id not in before and what == r.job]
             in_the_way = what != "recover" and (words.count(what) > 1 or "recover" in words)
