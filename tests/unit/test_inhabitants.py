@@ -149,3 +149,20 @@ def test_following_namespace(tmp_path: Path) -> None:
         assert len(mounted()) == 2
         """,
     )
+
+
+@as_root
+def test_marker_that_all_see(tmp_path: Path) -> None:
+    """A marker proves who lives in a namespace, unless somebody mounts its like for all to see."""
+    inside(
+        tmp_path,
+        """
+        token = "atomtx-00000000000000aa"
+        mine = unshared("slave", f"mount -t tmpfs {token} {place}; echo ready; exec sleep 60")
+        other = unshared("slave", "echo ready; exec sleep 60")
+        assert inhabitants.of(token) == [mine]
+        os.mkdir(top + "/b")
+        namespace.mount(token, top + "/b", "tmpfs", 0)
+        assert inhabitants.of(token) == []
+        """,
+    )

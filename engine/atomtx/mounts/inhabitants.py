@@ -20,8 +20,11 @@ def of(token: str) -> list[int]:
 
     It shows the marker, a mount with the token as its source.  A mounted snapshot of the run
     would prove nothing: what somebody mounts on the host, or looks at in `.zfs/snapshot`, is
-    seen in the namespace of every service as well, and these processes are ended.
+    seen in the namespace of every service as well, and these processes are ended.  For the same
+    reason a mount with the token as its source that we see ourselves makes the marker worthless.
     """
+    if any(entry.source == token for entry in mountinfo.read()):
+        return []
     return [
         pid
         for pids, table in _foreign_namespaces()
