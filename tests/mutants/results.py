@@ -1,0 +1,76 @@
+"""What was found out so far, kept so that the work of hours can be stopped and goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .trial import CHECKOUT, WORK, Verdict
+
+_FILE = WORK / "results.json"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A mutant, and the tests that are asked about it."""
+
+    group: str
+    key: str
+    files: Mapping[str, str]  # path and text of what is mutated
+    tests: tuple[str, ...]
+    in_machine: bool = False
+
+
+class Results:
+    """The verdicts by mutant; one holds until the mutant, or the tests that decided, change."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._rows: dict[str, dict[str, Any]] = {}
+        if _FILE.exists():
+            self._rows = json.loads(_FILE.read_text())
+
+    def of(self, trial: Trial) -> Verdict | None:
+        """Return the verdict that still holds, if there is one."""
+        row = self._rows.get(trial.key)
+        if row is None or row["mutant"] != _sha(json.dumps(sorted(trial.files.items()))):
+            return None
+        killer: str | None = row["killer"]
+        if killer is None and row["tests"] != _tests(trial.tests):
+            return None
+        return Verdict(killer) if killer is None or _is_there(killer) else None
+
+    def note(self, trial: Trial, verdict: Verdict) -> None:
+        """Keep a verdict."""
+        with self._lock:
+            self._rows[trial.key] = {
+                "mutant": _sha(json.dumps(sorted(trial.files.items()))),
+                "tests": _tests(trial.tests),
+                "killer": verdict.killer,
+            }
+            WORK.mkdir(exist_ok=True)
+            new = _FILE.with_suffix(".new")
+            new.write_text(json.dumps(self._rows, indent=0))
+            new.replace(_FILE)
+
+
+def _sha(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _tests(words: Sequence[str]) -> str:
+    texts = [(CHECKOUT / word.split("::")[0], word) for word in words]
+    return _sha("".join(p.read_text() if p.is_file() else word for p, word in texts))
+
+
+def _is_there(killer: str) -> bool:
+    """Tell whether the test that found it still exists; what is no test, such as a hang, does."""
+    path, _, name = killer.partition("::")
+    file = CHECKOUT / path
+    if not name:
+        return killer.startswith("(") or file.is_file()
+    return file.is_file() and f"def {name.split('[')[0]}(" in file.read_text()

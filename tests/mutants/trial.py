@@ -1,0 +1,102 @@
+"""
+One trial: the program with a mutant in it, and the tests that should see it.
+
+The tests run on a copy, in namespaces of their own for processes and mounts: a mutant may kill
+or unmount what it should not, and what it leaves behind is gone when the trial ends.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+WORK = CHECKOUT / ".mutants"
+_COPIED = ("engine", "migrations", "tests", "pyproject.toml", "alembic.ini")
+# Mounts made inside are not seen outside, and are shared inside, as on a machine.
+_CONFINED = (
+    *("unshare", "--pid", "--fork", "--kill-child", "--mount", "--propagation", "slave"),
+    *("--mount-proc", "--", "sh", "-c", 'mount --make-rshared / && "$@"; exit $?', "sh"),
+)
+_PYTEST = (
+    *("-m", "pytest", "-x", "-q", "--no-header", "--tb=line", "-rfE"),
+    *("-p", "no:cacheprovider", "-p", "no:xdist"),
+)
+# What a test waits for at most: a mutant often makes it wait in vain.
+_PATIENCE = ("PATIENCE_S = 60.0", "PATIENCE_S = 15.0")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a mutant: *killer* is the first test that failed, None if none did."""
+
+    killer: str | None
+    seconds: float = 0.0
+
+
+class Bench:
+    """A copy of the checkout in which one mutant after the other is tried."""
+
+    def __init__(self, name: str) -> None:
+        self.path = WORK / "work" / name
+        shutil.rmtree(self.path, ignore_errors=True)
+        self.path.mkdir(parents=True)
+        for each in _COPIED:
+            source = CHECKOUT / each
+            copy = shutil.copytree if source.is_dir() else shutil.copy
+            copy(source, self.path / each)
+        for test in (self.path / "tests").rglob("test_*.py"):
+            test.write_text(test.read_text().replace(*_PATIENCE))
+
+    def try_(self, files: Mapping[str, str], tests: Sequence[str], timeout_s: float) -> Verdict:
+        """Put *files* (path and text) in, run *tests* until one fails, and take them out again."""
+        before = {path: (self.path / path).read_text() for path in files}
+        try:
+            for path, text in files.items():
+                (self.path / path).write_text(text)
+            return self._run(tests, timeout_s)
+        finally:
+            for path, text in before.items():
+                (self.path / path).write_text(text)
+
+    def _run(self, tests: Sequence[str], timeout_s: float) -> Verdict:
+        env = {
+            **os.environ,
+            "PYTHONPATH": f"{self.path}/engine:{self.path}",
+            # Python tells a stale .pyc by size and second: two mutants can have the same.
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "TMPDIR": str(WORK),
+        }
+        argv = [*_CONFINED, sys.executable, *_PYTEST, f"--basetemp={self.path}/tmp", *tests]
+        with subprocess.Popen(
+            argv,
+            cwd=self.path,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        ) as child:
+            try:
+                out, _ = child.communicate(timeout=timeout_s)
+            except subprocess.TimeoutExpired:
+                os.killpg(child.pid, signal.SIGKILL)
+                child.communicate()
+                return Verdict("(no end within the time)")
+        return Verdict(None if child.returncode == 0 else _killer(out))
+
+
+def _killer(out: str) -> str:
+    """Return the test that failed first, or how pytest ended without one."""
+    for line in out.splitlines():
+        if line.startswith(("FAILED ", "ERROR ")):
+            return line.split(" ", 1)[1].split(" - ")[0]
+    return f"(pytest: {(out.strip().splitlines() or ['no output'])[-1]})"
