@@ -8,7 +8,7 @@ PYTEST_ARGUMENTS ?= --numprocesses 2 --dist loadfile
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: help test lint unit vm demo bench clean clean-vm
+.PHONY: help test lint unit vm demo bench crash-full clean clean-vm
 
 help:
 	@echo 'make test      every check and every test, the virtual machine too (root, Go)'
@@ -17,6 +17,7 @@ help:
 	@echo 'make vm        start the virtual machine for work by hand'
 	@echo 'make demo      a backup, a kill, a recovery and a restore, with real ZFS and restic'
 	@echo 'make bench     measure a run beside the bare commands (SIZES="1 20" ROUNDS=1: less of it)'
+	@echo 'make crash-full  every crash point, pair and system call, power cuts: hours; it resumes'
 	@echo 'make clean     remove what these made in this folder; clean-vm: and the machine'
 
 test: lint
@@ -39,6 +40,10 @@ demo: $(READY)
 
 bench: $(READY)
 	$(BIN)/python tests/bench/bench.py
+
+crash-full: $(READY)
+	$(BIN)/python -m tests.crash.full
+	ATOMTX_CRASH=full $(BIN)/pytest tests/crash tests/vm/test_power_cut.py tests/vm/test_power_cut_run.py
 
 $(READY): pyproject.toml
 	@PYTHON=$(PYTHON) tests/vm/needs.sh $(PYTHON) venv

@@ -22,6 +22,10 @@ _MOUNT_S = 600.0  # a thousand mounts on a slow machine take a minute
 _LOOK_S = 0.5
 
 
+class RunnerKilledError(EffectError):
+    """Nothing is wrong with the run: another runner can do it."""
+
+
 class Errand:
     """One attempt's runner, started by this process."""
 
@@ -44,13 +48,22 @@ class Errand:
             self._control.sendall(task.to_json().encode() + b"\n")
 
     def mounted(self) -> frozenset[str]:
-        """Wait until everything is mounted; return the mountpoints that are empty."""
+        """
+        Wait until everything is mounted; return the mountpoints that are empty.
+
+        Raises RunnerKilledError where the runner was killed, EffectError for any other failure.
+        """
         self._control.settimeout(_MOUNT_S)
         try:
             line = self._answers.readline()
         except TimeoutError as exc:
             raise EffectError(f"the mounts were not made within {_MOUNT_S:.0f} s") from exc
+        except ConnectionError:  # it died before it had read its task: unix(7), ECONNRESET
+            line = b""
         if not line:
+            number = -self.reap()
+            if number > 0:
+                raise RunnerKilledError(f"the runner was killed by signal {number}")
             raise EffectError(f"the runner died: {self._last_words()}")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
@@ -81,10 +94,11 @@ class Errand:
         self._control.close()
         self.reap()
 
-    def reap(self) -> None:
-        """Wait for the runner's end."""
+    def reap(self) -> int:
+        """Wait for the runner's end; return its status, minus a signal; 0 if it was known."""
         with suppress(ChildProcessError):
-            os.waitpid(self.pid, 0)
+            return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return 0
 
 
 def _open_log(folder: RunFolder) -> int:

@@ -219,7 +219,10 @@ class Executor:
             tree.make(intent.mounts, intent.directories)
         env = _environment(run.plan.client)
         self._errand = errand.Errand(task, self._folder, env=env, front=self._front)
-        empty = self._errand.mounted()
+        try:
+            empty = self._errand.mounted()
+        except errand.RunnerKilledError as exc:
+            return self._mount_again(run, exc)
         roots = {
             m.mountpoint: v.mountpoint for m, v in zip(intent.mounts, run.volumes, strict=True)
         }
@@ -232,6 +235,13 @@ class Executor:
             change.intend(RunClient(run.plan.client.name, launch.commands, launch.cwd))
             change.fire(Event.VOLUMES_MOUNTED)
         return self._journal.load(run.id)
+
+    def _mount_again(self, run: Run, exc: errand.RunnerKilledError) -> Run:
+        self._dismiss()
+        if run.attempts >= MAX_ATTEMPTS + run.plan.retries:
+            raise exc
+        self._tell.warn(f"{exc.message}; the snapshots are mounted again")
+        return self.resume(run)
 
     def _mount_intent(self, run: Run) -> MountVolumes:
         mounts = plan.mounts(run.plan)

@@ -35,6 +35,9 @@ from .statedir import RunFolder
 from .states import Event, Outcome
 from .volumes.zfs import Zfs
 
+_COMMAND_S = 60.0
+_LOOK_S = 0.2
+
 
 class Patience(Enum):
     """What to do with a runner that lives."""
@@ -100,12 +103,31 @@ class Settler:
         """
         run = self._journal.load(run.id)  # no folder is made for one that was forgotten
         folder = RunFolder.of(self._journal.state, run.id).make()
+        if self._patience is not Patience.LEAVE:
+            self._await_command(folder)
         with front(folder) as lock:
             if lock is None:
                 return Settled(run, recovery.decide(run, Probes(front_alive=True), self._wish()))
             # Somebody may have settled it between our look and our lock.
             run = self._journal.load(run.id)
             return self._settle_locked(run, folder, lock)
+
+    def _await_command(self, folder: RunFolder) -> None:
+        """
+        Wait for the `zfs` command of a killed front end: it is never killed, and holds lock F.
+
+        Not for ever, because one in a suspended pool does not end.
+        """
+        end = time.monotonic() + _COMMAND_S
+        told = False
+        while locks.is_held(folder.front_lock) and time.monotonic() < end:
+            holders = locks.holders(folder.front_lock)
+            if not holders or any(p.command not in ("zfs", "zpool") for p in holders):
+                return
+            if not told:
+                self._tell.step(f"waiting for the end of {holders[0]}, whose atomtx was killed")
+                told = True
+            self._interrupts.sleep(_LOOK_S)
 
     def decide(self, run: Run) -> Decision:
         """Return what `settle` would do first, changing nothing."""

@@ -64,7 +64,7 @@ def prepare(path: Path) -> Path:
     """
     hint = "set ATOMTX_STATE_DIR to a directory of root's on a local disk"
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _make(path)
         info = path.stat()
     except OSError as exc:
         raise UserError(
@@ -85,12 +85,20 @@ def prepare(path: Path) -> Path:
     try:
         if stat.S_IMODE(info.st_mode) & 0o077:
             path.chmod(0o700)
-        (path / "runs").mkdir(mode=0o700, exist_ok=True)
+        _make(path / "runs")
         os.utime(path)  # mkdir(2) finds no fault where there is nothing to make
     except OSError as exc:
         if exc.errno not in _FULL or not (path / "runs").is_dir():
             raise _not_written(path, exc) from exc
     return path
+
+
+def _make(path: Path) -> None:
+    """Make a directory, with its parents; the names of new ones are durable on return."""
+    new = [each for each in (path, *path.parents) if not each.exists()]
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for each in new:
+        sync_directory(each.parent)
 
 
 def _not_written(path: Path, cause: OSError) -> AtomtxError:

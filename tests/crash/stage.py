@@ -138,7 +138,16 @@ class Stage:
             shutil.rmtree(copy)
 
     def change_live_files(self) -> None:
-        """A backup of these is not one of the moment."""
+        """
+        Change what a run may not read any more: a backup of it is not one of the moment.
+
+        A killed front end's `zfs snapshot` is let go on to its end first.
+        """
+        from atomtx import locks
+
+        for lock in self.state.glob("runs/*/front.lock"):
+            while any(p.command == "zfs" for p in locks.holders(lock)):
+                time.sleep(0.1)
         self._write("live")
 
     def _write(self, text: str) -> None:

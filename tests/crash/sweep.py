@@ -102,9 +102,15 @@ def play(stage: Stage, case: Mapping[str, Any]) -> dict[str, Any]:
         ended.append(_disturbed(stage, case["recover"], stage.recover))
     ended += stage.settle()
     run = stage.check()
+    outcome = run and run["outcome"]
+    if ended[0].status == 0 and outcome != "completed":
+        stage.violations.append(f"backup said that it was done: {outcome}")
+    failed = any("error=" in case.get(which, {}).get("inject", "") for which in ("run", "recover"))
+    if "journal:snapshotted#1" in ended[0].points and not failed and outcome != "completed":
+        stage.violations.append(f"the moment was there, and nothing but kills happened: {outcome}")
     return {
         "ended": [[e.argv[0], e.status, e.points, e.calls] for e in ended],
-        "outcome": run and run["outcome"],
+        "outcome": outcome,
         "attempts": run and run["attempts"],
         "violations": stage.violations,
     }

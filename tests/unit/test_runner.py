@@ -21,7 +21,7 @@ import atomtx
 from atomtx import clients, errand, locks, output
 from atomtx.cli import backup
 from atomtx.clients import Backup, End, Moment
-from atomtx.errand import Errand
+from atomtx.errand import Errand, RunnerKilledError
 from atomtx.errors import EffectError
 from atomtx.intents import Mount
 from atomtx.output import Lines, Log
@@ -355,6 +355,16 @@ def test_runner_that_dies(stage: Stage) -> None:
     with pytest.raises(EffectError, match=r"the runner died: IsADirectoryError"):
         started.mounted()
     started.dismiss()
+
+
+@as_root
+def test_runner_that_is_killed(stage: Stage) -> None:
+    """A killed runner is told apart from one that failed: another one can do it."""
+    started = stage.start(("true",))
+    os.kill(started.pid, signal.SIGKILL)
+    with pytest.raises(RunnerKilledError, match="the runner was killed by signal 9"):
+        started.mounted()
+    assert started.reap() == 0  # known already
 
 
 @as_root

@@ -59,6 +59,17 @@ def test_prepare(tmp_path: Path) -> None:
     assert stat.S_IMODE((path / "runs").stat().st_mode) == 0o700
 
 
+def test_prepare_is_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The names of all directories that are made are flushed, and nothing is where none is made."""
+    synced: list[Path] = []
+    monkeypatch.setattr(statedir, "sync_directory", synced.append)
+    prepare(tmp_path / "a" / "b")
+    assert sorted(synced) == [tmp_path, tmp_path / "a", tmp_path / "a" / "b"]
+    synced.clear()
+    prepare(tmp_path / "a" / "b")
+    assert synced == []
+
+
 def test_loose_mode(tmp_path: Path) -> None:
     """A directory that others may look into is closed to them."""
     path = tmp_path / "state"

@@ -76,6 +76,7 @@ class Crash:
         self._seen: Counter[str] = Counter()
         self._folder: Path | None = None
         self._front: int | None = None  # in a forked runner, its front end
+        self._runners = 0
 
     def install(self) -> None:
         """Put the points around what changes the machine."""
@@ -85,9 +86,11 @@ class Crash:
             self._around(name, owner, attribute)
 
     def in_runner(self) -> None:
-        """Go on as the runner: its points are numbered anew."""
+        """Go on as the runner: its points are numbered anew; only the first runner is killed."""
         self._front = os.getppid()
         self._seen.clear()
+        if self._runners > 1:
+            self._at = ""
 
     def _around_transactions(self) -> None:
         from atomtx import journal
@@ -153,7 +156,7 @@ class Crash:
         name = name if self._front is None else f"runner:{name}"
         self._seen[name] += 1
         point = f"{name}#{self._seen[name]}"
-        os.write(self._points, f"{point}\n".encode())
+        os.writev(self._points, [f"{point}\n".encode()])  # write(2) is one to fail
         self._marks.write(point + note)
         if point != self._at:
             return
@@ -245,11 +248,12 @@ def fork_runner(crash: Crash, prepare: Callable[[], None] = lambda: None) -> Non
     """
     Have runners forked from the front end: their imports are paid already.
 
-    *prepare* is called in each before its first line.
+    *prepare* is called in the first, before its first line.
     """
     from atomtx import process, runner
 
     def spawn_runner(*, control: int, front: int, stderr: int, env: Mapping[str, str]) -> int:
+        crash._runners += 1
         pid = os.fork()
         if pid == 0:
             with _ends_here():
@@ -259,7 +263,8 @@ def fork_runner(crash: Crash, prepare: Callable[[], None] = lambda: None) -> Non
                 os.environ.clear()
                 os.environ.update(env)
                 os.chdir("/")
-                prepare()
+                if crash._runners == 1:
+                    prepare()
                 os._exit(runner.main(*descriptors))
         crash.pass_("start:runner", child=pid)
         return pid

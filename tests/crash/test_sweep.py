@@ -1,0 +1,65 @@
+"""
+A sample of the crash sweep; `make crash-full` has all of it (full.py).
+
+Every case is derived from what a recorded run passed.  After each, recover settles; then nothing
+is left or lost, and what is said to be done is done (stage.py, `check`).
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from tests.crash.cases import Case, injections, sample
+from tests.crash.field import SCENARIOS, Field, violations
+
+SEED = int(os.environ.get("ATOMTX_CRASH_SEED", "2026"))
+
+
+def _cases(field: Field, level: str, scenario: str) -> list[Case]:
+    if level == "P1":
+        return field.first(scenario)
+    return [c for c in field.injected(scenario) if c["id"].startswith(level)]
+
+
+@pytest.mark.parametrize(
+    ("level", "scenario", "count"),
+    [("P1", "namespace", 18), ("P1", "tree", 10), ("P2", "namespace", 8), ("P3", "namespace", 12)],
+)
+def test_disturbed_once(field: Field, level: str, scenario: str, count: int) -> None:
+    """P1: killed at a point. P2: killed by a system call. P3: a system call fails."""
+    results = field.play(sample(_cases(field, level, scenario), count, SEED))
+    assert violations(results) == []
+    assert any(result.outcome == "completed" for result in results)
+    if level != "P3":
+        assert all(any(e[1] == -9 for e in r.ended) for r in results if " front" in r.id)
+
+
+def test_recovery_is_disturbed_too(field: Field) -> None:
+    """P4: a run is killed, its recovery is killed, and the next one settles it."""
+    runs = sample(field.first("namespace"), 6, SEED)
+    field.play(runs)
+    cases = [case for run in runs for case in field.again(run)]
+    results = field.play(sample(cases, 8, SEED))
+    assert violations(results) == []
+
+
+def test_points_are_found(field: Field) -> None:
+    """Every state of a run, every program and every mount of it has its points."""
+    for scenario in SCENARIOS:
+        points = field.points(scenario)
+        for state in ("planned", "snapshotted", "mounted", "backing-up", "unmounting", "destroyed"):
+            assert {f"before:{state}#1", f"journal:{state}#1"} <= set(points)
+        assert {"start:zfs snapshot#1", "end:zfs program#1", "runner:end:mount#2"} <= set(points)
+
+
+def test_calls_are_counted() -> None:
+    """One case for each occurrence of a call, and for each way in which it can go wrong."""
+    found = [wish["inject"] for wish in injections(["mkdir", "vfork", "mkdir"], "front")]
+    assert found == [
+        *(f"mkdir:{how}:when={n}" for how in ("signal=KILL", "error=EIO") for n in (1, 2)),
+        *(f"mkdir:error=ENOSPC:when={n}" for n in (1, 2)),
+        "vfork:signal=KILL:when=1",
+        "vfork:error=EAGAIN:when=1",
+    ]
