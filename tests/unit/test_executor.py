@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from atomtx.errors import (
     WaitingError,
 )
 from atomtx.journal import Journal
+from atomtx.mounts import namespace
 from atomtx.recovery import MAX_ATTEMPTS, Resume, RollBack, RollForward
 from atomtx.statedir import RunFolder
 from tests.scene import NOW, Ended, Scene
@@ -354,16 +356,37 @@ def test_snapshots_that_are_not_ours(scene: Scene, faults: dict[str, str], reaso
     assert scene.zfs("hold") == []
 
 
-def test_dead_runner(scene: Scene) -> None:
-    """A runner that dies while it mounts is a reason to give up: nothing is left."""
+def test_runner_killed_on_the_way(scene: Scene) -> None:
+    """A runner that is killed while it mounts costs an attempt: another one mounts again."""
+    ended = scene.backup(scene.plan(*SETS), "runner:start:mount#3")
+    check_completed(scene, ended, attempts=2)
+    words = "the runner was killed by signal 9; the snapshots are mounted again"
+    assert words in ended.said("warn")
+    assert len(scene.calls()) == 1
+
+
+@pytest.mark.parametrize("retries", [0, 1])
+def test_runners_killed_on_the_way(scene: Scene, retries: int) -> None:
+    """Section 3: these attempts are bounded, too; then the run has failed, and nothing is left."""
+    scene.changes.append(lambda: setattr(namespace, "enter", _kill_myself))
+    ended = scene.backup(scene.plan(*SETS, retries=retries))
+    check_failed(scene, ended, "the runner was killed by signal 9")
+    assert run_of(scene)["attempts"] == MAX_ATTEMPTS + retries
+    assert scene.calls() == []
+
+
+def _kill_myself() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_runner_that_fails(scene: Scene) -> None:
+    """A runner that cannot do its work tells why: that is a reason to give up."""
     the_plan = scene.plan(*SETS)
-    point = "runner:start:mount#3"
-    ended = scene.backup(the_plan, point)
-    check_failed(scene, ended, "the runner died: it said nothing")
-    assert moves(scene)[1:] == [
-        ("unmounting", "the runner died: it said nothing"),
-        ("destroyed", None),
-    ]
+    client = replace(the_plan.client, cwd="/nonexistent")
+    ended = scene.backup(replace(the_plan, client=client))
+    reason = "cannot work in /nonexistent: No such file or directory at that moment"
+    hint = "run atomtx from a directory that was there when the snapshot was taken"
+    check_failed(scene, ended, f"{reason} ({hint})")
 
 
 # -- how the client ended --------------------------------------------------------------------
@@ -594,7 +617,7 @@ def test_interrupted(scene: Scene, point: str) -> None:
 
 def test_interrupted_too_late(scene: Scene) -> None:
     """A client that ends well in spite of a signal has made its backup: it stands."""
-    scene.behave("trap 'touch $home/told' TERM; while ! test -e $home/told; do sleep 0.1; done")
+    scene.behave("trap 'touch $home/told' TERM; while ! test -e $home/told; do sleep 0.1 || :; done")
     ended = scene.backup(scene.plan(*SETS), "journal:backing-up#1", "signal 15", delay_s=1)
     check_completed(scene, ended)
     assert ended.interrupted == "interrupted by SIGTERM"
@@ -602,12 +625,40 @@ def test_interrupted_too_late(scene: Scene) -> None:
 
 def test_interrupted_by_failure(scene: Scene) -> None:
     """A client that fails because it was stopped is no failure of the run."""
-    scene.behave("trap 'exit 75' TERM; while :; do sleep 0.1; done")
+    scene.behave("trap 'exit 75' TERM; while :; do sleep 0.1 || :; done")
     the_plan = scene.plan(*SETS, client="played", retries=3)
     ended = scene.backup(the_plan, "journal:backing-up#1", "signal 15", delay_s=1)
     assert ended.run
     assert (ended.run.outcome, ended.run.reason) == ("rolled-back", "interrupted by SIGTERM")
     assert ended.said("sleep") == []
+
+
+def test_interrupted_at_go(scene: Scene) -> None:
+    """
+    A signal that comes as the client is let go stops it, as a later one does.
+
+    Nobody waits for its end in vain, which may take hours.
+    """
+    scene.behave("sleep 5")
+    scene.changes.append(_interrupt_at_go)
+    the_plan = scene.plan(*SETS)
+    ended = scene.backup(the_plan)
+    assert ended.run
+    assert (ended.run.outcome, ended.run.reason) == ("rolled-back", "interrupted by SIGINT")
+    assert scene.left() == []
+    assert scene.copies() == []
+    log = RunFolder.of(scene.state, the_plan.run).log.read_text()
+    assert "asked to stop by SIGINT" in log
+
+
+def _interrupt_at_go() -> None:
+    go = executor.errand.Errand.go
+
+    def interrupted(self: executor.errand.Errand) -> None:
+        go(self)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    executor.errand.Errand.go = interrupted  # type: ignore[method-assign]
 
 
 # -- the journal -----------------------------------------------------------------------------
