@@ -126,9 +126,7 @@ def _hold(pool: dict[str, Any], verb: str, tag: str, names: list[str]) -> int:
     return status
 
 
-def _program(
-    pool: dict[str, Any], verb: str, run: str, words: list[str], fault: str | None
-) -> int:
+def _program(pool: dict[str, Any], verb: str, run: str, words: list[str], fault: str | None) -> int:
     """Answer as destroy.lua does."""
     answers = [
         _judge(pool, verb, run, *words[i : i + 3], fault=fault) for i in range(0, len(words), 3)
@@ -171,4 +169,3 @@ def _is_mounted(name: str) -> bool:
 def stored(snapshot: str) -> Path:
     """Return where the files of a snapshot are kept."""
     return HOME / "frozen" / snapshot.replace("/", "%")
-

@@ -114,9 +114,9 @@ class Scene:
         self.client = str(self._script("client", _CLIENT.format(home=home)))
         tests = str(Path(fakezfs.__file__).parent)
         for name in ("zfs", "zpool"):
-            program = f"import sys; sys.path.insert(0, {tests!r}); import fakezfs\n"
-            text = f"#!{sys.executable} -SEB\n{program}sys.exit(fakezfs.main({name!r}, sys.argv[1:]))\n"
-            self._script(f"bin/{name}", text)
+            program = f"import sys; sys.path.insert(0, {tests!r}); import fakezfs"
+            main = f"sys.exit(fakezfs.main({name!r}, sys.argv[1:]))"
+            self._script(f"bin/{name}", f"#!{sys.executable} -SEB\n{program}\n{main}\n")
 
     def _script(self, name: str, text: str) -> Path:
         path = self.home / name
@@ -250,7 +250,7 @@ class Scene:
         path = f"{self.home}/bin:{process.BASE_ENVIRONMENT['PATH']}"
         process.BASE_ENVIRONMENT |= {"PATH": path, "FAKE_ZFS": str(self.home)}
         clients.KNOWN = {**clients.KNOWN, "played": "tests.scene:Played"}
-        namespace.mount = _mount  # type: ignore[assignment]
+        namespace.mount = _mount
         for change in self.changes:
             change()
         crash.install()
@@ -304,7 +304,7 @@ class Scene:
 
 
 def _words(interrupted: Interrupted | None) -> str | None:
-    return interrupted and interrupted.message
+    return interrupted.message if interrupted else None
 
 
 class _Interrupts(Interrupts):

@@ -11,14 +11,11 @@ from typing import Any
 
 from .trial import CHECKOUT, WORK, Verdict
 
-_FILE = WORK / "results.json"
-
 
 @dataclass(frozen=True)
 class Trial:
     """A mutant, and the tests that are asked about it."""
 
-    group: str
     key: str
     files: Mapping[str, str]  # path and text of what is mutated
     tests: tuple[str, ...]
@@ -26,13 +23,14 @@ class Trial:
 
 
 class Results:
-    """The verdicts by mutant; one holds until the mutant, or the tests that decided, change."""
+    """The verdicts of a group; one holds until the mutant, or the tests that decided, change."""
 
-    def __init__(self) -> None:
+    def __init__(self, group: str) -> None:
+        self._file = WORK / f"results-{group}.json"
         self._lock = threading.Lock()
         self._rows: dict[str, dict[str, Any]] = {}
-        if _FILE.exists():
-            self._rows = json.loads(_FILE.read_text())
+        if self._file.exists():
+            self._rows = json.loads(self._file.read_text())
 
     def of(self, trial: Trial) -> Verdict | None:
         """Return the verdict that still holds, if there is one."""
@@ -53,9 +51,9 @@ class Results:
                 "killer": verdict.killer,
             }
             WORK.mkdir(exist_ok=True)
-            new = _FILE.with_suffix(".new")
+            new = self._file.with_suffix(".new")
             new.write_text(json.dumps(self._rows, indent=0))
-            new.replace(_FILE)
+            new.replace(self._file)
 
 
 def _sha(text: str) -> str:

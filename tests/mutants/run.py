@@ -19,33 +19,31 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from .focus import MODULES, tests_of
 from .generated import mutants_of
 from .results import Results, Trial
 from .seeded import seeded
 from .survivors import listed
 from .trial import Bench, Verdict
 
-# Which tests are asked about which module, the fastest first.
-_RUNNER = ("tests/unit/test_runner.py", "-k", "not test_lines and not round_trip and not test_log")
-TESTS = {
-    "recovery": ("tests/unit/test_recovery.py",),
-    "locks": ("tests/unit/test_locks.py", "tests/unit/test_probing.py"),
-    "supervisor": _RUNNER,
-    "runner": _RUNNER,
-    "executor": ("tests/unit/test_executor.py",),
-}
-_TIMEOUT_S = 240.0
+_TIMEOUT_S = 300.0
 
 
 def main() -> int:
     options = _options()
-    groups = options.groups or ["seeded", *TESTS]
-    results = Results()
-    trials = [t for group in groups for t in _trials(group) if options.match in t.key]
-    if not options.show:
-        _prove_whole(trials)
-        _try_all([t for t in trials if results.of(t) is None], results, options.jobs)
-    return _report(trials, results)
+    wrong: list[str] = []
+    rows: list[str] = []
+    for group in options.groups or ["seeded", *MODULES]:
+        results = Results(group)
+        trials = [t for t in _trials(group) if options.match in t.key]
+        todo = [t for t in trials if results.of(t) is None]
+        if todo and not options.show:
+            _prove_whole(group, todo)
+            _try_all(group, todo, results, options.jobs)
+        rows.append(_row(group, trials, results, wrong))
+    print("\n| group | mutants | found | listed survivors | not found | not tried |")
+    print("| --- | --- | --- | --- | --- | --- |", *rows, "", *wrong, sep="\n")
+    return 1 if wrong else 0
 
 
 def _options() -> argparse.Namespace:
@@ -62,24 +60,24 @@ def _trials(group: str) -> list[Trial]:
     if group == "seeded":
         return seeded()
     return [
-        Trial(group, mutant.key, {mutant.path: mutant.source}, TESTS[group])
+        Trial(mutant.key, {mutant.path: mutant.source}, tests_of(group, mutant.function))
         for mutant in mutants_of(group)
     ]
 
 
-def _prove_whole(trials: Sequence[Trial]) -> None:
+def _prove_whole(group: str, trials: Sequence[Trial]) -> None:
     """See that the tests pass without a mutant: else each of them would seem to be found."""
-    bench = Bench("whole")
+    bench = Bench(f"{group}-whole")
     for tests in sorted({t.tests for t in trials if not t.in_machine}):
         verdict = bench.try_({}, tests, _TIMEOUT_S)
         if verdict.killer:
             raise SystemExit(f"without any mutant, {verdict.killer} fails")
 
 
-def _try_all(trials: Sequence[Trial], results: Results, jobs: int) -> None:
+def _try_all(group: str, trials: Sequence[Trial], results: Results, jobs: int) -> None:
     benches: queue.SimpleQueue[Bench] = queue.SimpleQueue()
     for n in range(jobs):
-        benches.put(Bench(str(n)))
+        benches.put(Bench(f"{group}-{n}"))
 
     def try_one(trial: Trial) -> None:
         bench = benches.get()
@@ -101,29 +99,22 @@ def _found_by(verdict: Verdict | None) -> str:
     return f"found by {verdict.killer}" if verdict.killer else "NOT FOUND"
 
 
-def _report(trials: Sequence[Trial], results: Results) -> int:
-    """Print the table and what is wrong in it; return the exit status."""
+def _row(group: str, trials: Sequence[Trial], results: Results, wrong: list[str]) -> str:
+    """Return a group's row of the table; add what is wrong in it to *wrong*."""
     known = listed()
-    wrong: list[str] = []
-    print("\n| group | mutants | found | listed survivors | not found | not tried |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    for group in dict.fromkeys(t.group for t in trials):
-        mine = [t for t in trials if t.group == group]
-        verdicts = {t.key: results.of(t) for t in mine}
-        found = [k for k, v in verdicts.items() if v and v.killer]
-        lived = [k for k, v in verdicts.items() if v and not v.killer]
-        unknown = [k for k in lived if k not in known]
-        wrong += [f"not found, and not in survivors.toml: {k}" for k in unknown]
-        wrong += [f"in survivors.toml, but found: {k}" for k in found if k in known]
-        row = (len(mine), len(found), len(lived) - len(unknown), len(unknown))
-        print(f"| {group} |", " | ".join(map(str, (*row, list(verdicts.values()).count(None)))), "|")
-        if group == "seeded":
-            seen = [f"  {k}: {_found_by(v)}" for k, v in verdicts.items()]
-    if any(t.group == "seeded" for t in trials):
-        print("", *seen, sep="\n")
-    print("", *wrong, sep="\n")
-    untried = any(results.of(t) is None for t in trials)
-    return 1 if wrong or untried else 0
+    verdicts = {t.key: results.of(t) for t in trials}
+    found = [key for key, verdict in verdicts.items() if verdict and verdict.killer]
+    lived = [key for key, verdict in verdicts.items() if verdict and not verdict.killer]
+    untried = [key for key, verdict in verdicts.items() if verdict is None]
+    unknown = [key for key in lived if key not in known]
+    wrong += [f"not found, and not in survivors.toml: {key}" for key in unknown]
+    wrong += [f"in survivors.toml, but found: {key}" for key in found if key in known]
+    if untried:
+        wrong.append(f"{len(untried)} mutants of {group} are not tried yet")
+    if group == "seeded":
+        print(*(f"{key}\n    {_found_by(verdict)}" for key, verdict in verdicts.items()), sep="\n")
+    numbers = (len(trials), len(found), len(lived) - len(unknown), len(unknown), len(untried))
+    return f"| {group} | {' | '.join(map(str, numbers))} |"
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from atomtx import executor
+from atomtx import cleaning, clients, errand, executor, locks
 from atomtx.errors import (
     EffectError,
     JournalFullError,
@@ -25,14 +25,16 @@ from atomtx.errors import (
 )
 from atomtx.journal import Journal
 from atomtx.mounts import namespace
-from atomtx.recovery import MAX_ATTEMPTS, Resume, RollBack, RollForward
+from atomtx.recovery import MAX_ATTEMPTS, LeaveAlone, Resume, RollBack, RollForward
 from atomtx.statedir import RunFolder
+from atomtx.volumes import zfs
 from tests.scene import NOW, Ended, Scene
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="namespaces need root")
 
 SETS = ("tank/a", "tank/b")
 FIRST_GUID = 2**63 + 1
+PATIENCE_S = 60.0
 
 
 @pytest.fixture
@@ -155,14 +157,14 @@ def test_moment_is_the_first(scene: Scene) -> None:
 
 def _age(scene: Scene) -> None:
     """Have the clock go on by a minute after the first pool's snapshots."""
-    taken = executor.Zfs.take
+    taken = zfs.Zfs.take
 
     def take(*args: Any, **options: Any) -> EffectError | None:
         done = taken(*args, **options)
         scene.play(now=NOW + 60)
         return done
 
-    executor.Zfs.take = take  # type: ignore[method-assign]
+    zfs.Zfs.take = take  # type: ignore[method-assign]
 
 
 def test_tree(scene: Scene) -> None:
@@ -248,7 +250,8 @@ def test_time_limit_and_live_paths(scene: Scene) -> None:
         "tank/a", time_limit_s=1, grace_s=1, live_paths=(str(live),), excludes=(str(live),)
     )
     live.mkdir()
-    scene.behave(f"echo now > {live}/seen\ntrap 'echo stopped' TERM\nwhile :; do sleep 0.1 || :; done")
+    loop = "while :; do sleep 0.1 || :; done"
+    scene.behave(f"echo now > {live}/seen\ntrap 'echo stopped' TERM\n{loop}")
     ended = scene.backup(the_plan)
     check_failed(scene, ended, "did not end within 1s: killed")
     assert (live / "seen").read_text() == "now\n"
@@ -403,6 +406,16 @@ def test_client_failed(scene: Scene) -> None:
     assert ended.said("sleep") == []
 
 
+def test_mount_taken_away(scene: Scene) -> None:
+    """Promise 7: a mount that did not stay from the client's start to its end is a failure."""
+    scene.behave('umount -l "$1"')
+    ended = scene.backup(scene.plan(*SETS))
+    assert ended.run
+    path = scene.live("tank/a")
+    assert (ended.run.state, ended.run.outcome) == ("destroyed", "failed")
+    assert ended.run.reason == f"{path} was unmounted while the client read it"
+
+
 def test_client_partial(scene: Scene) -> None:
     """A client that saved what it could read has done its step."""
     scene.behave('cat "$1/file"; exit 3')
@@ -484,7 +497,7 @@ def test_kept_waiting(scene: Scene) -> None:
     ] * 2
     scene.write("live", *SETS)
     scene.behave("true")
-    scene.changes.append(lambda: setattr(executor.clients, "load", _inspected))
+    scene.changes.append(lambda: setattr(clients, "load", _inspected))
     again = scene.recover()
     check_completed(scene, again, attempts=3)
     assert again.decisions == [Resume()]
@@ -543,6 +556,58 @@ def test_killed(scene: Scene, point: str) -> None:
     assert scene.recover().decisions == []
 
 
+def test_killed_before_go(scene: Scene) -> None:
+    """Promise 1: the client does not start before `backing-up` is durable."""
+    the_plan = scene.plan(*SETS)
+    assert scene.backup(the_plan, "before:backing-up#1").status == -9
+    folder = RunFolder.of(scene.state, the_plan.run)
+    assert locks.wait_until(lambda: not locks.is_held(folder.runner_lock), PATIENCE_S)
+    assert scene.calls() == []
+    check_completed(scene, scene.recover(), attempts=2)
+
+
+def test_front_lock_is_handed_on(scene: Scene) -> None:
+    """Promise 6: the runner keeps F until it has R, and no longer."""
+    scene.changes.append(lambda: _note_front_lock(scene))
+    check_completed(scene, scene.backup(scene.plan(*SETS)))
+    assert (scene.home / "held").read_text() == "True before, False after"
+
+
+def _note_front_lock(scene: Scene) -> None:
+    """Have the runner note whether it has F open before it takes R, and when it goes on."""
+    front_end, acquire, enter = os.getpid(), locks.try_acquire, namespace.enter
+    found: list[bool] = []
+
+    def has_front_lock() -> bool:
+        (lock,) = scene.state.glob("runs/*/front.lock")
+        return locks.has_lock_open(os.getpid(), lock)
+
+    def noting(path: Path) -> int | None:
+        if os.getpid() != front_end and path.name == "runner.lock":
+            found.append(has_front_lock())
+        return acquire(path)
+
+    def entering() -> None:
+        found.append(has_front_lock())
+        (scene.home / "held").write_text("{} before, {} after".format(*found))
+        enter()
+
+    locks.try_acquire, namespace.enter = noting, entering
+
+
+def test_left_alone(scene: Scene) -> None:
+    """Promise 6: a run whose F is held is somebody's: it is not touched."""
+    the_plan = scene.plan(*SETS)
+    assert scene.backup(the_plan, "journal:snapshotted#1").status == -9
+    before = scene.pool, scene.rows("SELECT * FROM runs"), scene.rows("SELECT * FROM steps")
+    with locks.acquired(RunFolder.of(scene.state, the_plan.run).front_lock) as held:
+        assert held is not None
+        ended = scene.recover()
+    assert ended.decisions == [LeaveAlone("another atomtx is at work on it")]
+    after = scene.pool, scene.rows("SELECT * FROM runs"), scene.rows("SELECT * FROM steps")
+    assert after == before
+
+
 def test_end_is_known(scene: Scene) -> None:
     """A client's end that the runner wrote is recorded by recover; the client runs once."""
     point = "before:unmounting#1"
@@ -556,7 +621,7 @@ def test_end_is_known(scene: Scene) -> None:
 
 def test_killed_runner(scene: Scene) -> None:
     """A killed runner costs an attempt: its client is ended, another reads the same moment."""
-    script = 'test $(wc -l < $home/calls) -gt 1 || { kill -KILL $PPID; sleep 1000; }'
+    script = "test $(wc -l < $home/calls) -gt 1 || { kill -KILL $PPID; sleep 1000; }"
     scene.behave(script)
     ended = scene.backup(scene.plan(*SETS, client="played"))
     check_completed(scene, ended, attempts=2)
@@ -617,10 +682,22 @@ def test_interrupted(scene: Scene, point: str) -> None:
 
 def test_interrupted_too_late(scene: Scene) -> None:
     """A client that ends well in spite of a signal has made its backup: it stands."""
-    scene.behave("trap 'touch $home/told' TERM; while ! test -e $home/told; do sleep 0.1 || :; done")
+    loop = "while ! test -e $home/told; do sleep 0.1 || :; done"
+    scene.behave(f"trap 'touch $home/told' TERM; {loop}")
     ended = scene.backup(scene.plan(*SETS), "journal:backing-up#1", "signal 15", delay_s=1)
     check_completed(scene, ended)
     assert ended.interrupted == "interrupted by SIGTERM"
+
+
+def test_interrupted_without_runner(scene: Scene) -> None:
+    """What a killed runner leaves of a run that is given up is ended before all is removed."""
+    front_end = "$(awk '/^PPid/ {print $2}' /proc/$PPID/status)"
+    scene.behave(f"trap '' TERM; kill -INT {front_end}; sleep 1; kill -KILL $PPID; sleep 1000")
+    ended = scene.backup(scene.plan(*SETS))
+    assert ended.run
+    assert (ended.run.state, ended.run.outcome) == ("destroyed", "rolled-back")
+    assert scene.left() == []
+    assert [words for words in ended.said("warn") if words.startswith("ending what")]
 
 
 def test_interrupted_by_failure(scene: Scene) -> None:
@@ -652,13 +729,13 @@ def test_interrupted_at_go(scene: Scene) -> None:
 
 
 def _interrupt_at_go() -> None:
-    go = executor.errand.Errand.go
+    go = errand.Errand.go
 
-    def interrupted(self: executor.errand.Errand) -> None:
+    def interrupted(self: errand.Errand) -> None:
         go(self)
         os.kill(os.getpid(), signal.SIGINT)
 
-    executor.errand.Errand.go = interrupted  # type: ignore[method-assign]
+    errand.Errand.go = interrupted  # type: ignore[method-assign]
 
 
 # -- the journal -----------------------------------------------------------------------------
@@ -792,7 +869,7 @@ def test_progress(scene: Scene) -> None:
 
 def test_busy(scene: Scene) -> None:
     """What is busy parks the run; its result stands, and the next recover removes it."""
-    scene.changes.append(lambda: setattr(executor.Cleaner, "_destroy", _destroy_once))
+    scene.changes.append(lambda: setattr(cleaning.Cleaner, "_destroy", _destroy_once))
     the_plan = scene.plan(*SETS)
     scene.play(faults={"program": "busy"})
     ended = scene.backup(the_plan)
