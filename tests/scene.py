@@ -247,6 +247,7 @@ class Scene:
     def _play_along(self, crash: Crash) -> None:
         """Put the played pools in the place of real ones, in this process and its runner."""
         fakezfs.HOME = self.home
+        os.environ.pop("TMPDIR", None)  # of whoever runs the tests
         path = f"{self.home}/bin:{process.BASE_ENVIRONMENT['PATH']}"
         process.BASE_ENVIRONMENT |= {"PATH": path, "FAKE_ZFS": str(self.home)}
         clients.KNOWN = {**clients.KNOWN, "played": "tests.scene:Played"}

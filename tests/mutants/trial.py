@@ -37,7 +37,6 @@ class Verdict:
     """What became of a mutant: *killer* is the first test that failed, None if none did."""
 
     killer: str | None
-    seconds: float = 0.0
 
 
 class Bench:
@@ -71,7 +70,6 @@ class Bench:
             "PYTHONPATH": f"{self.path}/engine:{self.path}",
             # Python tells a stale .pyc by size and second: two mutants can have the same.
             "PYTHONDONTWRITEBYTECODE": "1",
-            "TMPDIR": str(WORK),
         }
         argv = [*_CONFINED, sys.executable, *_PYTEST, f"--basetemp={self.path}/tmp", *tests]
         with subprocess.Popen(

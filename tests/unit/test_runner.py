@@ -368,6 +368,16 @@ def test_runner_that_is_killed(stage: Stage) -> None:
 
 
 @as_root
+def test_log_that_cannot_be_written(stage: Stage) -> None:
+    """A runner that cannot write the client's log says so before the client starts."""
+    stage.folder.log.mkdir()
+    started = stage.start(("true",))
+    with pytest.raises(EffectError, match=r"cannot write /.*/client\.log: Is a directory"):
+        started.mounted()
+    started.dismiss()
+
+
+@as_root
 def test_second_runner(stage: Stage) -> None:
     """Promise 6: R is one runner's; a second one gives up at once."""
     first = stage.start(("true",))
