@@ -46,7 +46,7 @@ crash-full: $(READY)
 	ATOMTX_CRASH=full $(BIN)/pytest tests/crash tests/vm/test_power_cut.py tests/vm/test_power_cut_run.py
 
 $(READY): pyproject.toml
-	@PYTHON=$(PYTHON) tests/vm/needs.sh $(PYTHON) venv
+	@PYTHON=$(PYTHON) tests/vm/needs.sh $(PYTHON) venv strace
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, this is " + sys.version)'
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'

@@ -6,6 +6,7 @@ The settings of a connection decide what a power cut can take; `journalfile.PRAG
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import sqlite3
@@ -159,14 +160,18 @@ def reserve(engine: Engine, path: Path) -> None:
 
 @contextmanager
 def translated(path: Path) -> Iterator[None]:
-    """Turn SQLite's errors into ours; a violated constraint stays what it is."""
+    """
+    Turn SQLite's errors, and those of the file itself, into ours.
+
+    A violated constraint stays what it is.
+    """
     try:
         yield
     except IntegrityError:
         raise
     except DBAPIError as exc:
         raise _error(path, exc.orig) from exc
-    except sqlite3.DatabaseError as exc:
+    except (sqlite3.DatabaseError, OSError) as exc:
         raise _error(path, exc) from exc
 
 
@@ -177,8 +182,9 @@ def _is_full(path: Path) -> bool:
 
 def _error(path: Path, cause: BaseException | None) -> JournalError:
     name = journalfile.error_name(cause)
+    is_full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
     # SQLite calls a quota that is used up (EDQUOT) an error of the disk.
-    if name == "SQLITE_FULL" or (name == "SQLITE_IOERR_WRITE" and _is_full(path)):
+    if is_full or name == "SQLITE_FULL" or (name == "SQLITE_IOERR_WRITE" and _is_full(path)):
         return JournalFullError(
             f"no space left for the journal {path}", hint="make room on its disk"
         )

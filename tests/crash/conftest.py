@@ -16,9 +16,9 @@ HERE = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every test below this folder."""
+    """Mark every test below this folder that uses the machine."""
     for item in items:
-        if HERE in item.path.parents:
+        if HERE in item.path.parents and "machine" in getattr(item, "fixturenames", ()):
             item.add_marker("vm")
 
 

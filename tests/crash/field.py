@@ -15,8 +15,9 @@ from tests.crash.cases import CALLS, Case, case, injections, kills, worst
 from tests.vm.machine import Machine
 
 HERE = Path(__file__).parent
-GUEST = (HERE.parent / "vm/points.py", HERE / "stage.py", HERE / "sweep.py")
+GUEST = (HERE.parent / "vm/points.py", *(HERE / f"{n}.py" for n in ("tracing", "stage", "sweep")))
 SCENARIOS = ("namespace", "tree")
+TREE_CALLS = ("mount", "umount2", "mkdir", "rmdir")
 _KILLED = {"at": "journal:backing-up#1", "who": "all"}  # a run whose recovery resumes
 _CHUNK = 20  # cases a start of the players
 
@@ -113,15 +114,19 @@ class Field:
             yield case("P4", run["scenario"], run["run"], recover=wish)
 
     def injected(self, scenario: str) -> Iterator[Case]:
-        """P2, P3: yield the cases in which a system call kills a process, or fails."""
+        """
+        P2, P3: yield the cases in which a system call kills a process, or fails.
+
+        Of the tree those that it has and the namespace has not, in the front end.
+        """
         for of in ("front", "runner"):
             count = {"count": CALLS, "of": of}
             run = case("record", scenario, count)
             recovery = case("record", scenario, _KILLED, recover=count)
             ran, recovered = self.play([run, recovery])
-            for wish in injections(ran.calls(), of):
+            for wish in injections(_own(ran.calls(), scenario), of):
                 yield case(_level(wish), scenario, wish)
-            for wish in injections(recovered.calls(1), of):
+            for wish in injections(_own(recovered.calls(1), scenario), of):
                 yield case(_level(wish), scenario, _KILLED, recover=wish)
 
 
@@ -139,6 +144,10 @@ def _play(machine: Machine, cases: Sequence[Case]) -> list[str]:
     if len(lines) != len(cases):
         raise AssertionError(f"{len(cases)} cases, {len(lines)} results")
     return lines
+
+
+def _own(calls: Sequence[str], scenario: str) -> Sequence[str]:
+    return [c for c in calls if c in TREE_CALLS] if scenario == "tree" else calls
 
 
 def _level(wish: dict[str, str]) -> str:

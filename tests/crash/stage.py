@@ -18,25 +18,25 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from tracing import PATH, calls, tracer  # type: ignore[import-not-found]
 
 HANGS_S = 240.0  # no command of these takes a tenth of it
 DOCUMENTED = (0, 1, 2, 3, 4, 5, 6, 130, 143)  # exit statuses, see errors.py
 LOOKALIKE = "atomtx-0123456789abcdef"  # our name, but not our mark
 _FOREIGN = ("foreign", LOOKALIKE)
 _CHILDREN = ("", "/b c")
-_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _CLIENT = """#!/bin/sh
 set -e
 d=$(mktemp -d {copies}/new.XXXXXX)
 cp -a --parents "$@" "$d"
 mv "$d" {copies}/done.$$
 """
-_TRACER_NONE = "TracerPid:\t0\n"
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class Stage:
             status,
             files["output"].read_text(errors="replace"),
             tuple(files["points"].read_text().splitlines()),
-            tuple(_calls(files["trace"])),
+            tuple(calls(files["trace"])),
         )
 
     def _await(self, pid: int, argv: Sequence[str]) -> int:
@@ -206,10 +206,10 @@ class Stage:
         os.closerange(3, 1024)
         os.chdir("/")
         os.environ.clear()
-        os.environ |= {"PATH": _PATH, "LANG": "C.UTF-8", "ATOMTX_STATE_DIR": str(self.state)}
+        os.environ |= {"PATH": PATH, "LANG": "C.UTF-8", "ATOMTX_STATE_DIR": str(self.state)}
         crash = Crash(files["points"], at=crashing.at, who=crashing.who)
         crash.install()
-        trace = _tracer(crashing, files["trace"])
+        trace = tracer(files["trace"], inject=crashing.inject, count=crashing.count)
         fork_runner(crash, trace if crashing.of == "runner" else lambda: None)
         if crashing.of == "front":
             trace()
@@ -343,57 +343,6 @@ def _inside(dataset: str) -> list[int]:
             if spaces[space] or client in (entry / "cmdline").read_text().split("\0"):
                 found.append(int(entry.name))
     return found
-
-
-def _tracer(crashing: Crashing, trace: Path) -> Callable[[], None]:
-    """Return what has strace attached to the process that calls it; nothing, if none is wanted."""
-    if not crashing.inject and not crashing.count:
-        return lambda: None
-    wanted = ["-e", f"inject={crashing.inject}"] if crashing.inject else []
-    calls = crashing.inject.partition(":")[0] or crashing.count
-
-    words = ["strace", "-qq", "-o", str(trace), "-e", f"trace={calls}", *wanted, "-p"]
-
-    def attach() -> None:
-        traced = str(os.getpid())
-        ready, told = os.pipe()
-        _detached(lambda: os.execvpe("strace", [*words, traced], {"PATH": _PATH}))
-        _detached(lambda: _tell_when_traced(traced, told), told)
-        os.read(ready, 1)  # of the calls that count none is made between here and the command
-        os.close(ready)
-        os.close(told)
-
-    return attach
-
-
-def _detached(work: Callable[[], object], *keep: int) -> None:
-    """Do something in a process that is nobody's child: a runner ends all that it finds."""
-    middle = os.fork()
-    if middle == 0:
-        os.setsid()
-        if os.fork() == 0:
-            for descriptor in range(3, 1024):
-                if descriptor not in keep:
-                    with suppress(OSError):
-                        os.close(descriptor)
-            work()
-        os._exit(0)
-    os.waitpid(middle, 0)
-
-
-def _tell_when_traced(pid: str, told: int) -> None:
-    while _TRACER_NONE in Path("/proc", pid, "status").read_text():
-        time.sleep(0.02)
-    os.write(told, b"!")
-    os._exit(0)
-
-
-def _calls(trace: Path) -> Iterator[str]:
-    """Return the names of the system calls in a trace."""
-    for line in trace.read_text(errors="replace").splitlines():
-        name, bracket, _ = line.partition("(")
-        if bracket and name.isidentifier():
-            yield name
 
 
 def _run_program(argv: Sequence[str]) -> None:
