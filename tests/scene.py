@@ -73,6 +73,7 @@ class Played(Command):
 
 class _Reader(CommandReader):
     def end_command(self, n: int, status: int) -> None:
+        assert n == 0
         super().end_command(n, status)
         self.status = status
 

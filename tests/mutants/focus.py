@@ -12,14 +12,17 @@ _LOCKS = (f"{_UNIT}locks.py", f"{_UNIT}probing.py")
 _RUNNER = f"{_UNIT}runner.py"
 _EXECUTOR = f"{_UNIT}executor.py"
 
-_PROCESS = "not test_lines and not round_trip and not test_log and not test_span and not overlong"
+_PROCESS = (
+    "(test_runner and not test_lines and not round_trip and not test_log and not test_span"
+    " and not overlong)"
+)
 _STOP = "stop or grace or limit or chatty"
 # By module and function, the tests to ask, as pytest's -k has them.
 _FOCUS = {
     "supervisor": {
         "run": "limit or stop or commands or go or progress or daemon or secrets",
         "_judged": _STOP,
-        "_run_one": "locks or missing or commands or daemon or go or failure or secrets",
+        "_run_one": "locks or missing or commands or daemon or go or failure or secrets or before",
         "_watch": "go or last_line or chatty or two_commands or daemon or stop or progress",
         "_turn": f"{_STOP} or progress or last_line",
         "_feeder": "last_line or chatty or secrets or commands",
@@ -90,4 +93,4 @@ def tests_of(module: str, function: str) -> tuple[str, ...]:
     focus = _FOCUS[module].get(function)
     if module == "executor":
         return (_EXECUTOR, "-k", focus) if focus else (_EXECUTOR,)
-    return (_RUNNER, "-k", focus or _PROCESS)
+    return (_RUNNER, _EXECUTOR, "-k", f"{focus or _PROCESS} or environment")

@@ -50,10 +50,19 @@ class Results:
                 "tests": _tests(trial.tests),
                 "killer": verdict.killer,
             }
-            WORK.mkdir(exist_ok=True)
-            new = self._file.with_suffix(".new")
-            new.write_text(json.dumps(self._rows, indent=0))
-            new.replace(self._file)
+            self._write()
+
+    def forget(self, trial: Trial) -> None:
+        """Take a verdict back."""
+        with self._lock:
+            self._rows.pop(trial.key, None)
+            self._write()
+
+    def _write(self) -> None:
+        WORK.mkdir(exist_ok=True)
+        new = self._file.with_suffix(".new")
+        new.write_text(json.dumps(self._rows, indent=0))
+        new.replace(self._file)
 
 
 def _sha(text: str) -> str:

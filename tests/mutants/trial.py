@@ -25,16 +25,16 @@ _CONFINED = (
     *("--mount-proc", "--", "sh", "-c", 'mount --make-rshared / && "$@"; exit $?', "sh"),
 )
 _PYTEST = (
-    *("-m", "pytest", "-x", "-q", "--no-header", "--tb=line", "-rfE"),
+    *("-m", "pytest", "-q", "--no-header", "--tb=line", "-rfE"),
     *("-p", "no:cacheprovider", "-p", "no:xdist"),
 )
 # What a test waits for at most: a mutant often makes it wait in vain.
-_PATIENCE = ("PATIENCE_S = 60.0", "PATIENCE_S = 15.0")
+_PATIENCE = (("PATIENCE_S = 60.0", "PATIENCE_S = 15.0"), ("HANGS_S = 60.0", "HANGS_S = 40.0"))
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a mutant: *killer* is the first test that failed, None if none did."""
+    """What became of a mutant: *killer* is the first test that failed; None if none did."""
 
     killer: str | None
 
@@ -50,8 +50,11 @@ class Bench:
             source = CHECKOUT / each
             copy = shutil.copytree if source.is_dir() else shutil.copy
             copy(source, self.path / each)
-        for test in (self.path / "tests").rglob("test_*.py"):
-            test.write_text(test.read_text().replace(*_PATIENCE))
+        for test in (self.path / "tests").rglob("*.py"):
+            text = test.read_text()
+            for long, short in _PATIENCE:
+                text = text.replace(long, short)
+            test.write_text(text)
 
     def try_(self, files: Mapping[str, str], tests: Sequence[str], timeout_s: float) -> Verdict:
         """Put *files* (path and text) in, run *tests* until one fails, and take them out again."""
@@ -59,12 +62,18 @@ class Bench:
         try:
             for path, text in files.items():
                 (self.path / path).write_text(text)
-            return self._run(tests, timeout_s)
+            status, out = self._run(("-x", *tests), timeout_s)
+            return Verdict(None if status == 0 else (failures(out) or [_last_words(out)])[0])
         finally:
             for path, text in before.items():
                 (self.path / path).write_text(text)
 
-    def _run(self, tests: Sequence[str], timeout_s: float) -> Verdict:
+    def failing(self, tests: Sequence[str], timeout_s: float) -> list[str]:
+        """Run *tests* on what is there, each to its end, and return those that fail."""
+        status, out = self._run(tests, timeout_s)
+        return failures(out) or ([] if status == 0 else [_last_words(out)])
+
+    def _run(self, tests: Sequence[str], timeout_s: float) -> tuple[int, str]:
         env = {
             **os.environ,
             "PYTHONPATH": f"{self.path}/engine:{self.path}",
@@ -88,13 +97,16 @@ class Bench:
             except subprocess.TimeoutExpired:
                 os.killpg(child.pid, signal.SIGKILL)
                 child.communicate()
-                return Verdict("(no end within the time)")
-        return Verdict(None if child.returncode == 0 else _killer(out))
+                return -signal.SIGKILL, "no end within the time"
+        return child.returncode, out
 
 
-def _killer(out: str) -> str:
-    """Return the test that failed first, or how pytest ended without one."""
-    for line in out.splitlines():
-        if line.startswith(("FAILED ", "ERROR ")):
-            return line.split(" ", 1)[1].split(" - ")[0]
-    return f"(pytest: {(out.strip().splitlines() or ['no output'])[-1]})"
+def failures(out: str) -> list[str]:
+    """Return the tests that failed, the first one first."""
+    lines = [line for line in out.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    return [line.split(" ", 1)[1].split(" - ")[0] for line in lines]
+
+
+def _last_words(out: str) -> str:
+    """Say how pytest ended where no test failed."""
+    return f"({(out.strip().splitlines() or ['no output'])[-1]})"
