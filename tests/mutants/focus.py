@@ -82,6 +82,8 @@ _FOCUS = {
     },
 }
 MODULES = ("recovery", "locks", "supervisor", "runner", "executor")
+# Their tests start no program of ours anew: mutants can be tried in forks.
+WARM = {"recovery": _RECOVERY, "executor": (_EXECUTOR,)}
 
 
 def tests_of(module: str, function: str) -> tuple[str, ...]:

@@ -19,12 +19,12 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from .focus import MODULES, tests_of
+from .focus import MODULES, WARM, tests_of
 from .generated import mutants_of
 from .results import Results, Trial
 from .seeded import seeded
 from .survivors import listed
-from .trial import Bench, Verdict
+from .trial import CHECKOUT, Bench, Verdict
 
 _TIMEOUT_S = 600.0  # of one mutant, on a machine that is shared
 _PROOF_S = 3600.0
@@ -71,7 +71,8 @@ def _prove(group: str, trials: Sequence[Trial], results: Results) -> None:
     killers = {v.killer for t in trials if (v := results.of(t)) and v.killer and "::" in v.killer}
     if not killers:
         return
-    wrong = Bench(f"{group}-whole").failing(sorted(killers), _PROOF_S)
+    whole = {path: (CHECKOUT / path).read_text() for path in trials[0].files}
+    wrong = _bench(group, "whole").failing(whole, sorted(killers), _PROOF_S)
     if any("::" not in each for each in wrong):
         raise SystemExit(f"the tests without a mutant: {', '.join(wrong)}")
     for trial in trials:
@@ -80,10 +81,17 @@ def _prove(group: str, trials: Sequence[Trial], results: Results) -> None:
             results.forget(trial)
 
 
+def _bench(group: str, name: str) -> Bench:
+    bench = Bench(f"{group}-{name}")
+    if group in WARM:
+        bench.warm_up(group, WARM[group])
+    return bench
+
+
 def _try_all(group: str, trials: Sequence[Trial], results: Results, jobs: int) -> None:
     benches: queue.SimpleQueue[Bench] = queue.SimpleQueue()
     for n in range(jobs):
-        benches.put(Bench(f"{group}-{n}"))
+        benches.put(_bench(group, str(n)))
 
     def try_one(trial: Trial) -> None:
         bench = benches.get()

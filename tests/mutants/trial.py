@@ -7,6 +7,7 @@ or unmount what it should not, and what it leaves behind is gone when the trial 
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -55,36 +56,60 @@ class Bench:
             for long, short in _PATIENCE:
                 text = text.replace(long, short)
             test.write_text(text)
+        self._warm: subprocess.Popen[str] | None = None
+
+    def warm_up(self, module: str, tests: Sequence[str]) -> None:
+        """Have mutants of *module* tried in forks of one process; see warm.py."""
+        argv = [sys.executable, "-m", "tests.mutants.warm", module, *tests]
+        self._warm = subprocess.Popen(
+            argv,
+            cwd=self.path,
+            env=self._environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
 
     def try_(self, files: Mapping[str, str], tests: Sequence[str], timeout_s: float) -> Verdict:
         """Put *files* (path and text) in, run *tests* until one fails, and take them out again."""
+        if self._warm:
+            return _verdict(*self._run_warm(next(iter(files.values())), ("-x", *tests), timeout_s))
         before = {path: (self.path / path).read_text() for path in files}
         try:
             for path, text in files.items():
                 (self.path / path).write_text(text)
-            status, out = self._run(("-x", *tests), timeout_s)
-            return Verdict(None if status == 0 else (failures(out) or [_last_words(out)])[0])
+            return _verdict(*self._run(("-x", *tests), timeout_s))
         finally:
             for path, text in before.items():
                 (self.path / path).write_text(text)
 
-    def failing(self, tests: Sequence[str], timeout_s: float) -> list[str]:
-        """Run *tests* on what is there, each to its end, and return those that fail."""
-        status, out = self._run(tests, timeout_s)
+    def failing(
+        self, files: Mapping[str, str], tests: Sequence[str], timeout_s: float
+    ) -> list[str]:
+        """Run *tests*, each to its end, on *files* as they are, and return those that fail."""
+        if self._warm:
+            status, out = self._run_warm(next(iter(files.values())), tests, timeout_s)
+        else:
+            status, out = self._run(tests, timeout_s)
         return failures(out) or ([] if status == 0 else [_last_words(out)])
 
+    def _run_warm(self, source: str, tests: Sequence[str], timeout_s: float) -> tuple[int, str]:
+        assert self._warm
+        assert self._warm.stdin
+        assert self._warm.stdout
+        words = [*_PYTEST[2:], f"--basetemp={self.path}/tmp", *tests]
+        request = {"source": source, "tests": words, "timeout_s": timeout_s}
+        self._warm.stdin.write(json.dumps(request) + "\n")
+        self._warm.stdin.flush()
+        answer = json.loads(self._warm.stdout.readline())
+        return answer["status"], answer["out"]
+
     def _run(self, tests: Sequence[str], timeout_s: float) -> tuple[int, str]:
-        env = {
-            **os.environ,
-            "PYTHONPATH": f"{self.path}/engine:{self.path}",
-            # Python tells a stale .pyc by size and second: two mutants can have the same.
-            "PYTHONDONTWRITEBYTECODE": "1",
-        }
         argv = [*_CONFINED, sys.executable, *_PYTEST, f"--basetemp={self.path}/tmp", *tests]
         with subprocess.Popen(
             argv,
             cwd=self.path,
-            env=env,
+            env=self._environment(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -99,6 +124,18 @@ class Bench:
                 child.communicate()
                 return -signal.SIGKILL, "no end within the time"
         return child.returncode, out
+
+    def _environment(self) -> dict[str, str]:
+        return {
+            **os.environ,
+            "PYTHONPATH": f"{self.path}/engine:{self.path}",
+            # Python tells a stale .pyc by size and second: two mutants can have the same.
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
+
+
+def _verdict(status: int, out: str) -> Verdict:
+    return Verdict(None if status == 0 else (failures(out) or [_last_words(out)])[0])
 
 
 def failures(out: str) -> list[str]:
