@@ -63,6 +63,8 @@ def _play(field: Field, level: str) -> list[Result]:
 
 
 def _cases(field: Field, level: str) -> Iterable[Case]:
+    if level == "P1":
+        yield from field.first("fresh")
     for scenario in SCENARIOS:
         if level == "P1":
             yield from field.first(scenario)

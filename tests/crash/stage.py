@@ -111,6 +111,7 @@ class Stage:
         client = self.home / "client"
         client.write_text(_CLIENT.format(copies=self.copies))
         client.chmod(0o755)
+        self.recover()  # makes the journal
 
     def _tear_down(self) -> None:
         for pid in _inside(self.dataset):

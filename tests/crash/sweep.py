@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 import time
 import traceback
@@ -33,6 +34,7 @@ from stage import Crashing, Ended, Stage  # type: ignore[import-not-found]
 SCENARIOS: Mapping[str, Sequence[str]] = {
     "namespace": (),
     "tree": ("--layout", "tree", "--root", "{tree}"),
+    "fresh": (),  # without a journal
 }
 
 
@@ -95,6 +97,8 @@ def play(stage: Stage, case: Mapping[str, Any]) -> dict[str, Any]:
     """Go through one case."""
     options = [word.format(tree=stage.tree) for word in SCENARIOS[case["scenario"]]]
     stage.new_moment()
+    if case["scenario"] == "fresh":
+        shutil.rmtree(stage.state)
     ended = [_disturbed(stage, case["run"], lambda c: stage.backup(c, *options))]
     stage.journal()  # which run is this case's
     stage.change_live_files()

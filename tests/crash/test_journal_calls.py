@@ -126,17 +126,26 @@ def test_every_call(
     assert disturbed > len(wishes) // 2
 
 
-@pytest.mark.parametrize("call", ["fsync", "mkdir", "ftruncate", "unlink"])
-def test_new_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+@pytest.mark.parametrize(
+    ("call", "action", "step"),
+    [
+        *((call, "error=EIO", 1) for call in ("fsync", "mkdir", "ftruncate", "unlink")),
+        ("fdatasync", "signal=KILL", 2),
+        ("pwrite64", "signal=KILL", 10),
+    ],
+)
+def test_new_journal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, action: str, step: int
+) -> None:
     """A journal that cannot be made is an error, not a traceback; and then it can be made."""
     monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path / "run"))
     (tmp_path / "run").mkdir()
-    for n in range(1, 20):
+    for n in range(1, 1000, step):
         folder = tmp_path / str(n)
-        status, traced = _played(folder, inject=f"{call}:error=EIO:when={n}")
+        status, traced = _played(folder, inject=f"{call}:{action}:when={n}")
         if len(traced) < n:
             break
-        assert status in (_ENDED, _REFUSED)
+        assert status in (_ENDED, _REFUSED, -signal.SIGKILL)
         assert _violations(folder) == []
     assert n > 1
 
