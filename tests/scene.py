@@ -13,7 +13,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -187,7 +187,7 @@ class Scene:
                 ended.run = made.advance(run)
                 ended.interrupted = _words(made.interrupted)
 
-        return self._in_front_end(work, Crash(self._points(), at=at, who=who, **options))
+        return self._in_front_end(work, {"at": at, "who": who, **options})
 
     def recover(self, at: str = "", who: str = "front", *, rollback: bool = False) -> Ended:
         """Settle every open run in a front end of its own."""
@@ -198,19 +198,15 @@ class Scene:
                 ended.run, ended.interrupted = settled.run, _words(settled.interrupted)
                 ended.decisions.append(settled.decision)
 
-        return self._in_front_end(work, Crash(self._points(), at=at, who=who))
+        return self._in_front_end(work, {"at": at, "who": who})
 
-    def _points(self) -> Path:
-        path = self.home / "points"
-        path.write_text("")
-        return path
-
-    def _in_front_end(self, work: Callable[..., None], crash: Crash) -> Ended:
+    def _in_front_end(self, work: Callable[..., None], kill: dict[str, Any]) -> Ended:
+        (self.home / "points").write_text("")
         answer = self.home / "answer"
         answer.unlink(missing_ok=True)
         pid = os.fork()
         if pid == 0:
-            self._become(work, crash, answer)
+            self._become(work, kill, answer)
         pidfd = os.pidfd_open(pid)
         if not select.select([pidfd], [], [], HANGS_S)[0]:
             os.kill(pid, signal.SIGKILL)
@@ -221,14 +217,14 @@ class Scene:
         ended.points = (self.home / "points").read_text().splitlines()
         return ended
 
-    def _become(self, work: Callable[..., None], crash: Crash, answer: Path) -> None:
+    def _become(self, work: Callable[..., None], kill: dict[str, Any], answer: Path) -> None:
         ended = Ended()
         try:
             os.setsid()
             log = os.open(self.home / "log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
             for target in (1, 2):
                 os.dup2(log, target)
-            self._play_along(crash)
+            self._play_along(Crash(self.home / "points", **kill))
             tell = Tell(
                 lambda words: ended.told.append(("step", words)),
                 lambda words: ended.told.append(("warn", words)),
@@ -296,10 +292,10 @@ class Scene:
 
     def close(self) -> None:
         """Kill and unmount what is left."""
-        subprocess.run(
-            ["sh", "-c", 'fuser -s -k -KILL "$0"/state/runs/*/*.lock 2>&-', str(self.home)],
-            check=False,
-        )
+        for lock in self.state.glob("runs/*/*.lock"):
+            for holder in locks.holders(lock):
+                with suppress(ProcessLookupError):
+                    os.kill(holder.pid, signal.SIGKILL)
         for line in reversed(Path("/proc/self/mountinfo").read_text().splitlines()):
             if f" {self.home}/" in line:
                 subprocess.run(["umount", "-l", line.split()[4]], check=False)

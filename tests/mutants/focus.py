@@ -44,6 +44,7 @@ _FOCUS = {
         "is_written": "without_room or told or test_go",
     },
     "executor": {
+        "__init__": "course or told or waiting or at_go or killed_runner or always",
         "advance": "course or kept_waiting or retries or busy or killed_runner or interrupted",
         "_try": "course or interrupted or no_room or overtaken or ours or taken or dead",
         "give_up": "rolled_back or killed_always or runner_that or no_room or interrupted",
@@ -51,6 +52,8 @@ _FOCUS = {
         "record_end": "end_is_known or no_room_at_all or told",
         "_dismiss": "course or runner_that or interrupted",
         "_take": "course or pools or moment or ours or killed or effects or empty",
+        "_hold_and_mount": "course or effects or tree or pools or on_the_way or empty or limit",
+        "_intend_mounts": "course or effects or killed_runner or on_the_way or retries",
         "_take_pool": "course or ours or effects",
         "_mount_again": "on_the_way",
         "_mount_intent": "course or tree",
