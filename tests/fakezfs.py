@@ -7,7 +7,7 @@ the virtual machine alone.  Faults are the test's wish, in "faults" by command:
 
     "refuse"   it fails, and has done nothing        "skew"     a transaction group a snapshot
     "silent"   it does nothing, and says that it did "foreign"  somebody else's have these names
-    "busy"     it answers that they are in use
+    "busy"     it answers that they are in use       "wait"     until there is a file "go"
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ def _answer(pool: dict[str, Any], program: str, argv: list[str]) -> int:
     fault = pool["faults"].get(verb)
     if fault == "silent":
         return 0
+    while fault == "wait" and not (HOME / "go").exists():
+        time.sleep(0.05)
     if fault == "refuse":
         print(f"cannot {verb}: out of luck", file=sys.stderr)
         return 1

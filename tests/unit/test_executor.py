@@ -594,6 +594,19 @@ def _note_front_lock(scene: Scene) -> None:
     locks.try_acquire, namespace.enter = noting, entering
 
 
+def test_killed_inside_command(scene: Scene) -> None:
+    """Promise 6: a `zfs` whose front end was killed holds F on: a recovery waits for it."""
+    the_plan = scene.plan(*SETS)
+    scene.play(faults={"snapshot": "wait"})
+    assert scene.backup(the_plan, "start:zfs snapshot#1").status == -9
+    front_lock = RunFolder.of(scene.state, the_plan.run).front_lock
+    assert locks.is_held(front_lock)
+    (scene.home / "go").touch()
+    assert locks.wait_until(lambda: not locks.is_held(front_lock), PATIENCE_S)
+    assert list(scene.pool["snapshots"]) == [v.snapshot for v in the_plan.volumes]
+    check_completed(scene, scene.recover())
+
+
 def test_left_alone(scene: Scene) -> None:
     """Promise 6: a run whose F is held is somebody's: it is not touched."""
     the_plan = scene.plan(*SETS)

@@ -368,7 +368,7 @@ def test_runner_that_is_killed(stage: Stage) -> None:
 
 
 @as_root
-def test_log_that_cannot_be_written(stage: Stage) -> None:
+def test_unwritable_log(stage: Stage) -> None:
     """A runner that cannot write the client's log says so before the client starts."""
     stage.folder.log.mkdir()
     started = stage.start(("true",))
