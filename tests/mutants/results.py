@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from .trial import CHECKOUT, WORK, Verdict
@@ -34,11 +35,12 @@ class Results:
 
     def of(self, trial: Trial) -> Verdict | None:
         """Return the verdict that still holds, if there is one."""
+        tests = _tests(trial.tests)
         row = self._rows.get(trial.key)
         if row is None or row["mutant"] != _sha(json.dumps(sorted(trial.files.items()))):
             return None
         killer: str | None = row["killer"]
-        if killer is None and row["tests"] != _tests(trial.tests):
+        if killer is None and row["tests"] != tests:
             return None
         return Verdict(killer) if killer is None or _is_there(killer) else None
 
@@ -69,9 +71,12 @@ def _sha(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _tests(words: Sequence[str]) -> str:
-    texts = [(CHECKOUT / word.split("::")[0], word) for word in words]
-    return _sha("".join(p.read_text() if p.is_file() else word for p, word in texts))
+@cache
+def _tests(words: tuple[str, ...]) -> str:
+    """Return the tests' hash, as they were when it was first asked for: then they are copied."""
+    files = [CHECKOUT / word for word in words if (CHECKOUT / word).is_file()]
+    helpers = sorted((CHECKOUT / "tests").glob("*.py"))
+    return _sha(" ".join(words) + "".join(file.read_text() for file in [*files, *helpers]))
 
 
 def _is_there(killer: str) -> bool:
