@@ -8,7 +8,7 @@ PYTEST_ARGUMENTS ?= --numprocesses 2 --dist loadfile
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: help test lint unit vm demo bench crash-full clean clean-vm
+.PHONY: help test lint unit vm demo bench crash-full mutants clean clean-vm
 
 help:
 	@echo 'make test      every check and every test, the virtual machine too (root, Go)'
@@ -18,6 +18,7 @@ help:
 	@echo 'make demo      a backup, a kill, a recovery and a restore, with real ZFS and restic'
 	@echo 'make bench     measure a run beside the bare commands (SIZES="1 20" ROUNDS=1: less of it)'
 	@echo 'make crash-full  every crash point, pair and system call, power cuts: hours; it resumes'
+	@echo 'make mutants   put defects into the engine and see that the tests find them (hours, root)'
 	@echo 'make clean     remove what these made in this folder; clean-vm: and the machine'
 
 test: lint
@@ -45,6 +46,9 @@ crash-full: $(READY)
 	$(BIN)/python -m tests.crash.full
 	ATOMTX_CRASH=full $(BIN)/pytest tests/crash tests/vm/test_power_cut.py tests/vm/test_power_cut_run.py
 
+mutants: $(READY)
+	nice $(BIN)/python -m tests.mutants.run $(MUTANTS)
+
 $(READY): pyproject.toml
 	@PYTHON=$(PYTHON) tests/vm/needs.sh $(PYTHON) venv strace
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, this is " + sys.version)'
@@ -53,7 +57,7 @@ $(READY): pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .mutants dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 clean-vm: clean

@@ -117,7 +117,8 @@ class Executor:
 
     def _try(self, step: Callable[[Run], Run], run: Run) -> Run:
         try:
-            self._interrupts.check()
+            if run.state != states.BACKING_UP:  # else the client runs: it is stopped in order
+                self._interrupts.check()
             return step(run)
         except Interrupted as exc:
             self.interrupted = exc

@@ -98,6 +98,7 @@ def test_missing_file(tmp_path: Path) -> None:
     assert not locks.is_held(tmp_path / "absent")
     assert locks.holders(tmp_path / "absent") == []
     assert not locks.has_lock_open(os.getpid(), tmp_path / "absent")
+    assert not locks.holds(os.getpid(), tmp_path / "absent")
     with pytest.raises(FileNotFoundError):
         locks.try_acquire(tmp_path / "absent")
     assert not (tmp_path / "absent").exists()
@@ -168,6 +169,9 @@ def test_holders(lock: Path, children: list[subprocess.Popen[str]]) -> None:
     assert locks.wait_until(lambda: locks.command_of(command) == "sleep", PATIENCE_S)
     found = {p.pid: p.command for p in locks.holders(lock)}
     assert found.keys() == {front.pid, command}
+    assert locks.holds(front.pid, lock)
+    assert locks.holds(command, lock)
+    assert not locks.holds(os.getpid(), lock)
     assert found[command] == "sleep"
     assert str(locks.Process(command, "sleep")) == f"{command} (sleep)"
     with lock.open():
@@ -190,6 +194,7 @@ def test_onlooker(lock: Path, children: list[subprocess.Popen[str]]) -> None:
     assert line(onlooker) == "open"
     assert locks.has_lock_open(onlooker.pid, lock)
     assert locks.holders(lock) == []
+    assert not locks.holds(onlooker.pid, lock)
 
 
 def test_same_name_elsewhere(lock: Path, tmp_path: Path) -> None:
@@ -230,12 +235,15 @@ def test_process_that_ends_under_the_proof(children: list[subprocess.Popen[str]]
     assert not locks.send(child.pid, signal.SIGKILL, if_still=ends)
 
 
-def test_process_that_is_gone(children: list[subprocess.Popen[str]]) -> None:
-    """A process that is gone is not signalled, has no name and need not be waited for."""
+def test_process_that_is_gone(lock: Path, children: list[subprocess.Popen[str]]) -> None:
+    """A process that is gone is not signalled, has no name, no lock, and is not waited for."""
     child = start(children, "")
     child.communicate()
     assert not locks.send(child.pid, signal.SIGKILL, if_still=lambda _: True)
     assert locks.command_of(child.pid) is None
+    assert str(locks.Process.of(child.pid)) == f"{child.pid} (?)"
+    assert not locks.has_lock_open(child.pid, lock)
+    assert not locks.holds(child.pid, lock)
     assert locks.wait_gone(child.pid, 0.0)
 
 

@@ -192,6 +192,10 @@ def test_rollback_after_failure(end: Ended) -> None:
     run = run_in(states.BACKING_UP)
     decision = recovery.decide(run, probes(ended=end), Wish(rollback=True))
     assert decision == RollBack(f"at the user's word: {end.reason}")
+    unsaid = recovery.decide(
+        run, probes(ended=dataclasses.replace(end, reason=None)), Wish(rollback=True)
+    )
+    assert unsaid == RollBack("at the user's word: the client failed")
 
 
 # -- patience (section 3) --------------------------------------------------------------------
@@ -204,6 +208,7 @@ def test_rollback_after_failure(end: Ended) -> None:
         (0, 0, 1, 0, False),
         (2, 0, 2, 10**6, True),
         (2, 0, 3, 0, False),
+        (0, 1, 1, 0, True),
         (0, 60, 1, 59, True),
         (0, 60, 9, 59, True),
         (0, 60, 1, 60, False),
@@ -227,6 +232,15 @@ def test_network_trouble(attempts: int, decision: Decision) -> None:
     """A client that failed for the network starts again while there is patience; then it counts."""
     run = a_run(a_plan(retries=2), state=states.BACKING_UP, attempts=attempts)
     assert recovery.decide(run, probes(ended=NETWORK), Wish()) == decision
+
+
+@pytest.mark.parametrize(("age_s", "decision"), [(59, RESUME), (60, FORWARD)])
+def test_network_trouble_of_a_moment_kept(age_s: int, decision: Decision) -> None:
+    """It starts again as long as the moment is kept, counted from the moment to the wish."""
+    the_plan = a_plan(keep_for_s=60)
+    run = a_run(the_plan, state=states.BACKING_UP, attempts=1, moment_at=SECOND_US)
+    wish = Wish(now_us=(1 + age_s) * SECOND_US)
+    assert recovery.decide(run, probes(ended=NETWORK), wish) == decision
 
 
 def test_patience_counts_from_the_moment() -> None:

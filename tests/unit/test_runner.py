@@ -368,6 +368,16 @@ def test_runner_that_is_killed(stage: Stage) -> None:
 
 
 @as_root
+def test_unwritable_log(stage: Stage) -> None:
+    """A runner that cannot write the client's log says so before the client starts."""
+    stage.folder.log.mkdir()
+    started = stage.start(("true",))
+    with pytest.raises(EffectError, match=r"cannot write /.*/client\.log: Is a directory"):
+        started.mounted()
+    started.dismiss()
+
+
+@as_root
 def test_second_runner(stage: Stage) -> None:
     """Promise 6: R is one runner's; a second one gives up at once."""
     first = stage.start(("true",))
@@ -417,6 +427,28 @@ def test_stopped_client_that_was_done(stage: Stage) -> None:
     os.kill(started.pid, signal.SIGTERM)
     end, stopped = stage.end(started)
     assert (end.outcome, stopped) == (Outcome.COMPLETED, signal.SIGTERM)
+
+
+@as_root
+@pytest.mark.parametrize("stopped", [False, True])
+def test_stopped_client_is_not_repeated(stage: Stage, stopped: bool) -> None:
+    """Trouble that is worth repeating is none where somebody stopped the client."""
+    script = 'trap "exit 11" TERM; echo ready; while :; do sleep 0.1; done'
+    started = stage.run(sh(script if stopped else "exit 11"), client="restic")
+    if stopped:
+        stage.said("ready")
+        os.kill(started.pid, signal.SIGTERM)
+    end, _ = stage.end(started)
+    assert (end.outcome, end.retriable) == (Outcome.FAILED, not stopped)
+
+
+@as_root
+def test_client_of_before(stage: Stage) -> None:
+    """Promise 6: no client is started while C is held by another one."""
+    with locks.acquired(stage.folder.client_lock) as held:
+        assert held is not None
+        end, _ = stage.end(stage.run(("true",)))
+    assert (end.outcome, end.reason) == (Outcome.FAILED, "a client of this run is still alive")
 
 
 @as_root

@@ -1,0 +1,101 @@
+"""
+Which tests are asked about which mutant: those that can see it, the fastest first.
+
+A mutant counts as not found when these do not find it, whatever another test might say.
+"""
+
+from __future__ import annotations
+
+_UNIT = "tests/unit/test_"
+_RECOVERY = (f"{_UNIT}recovery.py",)
+_LOCKS = (f"{_UNIT}locks.py", f"{_UNIT}probing.py")
+_RUNNER = f"{_UNIT}runner.py"
+_EXECUTOR = f"{_UNIT}executor.py"
+
+_PROCESS = (
+    "(test_runner and not test_lines and not round_trip and not test_log and not test_span"
+    " and not overlong)"
+)
+_STOP = "stop or grace or limit or chatty"
+# By module and function, the tests to ask, as pytest's -k has them.
+_FOCUS = {
+    "supervisor": {
+        "run": "limit or stop or commands or go or progress or daemon or secrets",
+        "_judged": _STOP,
+        "_run_one": "locks or missing or commands or daemon or go or failure or secrets or before",
+        "_watch": "go or last_line or chatty or two_commands or daemon or stop or progress",
+        "_turn": f"{_STOP} or progress or last_line",
+        "_feeder": "last_line or chatty or secrets or commands",
+        "_take": "progress or last_line or secrets or commands",
+        "_tell_progress": "progress",
+        "_on_signal": _STOP,
+        "_stop": _STOP,
+        "_limit": _STOP,
+        "_ask_to_end": _STOP,
+        "_escalate": _STOP,
+        "_end_descendants": "daemon or orphan or commands",
+        "_redacted": "secrets or test_go or failure",
+        "descendants": "daemon or grace or orphan",
+        "_reaped_all": "daemon or orphan or commands or go",
+    },
+    "runner": {
+        "_reserve_end": "reserve or test_go or room",
+        "_leave_end": "without_room or told or test_go",
+        "is_written": "without_room or told or test_go",
+    },
+    "executor": {
+        "__init__": "course or inside or told or waiting or at_go or killed_runner or always",
+        "advance": "course or kept_waiting or retries or busy or killed_runner or interrupted",
+        "_try": "course or interrupted or no_room or overtaken or ours or taken or dead",
+        "give_up": "rolled_back or killed_always or runner_that or no_room or interrupted",
+        "resume": "retries or killed or resumed_by or waiting",
+        "record_end": "end_is_known or no_room_at_all or told",
+        "_dismiss": "course or runner_that or interrupted",
+        "_take": "course or pools or moment or ours or killed or effects or empty",
+        "_hold_and_mount": "course or effects or tree or pools or on_the_way or empty or limit",
+        "_intend_mounts": "course or effects or killed_runner or on_the_way or retries",
+        "_take_pool": "course or ours or effects",
+        "_mount_again": "on_the_way",
+        "_mount_intent": "course or tree",
+        "_task": "course or environment or tmp or limit or test_tree or pools or retries",
+        "_freezes_tmp": "course or tmp",
+        "_moment": "course or environment or moment or test_tree or parent",
+        "_newer_parent": "course or parent",
+        "_check_empty": "course or empty",
+        "_start": "course or interrupted_at_go or killed",
+        "_await_end": (
+            "course or failed or partial or retries or waiting or too_old or interrupted"
+            " or killed_runner or told or no_room or progress or always"
+        ),
+        "_end": "course or told or failed or known",
+        "_after_lost_runner": "killed_runner or always",
+        "_again": "retries",
+        "_is_kept_waiting": "retries or waiting",
+        "mend": "retries or killed_runner or course or known or resumed",
+        "_record_end": "course or failed or partial or keep or known or no_room",
+        "_record_or_make_room": "course or no_room or told or failed",
+        "_keep_end": "no_room or told",
+        "_check_taken": "course or ours",
+        "_hold": "course or effects or killed",
+        "kept": "keep or partial",
+        "_environment": "course or environment or tmp",
+        "settings_of": "course or environment or tmp or waiting or retries",
+        "facts_of": "course or environment or waiting or retries",
+        "_now_us": "waiting or too_old",
+    },
+}
+MODULES = ("recovery", "locks", "supervisor", "runner", "executor")
+# Their tests start no program of ours anew: mutants can be tried in forks.
+WARM = {"recovery": _RECOVERY, "executor": (_EXECUTOR,)}
+
+
+def tests_of(module: str, function: str) -> tuple[str, ...]:
+    """Return pytest's arguments for a mutant of a function."""
+    if module == "recovery":
+        return _RECOVERY
+    if module == "locks":
+        return _LOCKS
+    focus = _FOCUS[module].get(function)
+    if module == "executor":
+        return (_EXECUTOR, "-k", focus) if focus else (_EXECUTOR,)
+    return (_RUNNER, _EXECUTOR, "-k", f"{focus or _PROCESS} or environment")

@@ -1,0 +1,900 @@
+"""
+The course of a run, from its first intent to `destroyed`: the engine's own processes, for real.
+
+The pools are played (`tests/fakezfs.py`): what ZFS itself does is tested in the virtual machine.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from atomtx import cleaning, clients, errand, executor, locks
+from atomtx.errors import (
+    EffectError,
+    JournalFullError,
+    StaleRunError,
+    WaitingError,
+)
+from atomtx.journal import Journal
+from atomtx.mounts import namespace
+from atomtx.recovery import MAX_ATTEMPTS, LeaveAlone, Resume, RollBack, RollForward
+from atomtx.statedir import RunFolder
+from atomtx.volumes import zfs
+from tests.scene import NOW, Ended, Scene
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="namespaces need root")
+
+SETS = ("tank/a", "tank/b")
+FIRST_GUID = 2**63 + 1
+PATIENCE_S = 60.0
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Iterator[Scene]:
+    scene = Scene(tmp_path)
+    yield scene
+    scene.close()
+
+
+def run_of(scene: Scene) -> dict[str, Any]:
+    (run,) = scene.rows("SELECT * FROM runs ORDER BY started_at DESC LIMIT 1")
+    return run
+
+
+def steps(scene: Scene) -> list[tuple[str, int, str, str | None]]:
+    rows = scene.rows("SELECT * FROM steps ORDER BY id")
+    return [(row["kind"], row["attempt"], row["outcome"], row["detail"]) for row in rows]
+
+
+def moves(scene: Scene) -> list[tuple[str, str | None]]:
+    return [(r["dest"], r["reason"]) for r in scene.rows("SELECT * FROM moves ORDER BY rev")]
+
+
+def check_failed(scene: Scene, ended: Ended, reason: str) -> None:
+    """The run has failed for that reason, everything is gone, and nothing was saved."""
+    assert ended.status == 0, (scene.home / "log").read_text()
+    assert ended.run
+    assert (ended.run.outcome, ended.run.reason) == ("failed", reason)
+    assert scene.left() == []
+    assert scene.copies() == []
+
+
+def check_completed(scene: Scene, ended: Ended, *, attempts: int = 1) -> None:
+    """The run has completed, its backup is of the moment, and nothing else is left."""
+    assert ended.status == 0, (scene.home / "log").read_text()
+    run = run_of(scene)
+    assert (run["state"], run["outcome"], run["cleanup"]) == ("destroyed", "completed", None)
+    assert (run["attempts"], run["reason"]) == (attempts, None)
+    assert scene.copies() == ["frozen frozen"]
+    assert scene.left() == []
+
+
+# -- the ordinary course ---------------------------------------------------------------------
+
+COURSE = [
+    ("take-snapshots", 0, "done", None),
+    ("destroy-snapshots", 0, "done", None),
+    ("hold-snapshots", 0, "done", None),
+    ("release-snapshots", 0, "done", None),
+    ("mount-volumes", 1, "done", None),
+    ("unmount-volumes", 1, "done", None),
+    ("run-client", 1, "done", None),
+    ("end-client", 1, "not-needed", "it had ended"),
+]
+MOVES = [("snapshotted", None), ("mounted", None), ("backing-up", None), ("unmounting", None)]
+
+
+def test_course(scene: Scene) -> None:
+    """Promises 1 and 4: each step is journaled and done, the client reads the moment, all goes."""
+    the_plan = scene.plan(*SETS)
+    scene.changes.append(lambda: scene.write("frozen", *SETS))
+    ended = scene.backup(the_plan)
+    check_completed(scene, ended)
+    assert steps(scene) == COURSE
+    assert moves(scene) == [*MOVES, ("destroyed", None)]
+    assert (ended.interrupted, ended.raised, ended.said("warn")) == (None, None, [])
+    paths = [str(scene.live(name)) for name in SETS]
+    assert ended.said("step") == [
+        "snapshot 2 datasets of pool tank in one transaction",
+        "mount 2 snapshots read-only at the live paths, in a namespace of its own",
+        f"command reads {', '.join(paths)}",
+        "cleaning up",
+    ]
+    assert scene.calls() == [["/", "", "", " ".join(paths)]]
+    assert run_of(scene)["moment_at"] == NOW * 1_000_000
+    found = scene.rows("SELECT snapshot_guid, createtxg, is_empty FROM volumes ORDER BY n")
+    assert [tuple(row.values()) for row in found] == [
+        (str(FIRST_GUID), "101", 0),
+        (str(FIRST_GUID + 1), "101", 0),
+    ]
+
+
+def test_effects(scene: Scene) -> None:
+    """Promise 8: one command a step and pool; what was held is released before it is destroyed."""
+    the_plan = scene.plan(*SETS)
+    scene.backup(the_plan)
+    names = [v.snapshot for v in the_plan.volumes]
+    token = f"atomtx-{the_plan.run}"
+    assert scene.zfs("snapshot") == [["-o", f"atomtx:run={the_plan.run}", *names]]
+    assert scene.zfs("hold") == scene.zfs("release") == [[token, *names]]
+    (get,) = scene.zfs("get")
+    assert get[-2:] == names
+    assert [p.partition("#")[0] for p in scene.backup(scene.plan(*SETS)).points if "zfs " in p] == [
+        f"{side}:zfs {verb}"
+        for verb in ("snapshot", "get", "hold", "release", "program")
+        for side in ("start", "end")
+    ]
+
+
+def test_two_pools(scene: Scene) -> None:
+    """Promise 8: one command a pool; the time between them is recorded and shown."""
+    ended = scene.backup(scene.plan("tank/a", "zroot/b"))
+    check_completed(scene, ended)
+    assert len(scene.zfs("snapshot")) == len(scene.zfs("hold")) == 2
+    details = [detail for kind, _, _, detail in steps(scene) if kind == "take-snapshots"]
+    assert len(set(details)) == 1
+    told = next(w for w in ended.said("step") if "2 pools were taken" in w)
+    within = told.removeprefix("the snapshots of 2 pools were taken within ")
+    assert details[0] == f"one transaction group a pool; 2 pools within {within}"
+    assert 0 <= float(within.removesuffix(" s")) < 60
+
+
+def test_moment_is_the_first(scene: Scene) -> None:
+    """The moment of a set over two pools is that of its first snapshot."""
+    the_plan = scene.plan("zroot/a", "tank/b")
+    scene.changes.append(lambda: _age(scene))
+    scene.backup(the_plan)
+    assert run_of(scene)["moment_at"] == NOW * 1_000_000
+
+
+def _age(scene: Scene) -> None:
+    """Have the clock go on by a minute after the first pool's snapshots."""
+    taken = zfs.Zfs.take
+
+    def take(*args: Any, **options: Any) -> EffectError | None:
+        done = taken(*args, **options)
+        scene.play(now=NOW + 60)
+        return done
+
+    zfs.Zfs.take = take  # type: ignore[method-assign]
+
+
+def test_tree(scene: Scene) -> None:
+    """In a tree: the directories and mounts are intended first, then made, and removed again."""
+    root = str(scene.home / "tree")
+    the_plan = scene.plan(*SETS, root=root, layout="tree", live_paths=("/live",), grace_s=7)
+    ended = scene.backup(the_plan)
+    check_completed(scene, ended)
+    assert scene.calls()[0][3] == " ".join(root + str(scene.live(name)) for name in SETS)
+    assert f"mount 2 snapshots read-only under {root}" in ended.said("step")
+    assert steps(scene) == COURSE
+    assert not Path(root).exists()
+    (row,) = scene.rows("SELECT payload FROM steps WHERE kind = 'mount-volumes'")
+    assert f'"directories": ["{root}", "{root}/' in row["payload"]
+
+
+@pytest.mark.parametrize("who", ["front", "runner", "all"])
+@pytest.mark.parametrize("point", ["start:make tree#1", "end:make tree#1", "journal:mounted#1"])
+def test_tree_killed(scene: Scene, point: str, who: str) -> None:
+    """Promise 1: a tree is in the journal before it is in the machine: it is found and removed."""
+    root = str(scene.home / "tree")
+    assert scene.backup(scene.plan(*SETS, root=root, layout="tree"), point, who).status == -9
+    check_completed(scene, scene.recover(), attempts=2)
+    assert not Path(root).exists()
+
+
+def test_tree_is_taken(scene: Scene) -> None:
+    """What lies at a mountpoint of the tree is nothing of ours: the run has failed."""
+    root = scene.home / "tree"
+    used = Path(f"{root}{scene.live('tank/a')}")
+    used.mkdir(parents=True)
+    (used / "file").write_text("mine")
+    ended = scene.backup(scene.plan("tank/a", root=str(root), layout="tree"))
+    reason = f"{used} is not an empty directory (empty it, or choose another --root)"
+    check_failed(scene, ended, str(ended.run and ended.run.reason))
+    assert ended.run
+    assert ended.run.reason
+    assert ended.run.reason.startswith(reason.partition(" (")[0])
+    assert (used / "file").read_text() == "mine"
+
+
+# -- what the client is given ----------------------------------------------------------------
+
+
+def test_client_environment(scene: Scene) -> None:
+    """A client gets the plan's environment, what it was planned with, and the moment."""
+    env = (("TMPDIR", "/var/tmp"), ("HOME", "/root"))
+    scene.behave('echo "$HOME" > $home/home')
+    scene.backup(scene.plan(*SETS, client="played", env=env))
+    moment = datetime.fromtimestamp(NOW, UTC).isoformat()
+    assert scene.calls()[0][1:3] == ["/var/tmp", f"1.2 repo {moment} None"]
+    assert (scene.home / "home").read_text() == "/root\n"
+
+
+@pytest.mark.parametrize("layout", ["namespace", "tree"])
+@pytest.mark.parametrize("where", ["tank/a", "tank/elsewhere"])
+def test_frozen_tmp(scene: Scene, where: str, layout: str) -> None:
+    """A client whose folder for temporary files is frozen gets another one."""
+    root = str(scene.home / "tree") if layout == "tree" else ""
+    tmp = str(scene.live(where) / "tmp")
+    the_plan = scene.plan("tank/a", env=(("TMPDIR", tmp),), layout=layout, root=root)
+    ended = scene.backup(the_plan)
+    own = str(RunFolder.of(scene.state, the_plan.run).temporary)
+    frozen = where == "tank/a" and layout == "namespace"
+    assert scene.calls()[0][1] == (own if frozen else tmp)
+    assert ended.run
+    assert ended.run.outcome == "completed"
+
+
+def test_default_tmp(scene: Scene) -> None:
+    """Without TMPDIR it is /tmp that must not be frozen."""
+    scene.changes.append(lambda: setattr(executor, "_DEFAULT_TMP", str(scene.live("tank/a"))))
+    the_plan = scene.plan("tank/a")
+    scene.backup(the_plan)
+    assert scene.calls()[0][1] == str(RunFolder.of(scene.state, the_plan.run).temporary)
+
+
+def test_time_limit_and_live_paths(scene: Scene) -> None:
+    """The plan's limit, its grace and its live paths reach the runner."""
+    live = scene.live("tank/a") / "live"
+    the_plan = scene.plan(
+        "tank/a", time_limit_s=1, grace_s=1, live_paths=(str(live),), excludes=(str(live),)
+    )
+    live.mkdir()
+    loop = "while :; do sleep 0.1 || :; done"
+    scene.behave(f"echo now > {live}/seen\ntrap 'echo stopped' TERM\n{loop}")
+    ended = scene.backup(the_plan)
+    check_failed(scene, ended, "did not end within 1s: killed")
+    assert (live / "seen").read_text() == "now\n"
+    log = RunFolder.of(scene.state, the_plan.run).log.read_text()
+    assert "stopped" in log
+    assert "not ended after 1s: killed" in log
+
+
+@pytest.mark.parametrize(("later_s", "told"), [(60, True), (0, False), (-60, False)])
+def test_parent_of_a_clock_set_back(scene: Scene, later_s: int, told: bool) -> None:
+    """Where the last backup is newer than the moment, its id is told: by time it is not found."""
+    scene.play(now=NOW + later_s)
+    scene.backup(scene.plan("tank/a", client="played"))
+    scene.play(now=NOW)
+    scene.backup(scene.plan("tank/a", client="played"))
+    (row,) = scene.rows("SELECT backup_id FROM backups ORDER BY rowid LIMIT 1")
+    parent = scene.calls()[1][2].split()[-1]
+    assert parent == (row["backup_id"] if told else "None")
+
+
+def test_parent_without_id(scene: Scene) -> None:
+    """A last backup without an id, as of a client that tells none, is no parent."""
+    scene.play(now=NOW + 60)
+    scene.backup(scene.plan("tank/a"))
+    scene.play(now=NOW)
+    check = scene.backup(scene.plan("tank/a", client="played"))
+    assert check.run
+    assert check.run.outcome == "completed"
+    assert scene.calls()[1][2].split()[-1] == "None"
+
+
+# -- what is refused before the client starts (promises 2, 7 and 8) --------------------------
+
+
+def test_empty_set(scene: Scene) -> None:
+    """Promise 7: a set that is empty as a whole is an error before the client starts."""
+    the_plan = scene.plan(*SETS)
+    for name in SETS:
+        (scene.live(name) / "file").unlink()
+    ended = scene.backup(the_plan)
+    reason = "there is nothing to back up: every dataset of the set is empty"
+    check_failed(scene, ended, f"{reason} (is what belongs there mounted?)")
+    assert scene.calls() == []
+    assert [words for words in ended.said("warn") if reason in words]
+
+
+@pytest.mark.parametrize("root", ["", "tree"])
+def test_empty_volume(scene: Scene, root: str) -> None:
+    """Promise 7: a volume that is empty, and was not in the job's last backup, is an error."""
+    values = {"root": str(scene.home / root), "layout": "tree"} if root else {}
+    first = scene.plan(*SETS, **values)
+    (scene.live("tank/b") / "file").unlink()
+    scene.backup(first)
+    assert [r["is_empty"] for r in scene.rows("SELECT * FROM volumes ORDER BY n")] == [0, 1]
+    assert run_of(scene)["outcome"] == "completed"
+    scene.write("frozen", "tank/b")
+    (scene.live("tank/a") / "file").unlink()
+    ended = scene.backup(scene.plan(*SETS, **values))
+    assert ended.run
+    assert ended.run.outcome == "failed"
+    path = scene.live("tank/a")
+    assert ended.run.reason == (
+        f"{path} is empty, and was not in the last completed backup"
+        " (if that is right, back it up once in a job of its own)"
+    )
+    assert len(scene.calls()) == 1
+
+
+def test_empty_before(scene: Scene) -> None:
+    """A volume that was empty in the last backup may be empty again."""
+    for _ in range(2):
+        the_plan = scene.plan(*SETS)
+        (scene.live("tank/b") / "file").unlink(missing_ok=True)
+        scene.backup(the_plan)
+        assert run_of(scene)["outcome"] == "completed"
+
+
+@pytest.mark.parametrize(
+    ("faults", "reason"),
+    [
+        ({"snapshot": "silent"}, "the snapshot {0} was not taken, or is gone already"),
+        (
+            {"snapshot": "refuse"},
+            "cannot take the snapshots: cannot snapshot: out of luck (the command was: "
+            "zfs snapshot -o atomtx:run={run} {0} {1})",
+        ),
+        ({"snapshot": "foreign"}, "{0} exists and is not ours"),
+        (
+            {"snapshot": "skew"},
+            "the snapshots are not of one moment: their createtxg differ",
+        ),
+    ],
+)
+def test_snapshots_that_are_not_ours(scene: Scene, faults: dict[str, str], reason: str) -> None:
+    """Promises 2 and 8: what was taken is looked at; what is not ours is not touched."""
+    the_plan = scene.plan(*SETS)
+    scene.play(faults=faults)
+    ended = scene.backup(the_plan)
+    names = [v.snapshot for v in the_plan.volumes]
+    assert ended.run
+    assert (ended.run.state, ended.run.outcome) == ("destroyed", "failed")
+    assert ended.run.reason == reason.format(*names, run=the_plan.run)
+    assert scene.calls() == []
+    assert list(scene.pool["snapshots"]) == (names if "foreign" in faults.values() else [])
+    assert scene.zfs("hold") == []
+
+
+def test_runner_killed_on_the_way(scene: Scene) -> None:
+    """A runner that is killed while it mounts costs an attempt: another one mounts again."""
+    ended = scene.backup(scene.plan(*SETS), "runner:start:mount#3")
+    check_completed(scene, ended, attempts=2)
+    words = "the runner was killed by signal 9; the snapshots are mounted again"
+    assert words in ended.said("warn")
+    assert len(scene.calls()) == 1
+
+
+@pytest.mark.parametrize("retries", [0, 1])
+def test_runners_killed_on_the_way(scene: Scene, retries: int) -> None:
+    """Section 3: these attempts are bounded, too; then the run has failed, and nothing is left."""
+    scene.changes.append(lambda: setattr(namespace, "enter", _kill_myself))
+    ended = scene.backup(scene.plan(*SETS, retries=retries))
+    check_failed(scene, ended, "the runner was killed by signal 9")
+    assert run_of(scene)["attempts"] == MAX_ATTEMPTS + retries
+    assert scene.calls() == []
+
+
+def _kill_myself() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_runner_that_fails(scene: Scene) -> None:
+    """A runner that cannot do its work tells why: that is a reason to give up."""
+    the_plan = scene.plan(*SETS)
+    client = replace(the_plan.client, cwd="/nonexistent")
+    ended = scene.backup(replace(the_plan, client=client))
+    reason = "cannot work in /nonexistent: No such file or directory at that moment"
+    hint = "run atomtx from a directory that was there when the snapshot was taken"
+    check_failed(scene, ended, f"{reason} ({hint})")
+
+
+# -- how the client ended --------------------------------------------------------------------
+
+
+def test_client_failed(scene: Scene) -> None:
+    """A failed client's words are the reason, of the run and its step; the snapshots go."""
+    scene.behave("echo no such repository >&2; exit 9")
+    ended = scene.backup(scene.plan(*SETS))
+    reason = "no such repository (exit status 9)"
+    check_failed(scene, ended, reason)
+    assert ("run-client", 1, "failed", reason) in steps(scene)
+    assert moves(scene)[3] == ("unmounting", reason)
+    assert ended.said("sleep") == []
+
+
+def test_mount_taken_away(scene: Scene) -> None:
+    """Promise 7: a mount that did not stay from the client's start to its end is a failure."""
+    scene.behave('umount -l "$1"')
+    ended = scene.backup(scene.plan(*SETS))
+    assert ended.run
+    path = scene.live("tank/a")
+    assert (ended.run.state, ended.run.outcome) == ("destroyed", "failed")
+    assert ended.run.reason == f"{path} was unmounted while the client read it"
+
+
+def test_client_partial(scene: Scene) -> None:
+    """A client that saved what it could read has done its step."""
+    scene.behave('cat "$1/file"; exit 3')
+    ended = scene.backup(scene.plan(*SETS, client="played", keep_snapshots=True))
+    assert ended.run
+    assert (ended.run.outcome, ended.run.reason) == ("partial", "unreadable")
+    assert ("run-client", 1, "done", "unreadable") in steps(scene)
+    assert {s["kept"] for s in scene.pool["snapshots"].values()} == {ended.run.id}
+
+
+def test_keep_snapshots(scene: Scene) -> None:
+    """`--keep-snapshots` makes those of a good backup the user's: no mark, no hold."""
+    the_plan = scene.plan("tank/a", "zroot/b", keep_snapshots=True)
+    ended = scene.backup(the_plan)
+    assert ended.run
+    assert (ended.run.state, ended.run.outcome) == ("destroyed", "completed")
+    kept = scene.pool["snapshots"]
+    assert sorted(kept) == sorted(v.snapshot for v in the_plan.volumes)
+    assert {(s["mark"], s["kept"], *s["holds"]) for s in kept.values()} == {(None, the_plan.run)}
+    keeps = [step for step in steps(scene) if step[0] == "keep-snapshots"]
+    assert keeps == [("keep-snapshots", 1, "done", None)] * 2
+
+
+def test_keep_snapshots_of_a_failure(scene: Scene) -> None:
+    """Those of a backup that failed are not kept."""
+    scene.behave("exit 9")
+    ended = scene.backup(scene.plan(*SETS, keep_snapshots=True))
+    check_failed(scene, ended, "exit status 9")
+
+
+def test_retries(scene: Scene) -> None:
+    """Section 3: after network trouble the client runs again, on the same snapshots, mended."""
+    scene.behave("n=$(wc -l < $home/calls); test $n -gt 5 || exit 75")
+    the_plan = scene.plan(*SETS, client="played", retries=5)
+    ended = scene.backup(the_plan)
+    check_completed(scene, ended, attempts=6)
+    assert ended.said("sleep") == [10.0, 60.0, 300.0, 300.0, 300.0]
+    assert ended.said("warn")[:2] == [
+        "status 75; again in 10 s, on the same snapshots",
+        "status 75; again in 60 s, on the same snapshots",
+    ]
+    mended = f"mended repo with {scene.client}"
+    assert ended.said("step").count(mended) == 5
+    assert [r for d, r in moves(scene) if d == "snapshotted"] == [
+        None,
+        *(f"attempt {n}" for n in range(2, 7)),
+    ]
+    resumed = [s for s in steps(scene) if s[3] == "resumed"]
+    assert resumed[:3] == [
+        ("unmount-volumes", 1, "done", "resumed"),
+        ("run-client", 1, "not-needed", "resumed"),
+        ("end-client", 1, "not-needed", "resumed"),
+    ]
+    assert len(resumed) == 15
+    assert len(scene.zfs("snapshot")) == 1
+
+
+def test_retries_are_over(scene: Scene) -> None:
+    """After the last retry the failure counts."""
+    scene.behave("exit 75")
+    ended = scene.backup(scene.plan(*SETS, client="played", retries=1))
+    check_failed(scene, ended, "status 75")
+    assert run_of(scene)["attempts"] == 2
+    assert len(ended.said("sleep")) == 1
+
+
+def test_kept_waiting(scene: Scene) -> None:
+    """Section 3: `--keep-for` keeps the moment, held and with the reason, for a later recover."""
+    scene.behave("exit 75")
+    scene.play(now=_now())
+    the_plan = scene.plan(*SETS, client="played", keep_for_s=3600, retries=1)
+    ended = scene.backup(the_plan)
+    assert ended.status == 0, (scene.home / "log").read_text()
+    assert ended.run
+    assert (ended.run.state, ended.run.outcome) == ("snapshotted", None)
+    assert (ended.run.reason, ended.run.attempts) == ("status 75", 2)
+    assert [s["holds"] for s in scene.pool["snapshots"].values()] == [
+        [f"atomtx-{the_plan.run}"]
+    ] * 2
+    scene.write("live", *SETS)
+    scene.behave("true")
+    scene.changes.append(lambda: setattr(clients, "load", _inspected))
+    again = scene.recover()
+    check_completed(scene, again, attempts=3)
+    assert again.decisions == [Resume()]
+
+
+def _now() -> int:
+    return int(datetime.now(UTC).timestamp())
+
+
+def _inspected(name: str) -> Any:
+    from atomtx.clients import Facts
+    from tests.scene import Played
+
+    client = Played()
+    client.inspect = lambda settings: Facts("1.2", "repo")  # type: ignore[method-assign]
+    return client
+
+
+def test_moment_that_is_too_old(scene: Scene) -> None:
+    """A moment older than `--keep-for` is not kept."""
+    scene.behave("exit 75")
+    ended = scene.backup(scene.plan(*SETS, client="played", keep_for_s=3600))
+    check_failed(scene, ended, "status 75")
+
+
+# -- kills -----------------------------------------------------------------------------------
+
+KILLED = {
+    "journal:planned": ("rolled-back", 0),
+    "end:zfs snapshot": ("completed", 1),
+    "journal:snapshotted": ("completed", 1),
+    "end:zfs hold": ("completed", 1),
+    "journal:mounted": ("completed", 2),
+    "journal:backing-up": ("completed", 2),
+    "journal:unmounting": ("completed", 1),
+    "end:zfs program": ("completed", 1),
+}
+
+
+@pytest.mark.parametrize("point", KILLED)
+def test_killed(scene: Scene, point: str) -> None:
+    """Promise 5: killed with its runner and client, a run is settled on the same snapshots."""
+    scene.behave("test $(wc -l < $home/calls) -gt 1 || sleep 0.5")
+    assert scene.backup(scene.plan(*SETS), f"{point}#1", "all").status == -9
+    scene.write("live", *SETS)
+    outcome, attempts = KILLED[point]
+    ended = scene.recover()
+    assert ended.status == 0, (scene.home / "log").read_text()
+    run = run_of(scene)
+    assert (run["state"], run["outcome"]) == ("destroyed", outcome)
+    assert run["attempts"] == attempts
+    assert scene.copies() == (["frozen frozen"] if outcome == "completed" else [])
+    assert scene.left() == []
+    assert len(scene.zfs("snapshot")) == (outcome == "completed")
+    assert all(outcome for _, _, outcome, _ in steps(scene))
+    assert scene.recover().decisions == []
+
+
+def test_killed_before_go(scene: Scene) -> None:
+    """Promise 1: the client does not start before `backing-up` is durable."""
+    the_plan = scene.plan(*SETS)
+    assert scene.backup(the_plan, "before:backing-up#1").status == -9
+    folder = RunFolder.of(scene.state, the_plan.run)
+    assert locks.wait_until(lambda: not locks.is_held(folder.runner_lock), PATIENCE_S)
+    assert scene.calls() == []
+    check_completed(scene, scene.recover(), attempts=2)
+
+
+def test_front_lock_is_handed_on(scene: Scene) -> None:
+    """Promise 6: the runner keeps F until it has R, and no longer."""
+    scene.changes.append(lambda: _note_front_lock(scene))
+    check_completed(scene, scene.backup(scene.plan(*SETS)))
+    assert (scene.home / "held").read_text() == "True before, False after"
+
+
+def _note_front_lock(scene: Scene) -> None:
+    """Have the runner note whether it has F open before it takes R, and when it goes on."""
+    front_end, acquire, enter = os.getpid(), locks.try_acquire, namespace.enter
+    found: list[bool] = []
+
+    def has_front_lock() -> bool:
+        (lock,) = scene.state.glob("runs/*/front.lock")
+        return locks.has_lock_open(os.getpid(), lock)
+
+    def noting(path: Path) -> int | None:
+        if os.getpid() != front_end and path.name == "runner.lock":
+            found.append(has_front_lock())
+        return acquire(path)
+
+    def entering() -> None:
+        found.append(has_front_lock())
+        (scene.home / "held").write_text("{} before, {} after".format(*found))
+        enter()
+
+    locks.try_acquire, namespace.enter = noting, entering
+
+
+def test_killed_inside_command(scene: Scene) -> None:
+    """Promise 6: a `zfs` whose front end was killed holds F on: a recovery waits for it."""
+    the_plan = scene.plan(*SETS)
+    scene.play(faults={"snapshot": "wait"})
+    assert scene.backup(the_plan, "start:zfs snapshot#1").status == -9
+    front_lock = RunFolder.of(scene.state, the_plan.run).front_lock
+    assert locks.is_held(front_lock)
+    (scene.home / "go").touch()
+    assert locks.wait_until(lambda: not locks.is_held(front_lock), PATIENCE_S)
+    assert list(scene.pool["snapshots"]) == [v.snapshot for v in the_plan.volumes]
+    check_completed(scene, scene.recover())
+
+
+def test_left_alone(scene: Scene) -> None:
+    """Promise 6: a run whose F is held is somebody's: it is not touched."""
+    the_plan = scene.plan(*SETS)
+    assert scene.backup(the_plan, "journal:snapshotted#1").status == -9
+    before = scene.pool, scene.rows("SELECT * FROM runs"), scene.rows("SELECT * FROM steps")
+    with locks.acquired(RunFolder.of(scene.state, the_plan.run).front_lock) as held:
+        assert held is not None
+        ended = scene.recover()
+    assert ended.decisions == [LeaveAlone("another atomtx is at work on it")]
+    after = scene.pool, scene.rows("SELECT * FROM runs"), scene.rows("SELECT * FROM steps")
+    assert after == before
+
+
+def test_end_is_known(scene: Scene) -> None:
+    """A client's end that the runner wrote is recorded by recover; the client runs once."""
+    point = "before:unmounting#1"
+    assert scene.backup(scene.plan(*SETS), point).status == -9
+    ended = scene.recover()
+    check_completed(scene, ended)
+    assert ended.decisions == [RollForward()]
+    assert len(scene.calls()) == 1
+    assert steps(scene)[6][2:] == ("done", None)
+
+
+def test_killed_runner(scene: Scene) -> None:
+    """A killed runner costs an attempt: its client is ended, another reads the same moment."""
+    script = "test $(wc -l < $home/calls) -gt 1 || { kill -KILL $PPID; sleep 1000; }"
+    scene.behave(script)
+    ended = scene.backup(scene.plan(*SETS, client="played"))
+    check_completed(scene, ended, attempts=2)
+    first, second = ended.said("warn")
+    assert first.startswith("ending what the interrupted run left behind: ")
+    assert second == "the runner was killed; the client starts again on the same snapshots"
+    assert f"mended repo with {scene.client}" in ended.said("step")
+
+
+@pytest.mark.parametrize("retries", [0, 2])
+def test_runner_is_killed_always(scene: Scene, retries: int) -> None:
+    """Section 3: attempts are counted and bounded."""
+    scene.behave("kill -KILL $PPID; sleep 1000")
+    ended = scene.backup(scene.plan(*SETS, retries=retries))
+    check_failed(scene, ended, "the runner was killed again and again")
+    assert run_of(scene)["attempts"] == MAX_ATTEMPTS + retries == len(scene.calls())
+    assert steps(scene)[-2][2:] == ("failed", "the runner was killed again and again")
+
+
+def test_rolled_back(scene: Scene) -> None:
+    """A roll-back records its reason and that the client's step came to nothing."""
+    assert scene.backup(scene.plan(*SETS), "journal:mounted#1", "all").status == -9
+    ended = scene.recover(rollback=True)
+    assert ended.decisions == [RollBack("at the user's word")]
+    run = run_of(scene)
+    assert (run["outcome"], run["reason"]) == ("rolled-back", "at the user's word")
+    assert steps(scene)[6] == ("run-client", 1, "failed", "at the user's word")
+    assert moves(scene)[2:] == [("unmounting", "at the user's word"), ("destroyed", None)]
+    assert scene.left() == []
+
+
+def test_resumed_by(scene: Scene) -> None:
+    """A resume records who is at work now."""
+    assert scene.backup(scene.plan(*SETS), "journal:snapshotted#1").status == -9
+    with Journal.open(scene.state) as journal, journal.change(journal.open_runs()[0]) as change:
+        change.set(pid=1, boot_id="another", reason=None)
+    check_completed(scene, scene.recover())
+    run = run_of(scene)
+    assert run["pid"] != 1
+    assert run["boot_id"] == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+# -- signals ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("point", ["journal:planned#1", "end:zfs hold#1", "journal:backing-up#1"])
+def test_interrupted(scene: Scene, point: str) -> None:
+    """A signal before the client's end undoes the run; it is told."""
+    scene.behave("sleep 1000")
+    ended = scene.backup(scene.plan(*SETS), point, f"signal {int(signal.SIGINT)}")
+    assert ended.run
+    assert (ended.run.state, ended.run.outcome) == ("destroyed", "rolled-back")
+    assert ended.run.reason == "interrupted by SIGINT"
+    assert ended.interrupted == "interrupted by SIGINT"
+    assert scene.left() == []
+    assert len(scene.calls()) <= 1
+
+
+def test_interrupted_too_late(scene: Scene) -> None:
+    """A client that ends well in spite of a signal has made its backup: it stands."""
+    loop = "while ! test -e $home/told; do sleep 0.1 || :; done"
+    scene.behave(f"trap 'touch $home/told' TERM; {loop}")
+    ended = scene.backup(scene.plan(*SETS), "journal:backing-up#1", "signal 15", delay_s=1)
+    check_completed(scene, ended)
+    assert ended.interrupted == "interrupted by SIGTERM"
+
+
+def test_interrupted_without_runner(scene: Scene) -> None:
+    """What a killed runner leaves of a run that is given up is ended before all is removed."""
+    front_end = "$(awk '/^PPid/ {print $2}' /proc/$PPID/status)"
+    scene.behave(f"trap '' TERM; kill -INT {front_end}; sleep 1; kill -KILL $PPID; sleep 1000")
+    ended = scene.backup(scene.plan(*SETS))
+    assert ended.run
+    assert (ended.run.state, ended.run.outcome) == ("destroyed", "rolled-back")
+    assert scene.left() == []
+    assert [words for words in ended.said("warn") if words.startswith("ending what")]
+
+
+def test_interrupted_by_failure(scene: Scene) -> None:
+    """A client that fails because it was stopped is no failure of the run."""
+    scene.behave("trap 'exit 75' TERM; while :; do sleep 0.1 || :; done")
+    the_plan = scene.plan(*SETS, client="played", retries=3)
+    ended = scene.backup(the_plan, "journal:backing-up#1", "signal 15", delay_s=1)
+    assert ended.run
+    assert (ended.run.outcome, ended.run.reason) == ("rolled-back", "interrupted by SIGTERM")
+    assert ended.said("sleep") == []
+
+
+def test_interrupted_at_go(scene: Scene) -> None:
+    """
+    A signal that comes as the client is let go stops it, as a later one does.
+
+    Nobody waits for its end in vain, which may take hours.
+    """
+    scene.behave("sleep 5")
+    scene.changes.append(_interrupt_at_go)
+    the_plan = scene.plan(*SETS)
+    ended = scene.backup(the_plan)
+    assert ended.run
+    assert (ended.run.outcome, ended.run.reason) == ("rolled-back", "interrupted by SIGINT")
+    assert scene.left() == []
+    assert scene.copies() == []
+    log = RunFolder.of(scene.state, the_plan.run).log.read_text()
+    assert "asked to stop by SIGINT" in log
+
+
+def _interrupt_at_go() -> None:
+    go = errand.Errand.go
+
+    def interrupted(self: errand.Errand) -> None:
+        go(self)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    errand.Errand.go = interrupted  # type: ignore[method-assign]
+
+
+# -- the journal -----------------------------------------------------------------------------
+
+
+def fail_changes(error: type[Exception], *which: int) -> None:
+    """Have the journal refuse these of its changes, counted from one, as on a full disk."""
+    from atomtx.journal import Change
+
+    count = iter(range(1, 1000))
+    finish = Change.finish
+
+    def refuse(self: Change) -> None:
+        if next(count) in which:
+            raise error("no space left")
+        finish(self)
+
+    Change.finish = refuse  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("which", [1, 2, 3, 4])
+def test_no_room(scene: Scene, which: int) -> None:
+    """Promise 10: where an intent finds no room, the run is given up and everything removed."""
+    scene.changes.append(lambda: fail_changes(JournalFullError, which))
+    ended = scene.backup(scene.plan(*SETS))
+    check_failed(scene, ended, "no space left")
+
+
+def test_no_room_for_the_end(scene: Scene) -> None:
+    """Promise 10: where the client's end finds no room, the snapshots go first; it is kept."""
+    scene.changes.append(lambda: fail_changes(JournalFullError, 5))
+    ended = scene.backup(scene.plan(*SETS))
+    check_completed(scene, ended)
+    assert "no space left for the journal: removing the snapshots first" in ended.said("warn")
+
+
+def test_no_room_at_all(scene: Scene) -> None:
+    """Promise 10: with no room even then, the traces are gone, and recover records the end."""
+    scene.changes.append(lambda: fail_changes(JournalFullError, 5, 6))
+    ended = scene.backup(scene.plan(*SETS))
+    assert isinstance(ended.raised, JournalFullError)
+    assert scene.pool["snapshots"] == {}
+    assert run_of(scene)["state"] == "backing-up"
+    scene.changes.clear()
+    check_completed(scene, scene.recover())
+    assert len(scene.calls()) == 1
+
+
+def test_no_room_to_keep(scene: Scene) -> None:
+    """Snapshots that are to be kept are not destroyed for want of room."""
+    scene.changes.append(lambda: fail_changes(JournalFullError, 5))
+    ended = scene.backup(scene.plan(*SETS, keep_snapshots=True))
+    assert isinstance(ended.raised, JournalFullError)
+    assert len(scene.pool["snapshots"]) == 2
+    scene.changes.clear()
+    scene.recover()
+    assert run_of(scene)["outcome"] == "completed"
+    assert [s["mark"] for s in scene.pool["snapshots"].values()] == [None, None]
+
+
+def test_no_room_for_another_attempt(scene: Scene) -> None:
+    """A retry that finds no room is a failure; a moment that is to be kept is worth more."""
+    scene.behave("exit 75")
+    scene.changes.append(lambda: fail_changes(JournalFullError, 5))
+    ended = scene.backup(scene.plan(*SETS, client="played", retries=1))
+    check_failed(scene, ended, "status 75")
+    scene.play(now=_now())
+    ended = scene.backup(scene.plan(*SETS, client="played", keep_for_s=3600))
+    assert isinstance(ended.raised, JournalFullError)
+    assert len(scene.pool["snapshots"]) == 2
+
+
+def test_end_is_told(scene: Scene) -> None:
+    """Promise 10: an end that found no room in the run's folder is told, journaled, and kept."""
+    scene.changes.append(lambda: _no_room_in_folder(scene))
+    scene.changes.append(lambda: fail_changes(JournalFullError, 5, 6))
+    the_plan = scene.plan(*SETS)
+    ended = scene.backup(the_plan)
+    assert isinstance(ended.raised, JournalFullError)
+    assert scene.pool["snapshots"] == {}
+    scene.changes.clear()
+    check_completed(scene, scene.recover())
+    assert len(scene.calls()) == 1
+
+
+def _no_room_in_folder(scene: Scene) -> None:
+    """Have no end record written while there are snapshots."""
+    write = RunFolder.write_end
+
+    def write_end(self: RunFolder, data: Any) -> None:
+        if scene.pool["snapshots"]:
+            raise OSError(28, "No space left on device")
+        write(self, data)
+
+    RunFolder.write_end = write_end  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_end_is_told_once(scene: Scene, told: bool) -> None:
+    """An end that was told and found its room in the journal needs no other."""
+    scene.behave("exit 9" if told else "exit 75")
+    scene.changes.append(lambda: _no_room_in_folder(scene))
+    ended = scene.backup(scene.plan(*SETS, client="played"))
+    check_failed(scene, ended, "status 9" if told else "status 75")
+
+
+def test_overtaken(scene: Scene) -> None:
+    """Promise 6: who was overtaken by another process stops at once, and undoes nothing."""
+    scene.changes.append(lambda: fail_changes(StaleRunError, 2))
+    ended = scene.backup(scene.plan(*SETS))
+    assert isinstance(ended.raised, StaleRunError)
+    assert len(scene.pool["snapshots"]) == 2
+    assert run_of(scene)["state"] == "snapshotted"
+
+
+def test_client_that_waits(scene: Scene) -> None:
+    """Promise 14: a repository that is another one makes recovery wait."""
+    assert scene.backup(scene.plan(*SETS, client="played"), "journal:mounted#1", "all").status == -9
+    ended = scene.recover()
+    assert isinstance(ended.raised, WaitingError)
+    assert len(scene.pool["snapshots"]) == 2
+
+
+def test_progress(scene: Scene) -> None:
+    """What the runner tells of the client's progress is shown."""
+    scene.behave("sleep 1.5")
+    ended = scene.backup(scene.plan(*SETS))
+    check_completed(scene, ended)
+    assert ended.said("progress")
+
+
+def test_busy(scene: Scene) -> None:
+    """What is busy parks the run; its result stands, and the next recover removes it."""
+    scene.changes.append(lambda: setattr(cleaning.Cleaner, "_destroy", _destroy_once))
+    the_plan = scene.plan(*SETS)
+    scene.play(faults={"program": "busy"})
+    ended = scene.backup(the_plan)
+    assert ended.run
+    assert (ended.run.state, ended.run.cleanup) == ("unmounting", "parked")
+    assert ended.run.outcome == "completed"
+    assert [w for w in ended.said("warn") if "busy" in w]
+    scene.play(faults={})
+    assert scene.recover().decisions == [RollForward()]
+    assert scene.left() == []
+    assert run_of(scene)["outcome"] == "completed"
+
+
+def _destroy_once(self: Any, identities: Any, run: Any) -> dict[str, str]:
+    found: dict[str, str] = self._zfs.destroy(identities, run=run.id)
+    return found
