@@ -26,17 +26,17 @@ FOREIGN = (
 
 # By the CPU time of their machines; pytest-xdist would go by the number of tests.
 LONGEST_FIRST = (
-    "test_sweep.py",
-    "test_clients.py",
-    "test_backup.py",
-    "test_faults.py",
-    "test_no_room.py",
-    "test_crash.py",
-    "test_behaviour.py",
-    "test_power_cut_run.py",
-    "test_refusals.py",
-    "test_power_cut.py",
-    "test_machine.py",
+    "crash/test_sweep.py",
+    "vm/test_clients.py",
+    "vm/test_backup.py",
+    "vm/test_faults.py",
+    "vm/test_no_room.py",
+    "vm/test_crash.py",
+    "vm/test_behaviour.py",
+    "vm/test_power_cut_run.py",
+    "vm/test_refusals.py",
+    "vm/test_power_cut.py",
+    "vm/test_machine.py",
 )
 
 
@@ -58,7 +58,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     With two workers, each of which takes the next file, they then end at about the same time.
     """
     places = {name: place for place, name in enumerate(LONGEST_FIRST)}
-    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+    items.sort(key=lambda item: places.get("/".join(item.path.parts[-2:]), len(places)))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
