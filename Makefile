@@ -4,7 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 # Two at a time, each with a virtual machine of its own; the tests of a file share its states.
-PYTEST_ARGUMENTS ?= --numprocesses 2 --dist loadfile
+# The files in the order of tests/conftest.py.
+PYTEST_ARGUMENTS ?= --numprocesses 2 --dist loadfile --no-loadscope-reorder
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 

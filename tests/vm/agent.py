@@ -8,10 +8,10 @@ programs, so that a crash can come on either side of each.  One request a connec
     {"argv": [...], "env": {...}, "cwd": "/", "kill": {"at": POINT, "who": WHO}}
         -> {"status": ..., "stdout": ..., "stderr": ..., "points": [...]}
 
-POINT and WHO are described in points.py.  "fork" in a request has the runner forked, not
-started as a program of its own.  "marks" is a disk whose first sector each point is written to,
-as it is passed: a record of that disk's writes then tells what had happened before each of them.
-"script" runs a Python file, with "argv" as its arguments, in place of the program.
+POINT and WHO are described in points.py.  "fork" in a request has the runner forked, which is
+faster, not started as a program of its own.  "marks" is a disk whose first sector each point is
+written to, as it is passed: a record of that disk's writes then tells what had happened before
+each of them.  "script" runs a Python file, with "argv" as its arguments, in place of the program.
 
 It runs in the machine with the program's own Python and needs points.py beside it.
 """
@@ -45,7 +45,8 @@ def serve() -> None:
     import atomtx.cli.recover
     import atomtx.clients.command
     import atomtx.clients.kopia
-    import atomtx.clients.restic  # noqa: F401
+    import atomtx.clients.restic
+    import atomtx.runner  # noqa: F401
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with socket.create_server(("0.0.0.0", PORT)) as server:

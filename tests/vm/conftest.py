@@ -15,6 +15,7 @@ import pytest
 from tests.vm import remote
 from tests.vm.machine import DATA_DISKS, Machine, MachineError, install, open_machine
 from tests.vm.powercut import Tally
+from tests.vm.scene import Prepare
 
 HERE = Path(__file__).parent
 
@@ -35,6 +36,11 @@ def machine() -> Iterator[Machine]:
             machine.run("python3 -m compileall -q /venv/lib/python3.*/site-packages/atomtx")
             machine.run("atomtx --version && atomtx --help")
             remote.install(machine)
+            # A state that is loaded comes back with a clock that jumps: no CPU was stuck.
+            machine.run(
+                "echo 1 > /sys/module/rcupdate/parameters/rcu_cpu_stall_suppress;"
+                " echo 0 > /proc/sys/kernel/watchdog"
+            )
             machine.save("clean")
             machine.run(f"zpool create tank {DATA_DISKS[0]} && zfs list tank >/dev/null && sync")
             machine.save("tank")
@@ -48,6 +54,27 @@ def vm(machine: Machine) -> Machine:
     """The machine as new, with an empty pool `tank` on its first data disk."""
     machine.load("tank")
     return machine
+
+
+@pytest.fixture(scope="module")
+def prepared(machine: Machine) -> Iterator[Prepare]:
+    """Give the machine as *make* leaves it, on a state to begin with; once for a file's tests."""
+    made: set[str] = set()
+
+    def load(base: str, make: Callable[[Machine], None]) -> Machine:
+        name = make.__name__
+        if name in made:
+            machine.load(name)
+            return machine
+        machine.load(base)
+        make(machine)
+        machine.save(name)
+        made.add(name)
+        return machine
+
+    yield load
+    for name in made:
+        machine.forget(name)
 
 
 @pytest.fixture

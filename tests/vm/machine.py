@@ -156,6 +156,10 @@ class Machine:
         self._wait_for_ssh(timeout_s=60)
         self._set_clock()
 
+    def forget(self, name: str) -> None:
+        """Remove what `save` saved under *name*."""
+        self._monitor(f"delvm {name}")
+
     def close(self) -> None:
         """End it and remove its files."""
         if self.pid:
@@ -269,9 +273,9 @@ class Machine:
         return answer["return"]
 
     def _monitor(self, command: str) -> str:
-        """Give qemu's monitor a command; what savevm and loadvm answer is an error."""
+        """Give qemu's monitor a command; what its commands for states answer is an error."""
         text = str(self.qmp("human-monitor-command", **{"command-line": command}))
-        if text and command.split()[0] in ("savevm", "loadvm"):
+        if text and command.split()[0] in ("savevm", "loadvm", "delvm"):
             raise MachineError(f"{command}: {text}")
         return text
 

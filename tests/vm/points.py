@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 STOPPED = "/run/atomtx-stopped"
+RUNNER = "atomtx.runner"  # what a forked runner is called, as its command line is its parent's
 MARK = b"atomtx mark: "
 _HIGH = 200  # descriptors from here on are the forked runner's while it sorts its own
 
@@ -263,6 +264,7 @@ def fork_runner(crash: Crash, prepare: Callable[[], None] = lambda: None) -> Non
         if pid == 0:
             with _ends_here():
                 os.setsid()
+                Path("/proc/self/comm").write_text(RUNNER)
                 crash.in_runner()
                 descriptors = _sort_descriptors(control, front, stderr, crash)
                 os.environ.clear()

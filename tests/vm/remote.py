@@ -40,7 +40,7 @@ class Answer:
 
 def install(machine: Machine) -> None:
     """Start the agent in the machine."""
-    for name in ("points.py", "agent.py"):
+    for name in ("points.py", "agent.py", "look.py"):
         machine.put(HERE / name, f"/root/{name}")
     machine.run("/venv/bin/python /root/agent.py start", timeout=300)
 
@@ -56,16 +56,18 @@ def atomtx(
     timeout_s: float = 900,
     marks: str | None = None,
     script: str | None = None,
-    fork: bool = False,
+    started: bool = False,
 ) -> Answer:
     """
     Run one command in the machine and return what it did; in the *background*, at once.
 
-    *marks* names a disk to note the points on, *script* a Python file to run in its place; with
-    *fork* its runner is forked, which is faster.
+    *marks* names a disk to note the points on, *script* a Python file to run in its place.  Its
+    runner is forked from it, which halves the time of a run, but where it is to be *started* as
+    users' are, or has marks.
     """
     words = {k: v for k, v in {**ENV, **(env or {})}.items() if k not in without}
     request = {"argv": argv, "env": words, "cwd": cwd, "background": background}
+    fork = not (started or marks)
     given = {"kill": kill, "marks": marks, "script": script, "fork": fork}
     request |= {name: value for name, value in given.items() if value}
     reply = _ask(machine, request, timeout_s)

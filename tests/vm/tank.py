@@ -6,17 +6,9 @@ import shlex
 from collections.abc import Collection
 
 from tests.vm.machine import Machine
+from tests.vm.remote import atomtx
 
-# Each line is one thing of a run.  /proc/*/mountinfo escapes blanks, and names every namespace.
-_LOOK = r"""
-zfs list -H -t snapshot -o name | sed -n 's/.*@atomtx-.*/snapshot &/p'
-zfs list -H -t snapshot -o name | grep -v '^$' | tr '\n' '\0' |
-  xargs -0 -r zfs holds -H 2>/dev/null | sed 's/^/hold /'
-cat /proc/[0-9]*/mountinfo 2>/dev/null | sed -n 's/.* - zfs \([^ ]*@atomtx-[^ ]*\) .*/mount \1/p' |
-  sort -u
-pgrep -af 'atomtx[.]runner' | sed 's/^/process /'
-true
-"""
+LOOK = "/root/look.py"
 
 
 def make_datasets(vm: Machine, *names: str, options: str = "") -> list[str]:
@@ -35,5 +27,7 @@ def fill(vm: Machine, folder: str, *, files: int, size_bytes: int) -> None:
 
 def leftovers(vm: Machine, *, foreign: Collection[str] = ()) -> list[str]:
     """Return what any run has left on the machine; *foreign*: names of snapshots not to count."""
-    lines = vm.run(_LOOK).stdout.splitlines()
+    answer = atomtx(vm, script=LOOK)
+    assert answer.status == 0, answer.output
+    lines = answer.stdout.splitlines()
     return [line for line in lines if line.split(" ", 1)[1].split("\t")[0] not in foreign]

@@ -9,6 +9,7 @@ import pytest
 
 from tests.vm.machine import Machine
 from tests.vm.remote import atomtx, backups, restic_command, runs, stop_at
+from tests.vm.scene import Prepare, make_journal
 from tests.vm.tank import fill, leftovers, make_datasets
 
 WRITER = r"""
@@ -22,11 +23,29 @@ while not os.path.exists("/tmp/stop"):
 """
 
 
-@pytest.fixture
-def repo(vm: Machine) -> Machine:
-    """The machine with an empty restic repository outside the pool."""
+def two_datasets(vm: Machine) -> None:
     vm.run(restic_command("init"))
-    return vm
+    make_datasets(vm, "tank/a", "tank/b")
+    fill(vm, "/tank/a", files=2, size_bytes=1000)
+    make_journal(vm)
+
+
+@pytest.fixture
+def two(prepared: Prepare) -> Machine:
+    """The machine with two datasets, and an empty restic repository outside the pool."""
+    return prepared("tank", two_datasets)
+
+
+def many_datasets(vm: Machine) -> None:
+    vm.run(restic_command("init"))
+    make_datasets(vm, "tank/m", *(f"tank/m/d{i:02}" for i in range(20)))
+    make_journal(vm)
+
+
+@pytest.fixture
+def many(prepared: Prepare) -> Machine:
+    """The machine with 21 datasets, and an empty restic repository outside the pool."""
+    return prepared("tank", many_datasets)
 
 
 def restore(vm: Machine, backup_id: str = "latest", restic: str = "restic") -> None:
@@ -38,14 +57,13 @@ def restore(vm: Machine, backup_id: str = "latest", restic: str = "restic") -> N
     )
 
 
-def test_one_moment(repo: Machine) -> None:
+def test_one_moment(many: Machine) -> None:
     """
     Twenty datasets under a writer are backed up as of one instant (promise 8).
 
     The restored set is a prefix of what was written, in the writer's order.
     """
-    vm = repo
-    make_datasets(vm, "tank/m", *(f"tank/m/d{i:02}" for i in range(20)))
+    vm = many
     vm.run(f"cat > /root/writer.py <<'END'\n{WRITER}\nEND\nrm -f /tmp/stop")
     vm.run("setsid python3 /root/writer.py >/dev/null 2>&1 </dev/null & sleep 3")
     answer = atomtx(vm, "backup", "-r", "tank/m")
@@ -62,26 +80,31 @@ def test_one_moment(repo: Machine) -> None:
     assert numbers == list(range(len(numbers)))
 
 
-def test_processes_do_not_grow(repo: Machine) -> None:
+def test_processes_do_not_grow(many: Machine) -> None:
     """A run over 21 datasets starts as many `zfs` processes, and commits, as one over one."""
-    vm = repo
-    make_datasets(vm, "tank/m", *(f"tank/m/d{i:02}" for i in range(20)))
+    vm = many
     for name in ("tank/m", "tank/m/d00"):
         fill(vm, f"/{name}", files=1, size_bytes=100)
-    one = atomtx(vm, "backup", "tank/m/d00", kill={"at": "none"})
-    many = atomtx(vm, "backup", "-r", "tank/m", kill={"at": "none"})
-    assert one.status == many.status == 0, one.output + many.output
-    assert one.points == many.points
-    assert len([p for p in many.points if p.startswith("start:z")]) == 7
+    one = atomtx(vm, "backup", "tank/m/d00", started=True)
+    all_ = atomtx(vm, "backup", "-r", "tank/m", started=True)
+    assert one.status == all_.status == 0, one.output + all_.output
+    assert one.points == all_.points
+    assert len([p for p in all_.points if p.startswith("start:z")]) == 7
 
 
-@pytest.mark.parametrize(("signal", "status"), [(2, 130), (15, 143)])
-@pytest.mark.parametrize("state", ["planned", "snapshotted", "mounted", "backing-up"])
-def test_interrupted(repo: Machine, state: str, signal: int, status: int) -> None:
+@pytest.mark.parametrize(
+    ("state", "signal", "status"),
+    [
+        ("planned", 2, 130),
+        ("snapshotted", 15, 143),
+        ("mounted", 2, 130),
+        ("backing-up", 2, 130),
+        ("backing-up", 15, 143),
+    ],
+)
+def test_interrupted(two: Machine, state: str, signal: int, status: int) -> None:
     """SIGINT and SIGTERM are compensated at once: 130 or 143, and nothing is left."""
-    vm = repo
-    make_datasets(vm, "tank/a")
-    fill(vm, "/tank/a", files=1, size_bytes=100)
+    vm = two
     vm.run("printf '#!/bin/sh\nsleep 300\n' > /root/slow && chmod 755 /root/slow")
     kill = stop_at(f"journal:{state}#1", f"signal {signal}", delay_s=3 * (state == "backing-up"))
     answer = atomtx(vm, "backup", "tank/a", "--command", "/root/slow", kill=kill)
@@ -109,11 +132,9 @@ def test_inside_the_set(vm: Machine) -> None:
     assert leftovers(vm) == []
 
 
-def test_keep_snapshots(repo: Machine) -> None:
+def test_keep_snapshots(two: Machine) -> None:
     """With --keep-snapshots the mark changes from run to kept, and recover lets them be."""
-    vm = repo
-    make_datasets(vm, "tank/a", "tank/b")
-    fill(vm, "/tank/a", files=1, size_bytes=100)
+    vm = two
     answer = atomtx(vm, "backup", "tank/a", "tank/b", "--keep-snapshots")
     assert answer.status == 0, answer.output
     run = runs(vm)[0]["id"]
@@ -128,10 +149,10 @@ def test_keep_snapshots(repo: Machine) -> None:
     assert len(vm.run("zfs list -H -t snapshot -o name").stdout.split()) == 2
 
 
-def test_dry_run_changes_nothing(repo: Machine) -> None:
+def test_dry_run_changes_nothing(two: Machine) -> None:
     """--dry-run prints each step with its undo, and leaves no journal behind (promise 12)."""
-    vm = repo
-    make_datasets(vm, "tank/a")
+    vm = two
+    vm.run("rm -r /var/lib/atomtx /run/atomtx")
     answer = atomtx(vm, "backup", "-n", "tank/a")
     assert answer.status == 0, answer.output
     assert "snapshot 1 dataset of pool tank in one transaction" in answer.stdout
@@ -139,11 +160,9 @@ def test_dry_run_changes_nothing(repo: Machine) -> None:
     assert vm.run("test -e /var/lib/atomtx/journal.db", check=False).status == 1
 
 
-def test_json(repo: Machine) -> None:
+def test_json(two: Machine) -> None:
     """With --json standard output is JSON lines, the last one the end, with the backup's id."""
-    vm = repo
-    make_datasets(vm, "tank/a")
-    fill(vm, "/tank/a", files=1, size_bytes=100)
+    vm = two
     answer = atomtx(vm, "backup", "tank/a", "--json")
     lines = [json.loads(line) for line in answer.stdout.splitlines()]
     (result,) = [line for line in lines if line["message_type"] == "result"]
@@ -152,11 +171,9 @@ def test_json(repo: Machine) -> None:
     assert answer.stderr == ""
 
 
-def test_show_restores(repo: Machine) -> None:
+def test_show_restores(two: Machine) -> None:
     """`show` prints the command that restores, and it does."""
-    vm = repo
-    make_datasets(vm, "tank/a")
-    fill(vm, "/tank/a", files=2, size_bytes=1000)
+    vm = two
     assert atomtx(vm, "backup", "tank/a").status == 0
     shown = atomtx(vm, "show", runs(vm)[0]["id"][:6])
     assert shown.status == 0, shown.output
@@ -167,18 +184,22 @@ def test_show_restores(repo: Machine) -> None:
     assert vm.run("diff -r /tank/a /tmp/r2/tank/a").status == 0
 
 
-def test_root_on_zfs(repo: Machine) -> None:
+def test_root_on_zfs(two: Machine) -> None:
     """
     A set with the dataset mounted at `/` is read whole, with the live system left out.
 
     The machine's own root is ext4: a small one on ZFS is made, and entered in a namespace.
     """
-    vm = repo
-    make_datasets(vm, "tank/root", "tank/root/home")
+    vm = two
+    make_datasets(vm, "tank/root", "tank/root/home", options="-o compression=off -o checksum=off")
+    libraries = "usr/lib/x86_64-linux-gnu"
     vm.run(
-        "set -e; cd /tank/root; mkdir -p dev proc sys run tmp var/lib srv root etc usr;"
-        " cp -a /usr/bin /usr/sbin /usr/lib64 usr/ 2>/dev/null || true; mkdir -p usr/lib;"
-        " cp -a /usr/lib/x86_64-linux-gnu /usr/lib/python3* usr/lib/;"
+        "set -e; cd /tank/root; mkdir -p dev proc sys run tmp var/lib srv root etc usr/lib;"
+        " cp -a /usr/sbin /usr/lib64 usr; cp -a /usr/lib/python3* usr/lib;"
+        f" mkdir usr/bin {libraries}; cd /usr/bin;"
+        " cp -a sh dash cat grep env mount umount rmdir python3* restic /tank/root/usr/bin;"
+        f" cd /{libraries}; cp -a $(ls -d *.so *.so.* | grep -v san.so) /tank/root/{libraries};"
+        " cd /tank/root;"
         " ln -s usr/bin usr/sbin . ;"
         " ln -s usr/lib usr/lib64 . ;"
         " cp -a /etc/passwd /etc/group /etc/machine-id etc/; cp -a /venv .;"

@@ -8,19 +8,23 @@ import pytest
 
 from tests.vm.machine import DATA_DISKS, Machine
 from tests.vm.remote import atomtx, backups, restic_command, runs, stop_at
-from tests.vm.scene import WAITS, let_go, running, script, until
+from tests.vm.scene import WAITS, Prepare, let_go, make_journal, running, script, until
 from tests.vm.tank import fill, leftovers, make_datasets
 
 READY = "test -e /tmp/ready"
 
 
-@pytest.fixture
-def one(vm: Machine) -> Machine:
-    """The machine with one dataset, and a client that waits."""
+def one_dataset(vm: Machine) -> None:
     make_datasets(vm, "tank/a")
     fill(vm, "/tank/a", files=2, size_bytes=1000)
+    make_journal(vm)
     script(vm, "/root/client", WAITS)
-    return vm
+
+
+@pytest.fixture
+def one(prepared: Prepare) -> Machine:
+    """The machine with one dataset, and a client that waits."""
+    return prepared("tank", one_dataset)
 
 
 COMMAND = ("backup", "tank/a", "--command", "/root/client")
@@ -207,7 +211,7 @@ def test_key_unloaded(one: Machine) -> None:
 def test_process_group(one: Machine) -> None:
     """SIGTERM to the whole group of the front end, as a service gets it: 143, all undone."""
     vm = one
-    with running(vm, *COMMAND) as answer:
+    with running(vm, *COMMAND, started=True) as answer:
         until(vm, READY)
         (pid,) = vm.run("fuser /var/lib/atomtx/runs/*/front.lock 2>/dev/null").stdout.split()
         vm.run(f"kill -TERM -- -{pid}")
@@ -243,7 +247,7 @@ def test_suspend_and_clock(one: Machine) -> None:
     No time limit strikes for them: it is of a clock that nobody sets.
     """
     vm = one
-    with running(vm, *COMMAND, "--time-limit", "10m") as answer:
+    with running(vm, *COMMAND, "--time-limit", "10m", started=True) as answer:
         until(vm, READY)
         vm._monitor("stop")
         time.sleep(3)

@@ -8,6 +8,7 @@ import pytest
 
 from tests.vm.machine import Machine
 from tests.vm.remote import atomtx, backups, restic_command, runs
+from tests.vm.scene import WITH_COPIER, Prepare, is_copied, make_journal, script
 from tests.vm.tank import fill, leftovers, make_datasets
 
 RESTICS = {
@@ -21,12 +22,9 @@ HAS_FEATURE = ("0.18", "0.19")  # device-id-for-hardlinks, from 0.17 on
 
 def trace(vm: Machine, program: str) -> str:
     """Make a wrapper that notes, outside the client, each file that it opens; return its path."""
-    vm.run(
-        "cat > /root/traced <<'END'\n#!/bin/sh\n"
-        f'exec strace -f -qq -e trace=openat -e signal=none -o /root/trace {program} "$@"\n'
-        "END\nchmod 755 /root/traced"
-    )
-    return "/root/traced"
+    # With the filter in the kernel no other system call stops the client.
+    strace = "strace --seccomp-bpf -f -qq -e trace=openat -e signal=none -o /root/trace"
+    return script(vm, "/root/traced", f'exec {strace} {program} "$@"')
 
 
 def files_read(vm: Machine) -> list[str]:
@@ -40,15 +38,44 @@ def files_read(vm: Machine) -> list[str]:
     return sorted(found.stdout.split("\n")[:-1])
 
 
-@pytest.fixture
-def tree(vm: Machine) -> Machine:
-    """The machine with two nested datasets of ten directories, no hard links."""
+def nested_datasets(vm: Machine) -> None:
     make_datasets(vm, "tank/a", "tank/a/kid")
     vm.run(
         "for d in /tank/a /tank/a/kid; do for i in 0 1 2 3 4; do mkdir -p $d/dir$i;"
         " head -c 20000 /dev/urandom | split -b 5000 - $d/dir$i/; done; done"
     )
-    return vm
+    make_journal(vm)
+
+
+@pytest.fixture
+def tree(prepared: Prepare) -> Machine:
+    """The machine with two nested datasets of ten directories, no hard links."""
+    return prepared("tank", nested_datasets)
+
+
+def restic_repository(vm: Machine) -> None:
+    nested_datasets(vm)
+    vm.run(restic_command("init"))
+
+
+@pytest.fixture
+def restic(prepared: Prepare) -> Machine:
+    """The same with an empty repository of the machine's own restic."""
+    return prepared("tank", restic_repository)
+
+
+def kopia_repository(vm: Machine) -> None:
+    nested_datasets(vm)
+    vm.run(
+        "KOPIA_PASSWORD='correct horse' kopia repository create filesystem --path /srv/kopia",
+        timeout=300,
+    )
+
+
+@pytest.fixture
+def kopia(prepared: Prepare) -> Machine:
+    """The same with an empty repository of kopia, and connected to it."""
+    return prepared("tank", kopia_repository)
 
 
 @pytest.mark.parametrize("version", RESTICS)
@@ -81,10 +108,9 @@ def json_lines(vm: Machine, restic: str) -> list[str]:
     return [line for line in listed.splitlines() if line.startswith("tree")]
 
 
-def test_restic_moment(tree: Machine) -> None:
+def test_restic_moment(restic: Machine) -> None:
     """The backup's time in the repository is the snapshot's, whatever the time zone."""
-    vm = tree
-    vm.run(restic_command("init"))
+    vm = restic
     answer = atomtx(vm, "backup", "tank/a", env={"TZ": "America/New_York"})
     assert answer.status == 0, answer.output
     shown = json.loads(atomtx(vm, "show", "--json", runs(vm)[0]["id"]).stdout)
@@ -93,10 +119,9 @@ def test_restic_moment(tree: Machine) -> None:
     assert moment.startswith(as_utc)
 
 
-def test_clock_set_back(tree: Machine) -> None:
+def test_clock_set_back(restic: Machine) -> None:
     """After the clock was set back the parent is still found: no file is read again."""
-    vm = tree
-    vm.run(restic_command("init"))
+    vm = restic
     wrapper = trace(vm, "/usr/bin/restic")
     command = ("backup", "-r", "tank/a", "--client", "restic", "--command", wrapper)
     assert atomtx(vm, *command).status == 0
@@ -105,10 +130,9 @@ def test_clock_set_back(tree: Machine) -> None:
     assert files_read(vm) == []
 
 
-def test_partial(tree: Machine) -> None:
+def test_partial(restic: Machine) -> None:
     """restic's exit 3, some files could not be read, is `partial`, exit 3."""
-    vm = tree
-    vm.run(restic_command("init"))
+    vm = restic
     # A file that even root cannot open: restic runs as another user through a wrapper.
     vm.run(
         "touch /tank/a/secret && chmod 600 /tank/a/secret && useradd -m backup2;"
@@ -123,16 +147,12 @@ def test_partial(tree: Machine) -> None:
     assert leftovers(vm) == []
 
 
-def test_kopia(tree: Machine) -> None:
+def test_kopia(kopia: Machine) -> None:
     """kopia makes a manifest a dataset, each a result; the second run opens no file."""
-    vm = tree
+    vm = kopia
     make_datasets(vm, "tank/z")
     fill(vm, "/tank/z", files=4, size_bytes=1000)
     env = {"KOPIA_PASSWORD": "correct horse", "KOPIA_CHECK_FOR_UPDATES": "false"}
-    vm.run(
-        "KOPIA_PASSWORD='correct horse' kopia repository create filesystem --path /srv/kopia",
-        timeout=300,
-    )
     wrapper = trace(vm, "kopia")
     without = ("RESTIC_REPOSITORY", "RESTIC_PASSWORD")
     command = ("backup", "-r", "tank/a", "tank/z", "--client", "kopia", "--command", wrapper)
@@ -151,12 +171,12 @@ def test_kopia(tree: Machine) -> None:
     assert leftovers(vm) == []
 
 
-def test_kopia_is_found(tree: Machine) -> None:
+def test_kopia_is_found(kopia: Machine) -> None:
     """Without --client a connected kopia repository is what the environment names."""
-    vm = tree
-    vm.run("KOPIA_PASSWORD=x kopia repository create filesystem --path /srv/kopia", timeout=300)
+    vm = kopia
     without = ("RESTIC_REPOSITORY", "RESTIC_PASSWORD")
-    answer = atomtx(vm, "backup", "tank/a", env={"KOPIA_PASSWORD": "x"}, without=without)
+    env = {"KOPIA_PASSWORD": "correct horse"}
+    answer = atomtx(vm, "backup", "tank/a", env=env, without=without)
     assert answer.status == 0, answer.output
     assert runs(vm)[0]["client"] == "kopia"
 
@@ -179,10 +199,9 @@ def test_command_gets_paths(tree: Machine) -> None:
     assert leftovers(vm) == []
 
 
-def test_tree_layout(tree: Machine) -> None:
+def test_tree_layout(restic: Machine) -> None:
     """--layout tree shows the snapshots under one root, relative, and takes it all away."""
-    vm = tree
-    vm.run(restic_command("init"))
+    vm = restic
     wrapper = trace(vm, "/usr/bin/restic")
     options = ("--layout", "tree", "--root", "/tree", "--client", "restic", "--command", wrapper)
     assert (one := atomtx(vm, "backup", "-r", "tank/a", *options)).status == 0, one.output
@@ -198,13 +217,13 @@ def test_tree_layout(tree: Machine) -> None:
 def test_tree_layout_killed(tree: Machine, state: str) -> None:
     """A run in the tree layout that is killed is settled too, its mounts and directories gone."""
     vm = tree
-    vm.run(restic_command("init"))
-    options = ("--layout", "tree", "--root", "/tree")
+    options = ("--layout", "tree", "--root", "/tree", *WITH_COPIER)
     kill = {"at": f"journal:{state}#1", "who": "all"}
     assert atomtx(vm, "backup", "-r", "tank/a", *options, kill=kill).status == -9
     answer = atomtx(vm, "recover")
     assert answer.status == 0, answer.output
     assert runs(vm)[0]["outcome"] == "completed"
-    assert len(backups(vm)) == 1
+    assert is_copied(vm)
+    assert vm.run("diff -r /tank/a /srv/copy/tank/a").status == 0
     assert vm.run("test -e /tree", check=False).status == 1
     assert leftovers(vm) == []

@@ -6,21 +6,34 @@ import pytest
 
 from tests.vm.machine import Machine
 from tests.vm.remote import atomtx, backups, restic_command, runs, stop_at
+from tests.vm.scene import (
+    WAITS,
+    WITH_COPIER,
+    Prepare,
+    is_copied,
+    let_go,
+    make_journal,
+    running,
+    script,
+    until,
+)
 from tests.vm.tank import fill, leftovers, make_datasets
 
 
-@pytest.fixture
-def one(vm: Machine) -> Machine:
-    """The machine with one dataset and an empty restic repository."""
+def one_dataset(vm: Machine) -> None:
     make_datasets(vm, "tank/a")
     fill(vm, "/tank/a", files=3, size_bytes=1000)
     vm.run(restic_command("init"))
-    return vm
+    make_journal(vm)
 
 
-def script(vm: Machine, path: str, text: str) -> str:
-    vm.run(f"cat > {path} <<'END'\n{text}\nEND\nchmod 755 {path}")
-    return path
+@pytest.fixture
+def one(prepared: Prepare) -> Machine:
+    """The machine with one dataset and an empty restic repository."""
+    return prepared("tank", one_dataset)
+
+
+COPY_A = ("backup", "tank/a", *WITH_COPIER)
 
 
 def guids(vm: Machine) -> dict[str, str]:
@@ -32,7 +45,7 @@ def guids(vm: Machine) -> dict[str, str]:
 def test_exact_name_other_guid(one: Machine, state: str) -> None:
     """A snapshot with our exact name, hold tag and local mark, but another guid, is not touched."""
     vm = one
-    answer = atomtx(vm, "backup", "tank/a", kill=stop_at(f"journal:{state}#1", "all"))
+    answer = atomtx(vm, *COPY_A, kill=stop_at(f"journal:{state}#1", "all"))
     assert answer.status == -9, answer.output
     run = runs(vm)[0]["id"]
     name = f"tank/a@atomtx-{run}"
@@ -52,7 +65,7 @@ def test_exact_name_other_guid(one: Machine, state: str) -> None:
     assert f"atomtx-{run}" in vm.run(f"zfs holds -H {name}").stdout
     (row,) = runs(vm)
     assert row["state"] == "destroyed"
-    assert row["outcome"] != "completed" or backups(vm)
+    assert row["outcome"] != "completed" or is_copied(vm)
 
 
 def test_recreated_between_probe_and_destroy(one: Machine) -> None:
@@ -63,7 +76,7 @@ def test_recreated_between_probe_and_destroy(one: Machine) -> None:
     script(
         vm,
         "/usr/sbin/zfs",
-        """#!/bin/sh
+        """
 if [ "$1" = program ]; then
   for name in $(zfs.real list -H -t snapshot -o name | grep @atomtx-); do
     zfs.real destroy "$name" && zfs.real snapshot -o atomtx:run="${name##*atomtx-}" "$name"
@@ -72,7 +85,7 @@ fi
 exec zfs.real "$@"
 """,
     )
-    answer = atomtx(vm, "backup", "tank/a")
+    answer = atomtx(vm, *COPY_A)
     vm.run("mv /usr/sbin/zfs.real /usr/sbin/zfs")
     assert answer.status == 0, answer.output
     run = runs(vm)[0]["id"]
@@ -84,7 +97,7 @@ exec zfs.real "$@"
 def test_inherited_mark(one: Machine) -> None:
     """A mark that a snapshot inherits from its dataset proves nothing."""
     vm = one
-    answer = atomtx(vm, "backup", "tank/a", kill=stop_at("journal:planned#1", "front"))
+    answer = atomtx(vm, *COPY_A, kill=stop_at("journal:planned#1", "front"))
     assert answer.status == -9
     run = runs(vm)[0]["id"]
     vm.run(
@@ -104,7 +117,7 @@ def test_unmounted_in_mid_read(one: Machine, again: bool) -> None:
     wrapper = script(
         vm,
         "/root/wrapper",
-        f"""#!/bin/sh
+        f"""
 source=$(grep -o 'tank/a@atomtx-[0-9a-f]*' /proc/self/mountinfo | tail -n 1)
 umount -l /tank/a && {remount}
 exec true
@@ -127,7 +140,7 @@ if os.fork() == 0:
     time.sleep(600)
 time.sleep(600)
 """,
-    "goes through sudo": """#!/bin/sh
+    "goes through sudo": """
 exec sudo -n /bin/sh -c 'sleep 600; true'
 """,
 }
@@ -167,7 +180,7 @@ def test_busy_is_parked(one: Machine) -> None:
     wrapper = script(
         vm,
         "/root/wrapper",
-        """#!/bin/sh
+        """
 source=$(grep -o 'tank/a@atomtx-[0-9a-f]*' /proc/self/mountinfo | tail -n 1)
 exec nsenter -t 1 -m mount -t zfs "$source" /mnt/theirs
 """,
@@ -177,7 +190,7 @@ exec nsenter -t 1 -m mount -t zfs "$source" /mnt/theirs
     assert "/mnt/theirs" in answer.output
     assert runs(vm)[0]["cleanup"] == "parked"
     assert atomtx(vm, "recover").status == 4
-    assert atomtx(vm, "backup", "tank/a").status == 0
+    assert atomtx(vm, *COPY_A).status == 0
     vm.run("umount /mnt/theirs")
     assert atomtx(vm, "recover").status == 0
     assert leftovers(vm) == []
@@ -188,7 +201,7 @@ def test_looked_at_through_dot_zfs(one: Machine) -> None:
     """A look into .zfs/snapshot, which mounts the snapshot for minutes, does not park the run."""
     vm = one
     wrapper = script(
-        vm, "/root/wrapper", "#!/bin/sh\nexec nsenter -t 1 -m sh -c 'ls /tank/a/.zfs/snapshot/*'\n"
+        vm, "/root/wrapper", "exec nsenter -t 1 -m sh -c 'ls /tank/a/.zfs/snapshot/*'\n"
     )
     answer = atomtx(vm, "backup", "tank/a", "--command", wrapper)
     assert answer.status == 0, answer.output
@@ -198,7 +211,7 @@ def test_looked_at_through_dot_zfs(one: Machine) -> None:
 def test_pool_exported(one: Machine) -> None:
     """A pool that is not imported makes recover wait, and say so; imported, the run completes."""
     vm = one
-    answer = atomtx(vm, "backup", "tank/a", kill=stop_at("journal:mounted#1", "all"))
+    answer = atomtx(vm, *COPY_A, kill=stop_at("journal:mounted#1", "all"))
     assert answer.status == -9
     vm.run("zpool export tank")
     answer = atomtx(vm, "recover")
@@ -231,7 +244,7 @@ def test_password_absent(one: Machine) -> None:
 def test_abandon(one: Machine) -> None:
     """A run whose pool will never return is closed at the user's word, and only then."""
     vm = one
-    atomtx(vm, "backup", "tank/a", kill=stop_at("journal:mounted#1", "all"))
+    atomtx(vm, *COPY_A, kill=stop_at("journal:mounted#1", "all"))
     run = runs(vm)[0]["id"]
     assert atomtx(vm, "recover", "--abandon", run).status == 2
     vm.run("zpool export tank")
@@ -242,7 +255,7 @@ def test_abandon(one: Machine) -> None:
 def test_lost_journal(one: Machine) -> None:
     """With the journal gone, --scan lists what carries our marks, and only --adopt undoes it."""
     vm = one
-    atomtx(vm, "backup", "tank/a", kill=stop_at("journal:backing-up#1", "all"))
+    atomtx(vm, *COPY_A, kill=stop_at("journal:backing-up#1", "all"))
     run = runs(vm)[0]["id"]
     vm.run("rm -rf /var/lib/atomtx && zfs snapshot tank/a@atomtx-mine")
     assert "nothing to recover" in atomtx(vm, "recover").output
@@ -260,10 +273,9 @@ def test_machine_crash(one: Machine) -> None:
     vm = one
     fill(vm, "/tank/a", files=5, size_bytes=1_000_000)
     vm.run("sync")
-    atomtx(
-        vm, "backup", "tank/a", "--", "--limit-upload", "100",
-        kill=stop_at("journal:backing-up#1", "front later", delay_s=6),
-    )  # fmt: skip
+    kill = stop_at("journal:backing-up#1", "front later", delay_s=6)
+    words = ("backup", "tank/a", "--", "--limit-upload", "100")
+    atomtx(vm, *words, kill=kill, started=True)
     vm.power_off_hard()
     vm.boot()
     vm.run(
@@ -284,7 +296,7 @@ def test_machine_crash(one: Machine) -> None:
     assert leftovers(vm) == []
 
 
-LOCKED = """#!/bin/sh
+LOCKED = """
 case "$*" in
   *backup*) if test -e /root/locked; then
       echo 'repository is already locked' >&2 && exit 11; fi ;;
@@ -333,17 +345,17 @@ def test_moment_is_kept(one: Machine) -> None:
 def test_second_backup_of_a_job(one: Machine) -> None:
     """While a run of a job is at work another one exits 5; an interrupted one is settled first."""
     vm = one
-    vm.run("printf '#!/bin/sh\\nsleep 20\\n' > /root/slow && chmod 755 /root/slow")
-    command = ("backup", "tank/a", "--command", "/root/slow")
-    atomtx(vm, *command, background=True)
-    vm.run("while ! pgrep -f /root/slo[w]; do sleep 0.5; done")
-    answer = atomtx(vm, *command)
-    assert answer.status == 5, answer.output
-    vm.run("while pgrep -f /root/slo[w]; do sleep 0.5; done; sleep 5")
+    command = ("backup", "tank/a", "--command", script(vm, "/root/client", WAITS))
+    with running(vm, *command) as first:
+        until(vm, "test -e /tmp/ready")
+        answer = atomtx(vm, *command)
+        assert answer.status == 5, answer.output
+        let_go(vm)
+    assert first.result().status == 0, first.result().output
     assert [run["outcome"] for run in runs(vm)] == ["completed"]
-    killed = atomtx(vm, "backup", "tank/a", kill=stop_at("journal:mounted#1", "all"))
+    killed = atomtx(vm, *COPY_A, kill=stop_at("journal:mounted#1", "all"))
     assert killed.status == -9
-    answer = atomtx(vm, "backup", "tank/a")
+    answer = atomtx(vm, *COPY_A)
     assert answer.status == 0, answer.output
     assert [run["outcome"] for run in runs(vm)] == ["completed"] * 3
     assert leftovers(vm) == []
@@ -353,9 +365,7 @@ def test_second_backup_of_a_job(one: Machine) -> None:
 def test_renamed_in_mid_run(one: Machine, killed: bool) -> None:
     """A dataset that is renamed in mid-run takes our snapshot along: it is found and removed."""
     vm = one
-    wrapper = script(
-        vm, "/root/wrapper", "#!/bin/sh\nexec nsenter -t 1 -m zfs rename -u tank/a tank/new\n"
-    )
+    wrapper = script(vm, "/root/wrapper", "exec nsenter -t 1 -m zfs rename -u tank/a tank/new\n")
     kill = stop_at("journal:unmounting#1", "all") if killed else None
     answer = atomtx(vm, "backup", "tank/a", "--command", wrapper, kill=kill)
     assert vm.run("zfs list tank/new", check=False).status == 0, answer.output

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.vm.machine import Machine, MachineError
+from tests.vm.scene import WAITS, let_go, running, script, until
 from tests.vm.tank import leftovers, make_datasets
 
 
@@ -72,3 +73,19 @@ def test_leftovers(vm: Machine) -> None:
         "mount tank/a\\040b@atomtx-1",
     ]
     assert leftovers(vm, foreign=["tank/a b@atomtx-1"]) == found[2:]
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_runner_is_found(vm: Machine, started: bool) -> None:
+    """A runner at work is seen as left over, forked or started, and no longer once it has ended."""
+    make_datasets(vm, "tank/a")
+    vm.run("echo x > /tank/a/x")
+    words = ("backup", "tank/a", "--command", script(vm, "/root/client", WAITS))
+    with running(vm, *words, started=started) as answer:
+        until(vm, "test -e /tmp/ready")
+        found = [line for line in leftovers(vm) if line.startswith("process ")]
+        let_go(vm)
+    assert answer.result().status == 0, answer.result().output
+    assert len(found) == 1
+    assert ("-m atomtx.runner" in found[0]) == started
+    assert leftovers(vm) == []

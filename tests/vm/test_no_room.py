@@ -6,7 +6,18 @@ import pytest
 
 from tests.vm.machine import Machine
 from tests.vm.remote import atomtx, backups, restic_command, stop_at
-from tests.vm.scene import HOST, WAITS, fill, kill_run, running, runs, script, until
+from tests.vm.scene import (
+    HOST,
+    WAITS,
+    Prepare,
+    fill,
+    kill_run,
+    make_journal,
+    running,
+    runs,
+    script,
+    until,
+)
 from tests.vm.tank import leftovers, make_datasets
 
 READY = "test -e /tmp/ready"
@@ -19,15 +30,19 @@ STATE = "/small/state"
 ON_SMALL = {"ATOMTX_STATE_DIR": STATE}
 
 
-@pytest.fixture
-def small(bare_vm: Machine) -> Machine:
-    """A machine with a pool of about 80 MB, the state directory on it, and 30 MB to back up."""
-    bare_vm.run(
+def small_pool(vm: Machine) -> None:
+    vm.run(
         "truncate -s 200M /tmp/disk && zpool create -O compression=off small /tmp/disk"
         " && for name in a b state; do zfs create small/$name; done"
         " && head -c 30M /dev/zero > /small/a/big && sync"
     )
-    return bare_vm
+    assert atomtx(vm, "recover", env=ON_SMALL).status == 0  # makes the journal
+
+
+@pytest.fixture
+def small(prepared: Prepare) -> Machine:
+    """A machine with a pool of about 80 MB, the state directory on it, and 30 MB to back up."""
+    return prepared("clean", small_pool)
 
 
 def space(vm: Machine) -> int:
@@ -105,15 +120,18 @@ DISK = "/srv/state"
 ON_DISK = {"ATOMTX_STATE_DIR": f"{DISK}/atomtx"}
 
 
-@pytest.fixture
-def ext4(vm: Machine) -> Machine:
-    """A machine with a dataset, and an ext4 of its own for the state directory."""
+def state_on_ext4(vm: Machine) -> None:
     make_datasets(vm, "tank/a")
     vm.run(
         f"echo x > /tank/a/x; mkdir {DISK}; truncate -s 8M /tmp/ext4"
         f" && mkfs.ext4 -q -m 0 /tmp/ext4 && mount -o loop /tmp/ext4 {DISK}"
     )
-    return vm
+
+
+@pytest.fixture
+def ext4(prepared: Prepare) -> Machine:
+    """A machine with a dataset, and an ext4 of its own for the state directory."""
+    return prepared("tank", state_on_ext4)
 
 
 def machine_as_it_is(vm: Machine) -> str:
@@ -176,14 +194,18 @@ def test_disk_full_at_last(ext4: Machine) -> None:
 # -- a pool that is suspended ------------------------------------------------------------------
 
 
-@pytest.fixture
-def faulty(bare_vm: Machine) -> Machine:
-    """A machine with a pool `tank` on a disk that can be switched off."""
-    bare_vm.run(
+def faulty_disk(vm: Machine) -> None:
+    vm.run(
         "modprobe scsi_debug dev_size_mb=200 && udevadm settle && zpool create tank /dev/sda"
         " && zfs create tank/a && echo x > /tank/a/x && sync"
     )
-    return bare_vm
+    make_journal(vm)
+
+
+@pytest.fixture
+def faulty(prepared: Prepare) -> Machine:
+    """A machine with a pool `tank` on a disk that can be switched off."""
+    return prepared("clean", faulty_disk)
 
 
 def switch(vm: Machine, state: str) -> None:
@@ -254,16 +276,20 @@ def test_suspended_under_a_client(faulty: Machine) -> None:
 # -- a repository that is gone -----------------------------------------------------------------
 
 
-@pytest.fixture
-def repository(vm: Machine) -> Machine:
-    """A machine with 8 MB to back up, and a repository on a small disk of its own."""
+def small_repository(vm: Machine) -> None:
     make_datasets(vm, "tank/a")
     vm.run(
         "head -c 8M /dev/urandom > /tank/a/big; mkdir /srv/repo; truncate -s 24M /tmp/ext4"
         " && mkfs.ext4 -q -m 0 -e remount-ro /tmp/ext4 && mount -o loop /tmp/ext4 /srv/repo"
     )
     vm.run(restic_command("init"))
-    return vm
+    make_journal(vm)
+
+
+@pytest.fixture
+def repository(prepared: Prepare) -> Machine:
+    """A machine with 8 MB to back up, and a repository on a small disk of its own."""
+    return prepared("tank", small_repository)
 
 
 def test_repository_full(repository: Machine) -> None:
