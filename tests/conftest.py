@@ -9,6 +9,10 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 
+from tests.vm.fixtures import machine, vm
+
+__all__ = ["machine", "vm"]
+
 # Under emulation, and on a machine at work, no single example has a deadline.
 hypothesis.settings.register_profile("atomtx", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("atomtx")
@@ -28,6 +32,8 @@ FOREIGN = (
 LONGEST_FIRST = (
     "crash/test_sweep.py",
     "vm/test_clients.py",
+    "crash/test_concurrency.py",
+    "crash/test_stateful.py",
     "vm/test_backup.py",
     "vm/test_faults.py",
     "vm/test_no_room.py",

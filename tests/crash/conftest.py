@@ -7,10 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.crash.field import Field
-from tests.vm.conftest import machine, vm
 from tests.vm.machine import Machine
-
-__all__ = ["machine", "vm"]
 
 HERE = Path(__file__).parent
 
