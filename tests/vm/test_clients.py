@@ -224,6 +224,6 @@ def test_tree_layout_killed(tree: Machine, state: str) -> None:
     assert answer.status == 0, answer.output
     assert runs(vm)[0]["outcome"] == "completed"
     assert is_copied(vm)
-    assert vm.run("diff -r /tank/a /srv/copy/tank/a").status == 0
+    assert vm.run("diff -r /tank/a /srv/copy/tree/tank/a").status == 0
     assert vm.run("test -e /tree", check=False).status == 1
     assert leftovers(vm) == []
