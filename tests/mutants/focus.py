@@ -44,7 +44,7 @@ _FOCUS = {
         "is_written": "without_room or told or test_go",
     },
     "executor": {
-        "__init__": "course or inside or told or waiting or at_go or killed_runner or always",
+        "__init__": "course or inside or no_room or told or waiting or at_go or killed_runner",
         "advance": "course or kept_waiting or retries or busy or killed_runner or interrupted",
         "_try": "course or interrupted or no_room or overtaken or ours or taken or dead",
         "give_up": "rolled_back or killed_always or runner_that or no_room or interrupted",

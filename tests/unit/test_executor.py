@@ -213,7 +213,7 @@ def test_client_environment(scene: Scene) -> None:
     """A client gets the plan's environment, what it was planned with, and the moment."""
     env = (("TMPDIR", "/var/tmp"), ("HOME", "/root"))
     scene.behave('echo "$HOME" > $home/home')
-    scene.backup(scene.plan(*SETS, client="played", env=env))
+    check_completed(scene, scene.backup(scene.plan(*SETS, client="played", env=env)))
     moment = datetime.fromtimestamp(NOW, UTC).isoformat()
     assert scene.calls()[0][1:3] == ["/var/tmp", f"1.2 repo {moment} None"]
     assert (scene.home / "home").read_text() == "/root\n"
@@ -768,12 +768,13 @@ def fail_changes(error: type[Exception], *which: int) -> None:
     Change.finish = refuse  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("which", [1, 2, 3, 4])
-def test_no_room(scene: Scene, which: int) -> None:
+@pytest.mark.parametrize("which", [(1,), (2,), (3,), (4,), (4, 5)])
+def test_no_room(scene: Scene, which: tuple[int, ...]) -> None:
     """Promise 10: where an intent finds no room, the run is given up and everything removed."""
-    scene.changes.append(lambda: fail_changes(JournalFullError, which))
-    ended = scene.backup(scene.plan(*SETS))
-    check_failed(scene, ended, "no space left")
+    scene.changes.append(lambda: fail_changes(JournalFullError, *which))
+    the_plan = scene.plan(*SETS)
+    check_failed(scene, scene.backup(the_plan), "no space left")
+    assert RunFolder.of(scene.state, the_plan.run).read_end() is None
 
 
 def test_no_room_for_the_end(scene: Scene) -> None:
