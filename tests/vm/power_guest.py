@@ -80,7 +80,7 @@ def peek(state: str) -> None:
 def tell(path: Path) -> None:
     """Print the journal at *path*; one that was never filled has no runs."""
     with closing(sqlite3.connect(path)) as connection:
-        ((check,),) = connection.execute("PRAGMA integrity_check").fetchall()
+        check = connection.execute("PRAGMA integrity_check(1)").fetchone()[0]
         has_runs = connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'runs'").fetchone()
         query = "SELECT id, rev, state, outcome FROM runs"
         rows = connection.execute(query).fetchall() if has_runs else []

@@ -208,8 +208,8 @@ class CutDisk:
         """Give it what *cut* left; nothing in the machine may have it mounted."""
         pieces = record.log.left(cut.position, cut.fate)
         write_image(self._image, partition_table(), DISK_BYTES, pieces)
-        # What the machine remembers of it is of the cut before.
-        self._vm.run("blockdev --flushbufs /dev/disk/by-id/virtio-cut*")
+        # What the machine has in memory is of the cut before, and no power cut would leave it.
+        self._vm.run("blockdev --flushbufs /dev/disk/by-id/virtio-cut* && rm -rf /run/atomtx")
 
 
 def guest(vm: Machine, *words: str, marks: str | None = None) -> dict[str, Any]:

@@ -247,7 +247,7 @@ def settle(
     vm.run("mountpoint -q /power && umount /power; zpool export tank")
     found += wrong
     came_from = next((state for _, state, _ in before["runs"].values()), "nothing")
-    return f"{came_from}: {', '.join(outcomes) or 'nothing'}", found
+    return f"{came_from}: {', '.join(map(str, outcomes)) or 'nothing'}", found
 
 
 def attach(vm: Machine) -> None:
