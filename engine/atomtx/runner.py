@@ -168,6 +168,15 @@ def _unread(task: Task, witness: Witness, end: End) -> str | None:
 
 
 def _assemble(task: Task) -> namespace.Assembly:
+    """Make what the client shall see; EffectError for whatever the kernel refuses of it."""
+    try:
+        return _made(task)
+    except OSError as exc:
+        of_what = f": {exc.filename}" if exc.filename else ""
+        raise EffectError(f"cannot set up the client's mounts: {exc.strerror}{of_what}") from exc
+
+
+def _made(task: Task) -> namespace.Assembly:
     namespace.enter()
     if task.in_namespace:
         namespace.drop_pinned([*(m.mountpoint for m in task.mounts), *_needed(task)])
