@@ -86,10 +86,16 @@ def _get(pool: dict[str, Any], words: list[str]) -> int:
 
 
 def _holds(pool: dict[str, Any], names: list[str]) -> int:
-    for name in names:
-        for tag in pool["snapshots"].get(name, {}).get("holds", ()):
+    found = [name for name in names if name in pool["snapshots"]]
+    for name in found:
+        for tag in pool["snapshots"][name]["holds"]:
             print(name, tag, "Sat Nov 21 07:00 2026", sep="\t")
-    return 0
+    for name in names:
+        if name not in found:
+            print(f"cannot open '{name}': dataset does not exist", file=sys.stderr)
+    if not found:
+        print("no datasets available", file=sys.stderr)
+    return int(len(found) < len(names))
 
 
 def _snapshot(pool: dict[str, Any], mark: str, names: list[str], fault: str | None) -> int:

@@ -311,6 +311,8 @@ def test_holders_of_absent(fake: Fake) -> None:
     """Promise 4: a snapshot that is gone has no holds; those of the others are told."""
     fake.answer((HELD, ABSENT.format(B), 1))
     assert Zfs().holders([A, B]) == {A: [TOKEN, "other"]}
+    fake.answer(("", ABSENT.format(A) + "no datasets available\n", 1))
+    assert Zfs().holders([A]) == {}
 
 
 @pytest.mark.parametrize(

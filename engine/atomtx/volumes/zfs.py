@@ -22,6 +22,8 @@ from ..plan import DatasetFacts, Pool
 
 _SCRIPT = Path(__file__).with_name("destroy.lua")
 _ABSENT = ("dataset does not exist", "snapshot does not exist", "no such pool")
+# The last line of a `zfs holds` that found none of its snapshots (zfs_main.c, zfs_do_holds).
+_NONE_FOUND = "no datasets available"
 # execve(2) takes 2 MiB of arguments and environment in all by default; one command must hold
 # every name of a pool, or the snapshots would not be of one moment.
 _MAX_ARGUMENT_BYTES = 1_900_000
@@ -122,7 +124,7 @@ class Zfs:
         """Run a command that prints what it finds and complains of snapshots that are absent."""
         done = self._run(*argv)
         said = [line for line in done.stderr.splitlines() if line.strip()]
-        strange = [line for line in said if not _says_absent(line)]
+        strange = [line for line in said if not _says_absent(line) and line != _NONE_FOUND]
         # One that was killed, or failed without a word, says nothing of those that it left out.
         if strange or not (done.ok or (said and done.status > 0)):
             raise EffectError(f"cannot look at the {what}: {(strange or [done.last_line()])[0]}")
