@@ -353,6 +353,7 @@ def test_snapshots_that_are_not_ours(scene: Scene, faults: dict[str, str], reaso
     assert ended.run
     assert (ended.run.state, ended.run.outcome) == ("destroyed", "failed")
     assert ended.run.reason == reason.format(*names, run=the_plan.run)
+    assert ended.said("warn") == [ended.run.reason]
     assert scene.calls() == []
     assert list(scene.pool["snapshots"]) == (names if "foreign" in faults.values() else [])
     assert scene.zfs("hold") == []
