@@ -10,8 +10,20 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from .errors import UserError
-from .intents import HoldSnapshots, Intent, Mount, MountVolumes, TakeSnapshots
+from .intents import (
+    AFTER_FAILURE,
+    AFTER_SUCCESS,
+    BEFORE,
+    FINALLY,
+    HoldSnapshots,
+    Intent,
+    Mount,
+    MountVolumes,
+    RunHook,
+    TakeSnapshots,
+)
 from .names import Dataset, RunId, is_within
+from .states import Outcome
 
 SYSTEM_PATHS = ("/dev", "/proc", "/run", "/sys")  # always the live ones, in a set that holds "/"
 GRACE_S = 60
@@ -126,6 +138,7 @@ class Plan:
     # What an older journal does not tell has the value that held then.
     time_limit_s: int = 0  # of one attempt; 0: none
     grace_s: int = GRACE_S  # from a stop of the client to its kill
+    hooks: tuple[RunHook, ...] = ()  # in the user's order
 
 
 # -- making a plan -----------------------------------------------------------------------------
@@ -145,6 +158,7 @@ def assemble(
     keep_for_s: int = 0,
     time_limit_s: int = 0,
     grace_s: int = GRACE_S,
+    hooks: Sequence[RunHook] = (),
 ) -> Plan:
     """
     Put a plan together from what was selected and what the client needs.
@@ -176,6 +190,7 @@ def assemble(
         keep_for_s=keep_for_s,
         time_limit_s=time_limit_s,
         grace_s=grace_s,
+        hooks=tuple(hooks),
     )
 
 
@@ -285,6 +300,19 @@ def intents(plan: Plan, directories: tuple[str, ...] = ()) -> tuple[Intent, ...]
     return (*take, *hold, MountVolumes(plan.root, mounts(plan), directories))
 
 
+def first_intents(plan: Plan) -> tuple[Intent, ...]:
+    """Return what is journaled with a new run: its hooks up to the snapshots, and these."""
+    hooks = [hook for when in BEFORE for hook in plan.hooks if hook.when == when]
+    return (*hooks, *(step for step in intents(plan) if isinstance(step, TakeSnapshots)))
+
+
+def hooks_after(plan: Plan, outcome: Outcome | None) -> tuple[RunHook, ...]:
+    """Return the hooks that follow a run's outcome; for None, those of any: a dry run's."""
+    ends = {AFTER_SUCCESS: outcome in (None, Outcome.COMPLETED)}
+    ends |= {AFTER_FAILURE: outcome is not Outcome.COMPLETED, FINALLY: True}
+    return tuple(hook for when in ends for hook in plan.hooks if hook.when == when and ends[when])
+
+
 def mounts(plan: Plan) -> tuple[Mount, ...]:
     """Return the mounts of the plan in its layout, parents first."""
     return tree_mounts(plan) if plan.root else namespace_mounts(plan)
@@ -345,7 +373,12 @@ def from_json(text: str) -> Plan:
     data = {name: _frozen(value) for name, value in json.loads(text).items()}
     data["volumes"] = tuple(PlannedVolume(**volume) for volume in data["volumes"])
     client = {name: _frozen(value) for name, value in data["client"].items()}
-    return Plan(**data | {"client": ClientPlan(**client)})
+    hooks = tuple(_hook(hook) for hook in data.get("hooks", ()))
+    return Plan(**data | {"client": ClientPlan(**client), "hooks": hooks})
+
+
+def _hook(data: dict[str, Any]) -> RunHook:
+    return RunHook(**{name: _frozen(value) for name, value in data.items()})
 
 
 def _frozen(value: Any) -> Any:
