@@ -179,7 +179,7 @@ class Cleaner:
 
     def _remove_tree(self, intent: MountVolumes) -> None:
         for pause in (*PAUSES_S, None):
-            busy = tree.remove(intent.mounts, intent.directories)
+            busy = tree.remove(intent.mounts, intent.to_remove)
             if not busy:
                 return
             if pause is None:

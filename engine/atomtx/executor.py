@@ -303,7 +303,8 @@ class Executor:
             return MountVolumes("", mounts)
         tree.check_free(mounts)
         tops = tuple(t.rstrip("/") for t in run.plan.targets)
-        return MountVolumes(run.plan.root, mounts, tree.directories_to_make(run.plan.root, tops))
+        directories = tree.directories_to_make(run.plan.root, tops)
+        return MountVolumes(run.plan.root, mounts, directories, run.plan.leave_dirs)
 
     def _intend_mounts(self, run: Run, intent: MountVolumes) -> Run:
         with self._journal.change(run) as change:
@@ -353,6 +354,7 @@ class Executor:
             root=run.plan.root,
             at=datetime.fromtimestamp(run.moment_at // 1_000_000, UTC),
             excludes=run.plan.excludes,
+            whole=run.plan.whole_root,
             parent=self._newer_parent(run),
         )
 

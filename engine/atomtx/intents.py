@@ -130,6 +130,7 @@ class MountVolumes(_Intent):
     root: str
     mounts: tuple[Mount, ...]
     directories: tuple[str, ...] = ()
+    stay: bool = False  # the directories, after the run
 
     def describe(self) -> str:
         where = (
@@ -138,7 +139,12 @@ class MountVolumes(_Intent):
         return f"mount {_count(self.mounts, 'snapshot')} read-only {where}"
 
     def compensation(self) -> UnmountVolumes:
-        return UnmountVolumes(self.root, self.mounts, self.directories)
+        return UnmountVolumes(self.root, self.mounts, self.to_remove)
+
+    @property
+    def to_remove(self) -> tuple[str, ...]:
+        """The directories that were made for the run alone."""
+        return () if self.stay else self.directories
 
 
 @dataclass(frozen=True)

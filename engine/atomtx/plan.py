@@ -60,6 +60,8 @@ class Request:
     exclude: tuple[str, ...] = ()  # datasets (with their children) to leave out
     layout: str = "namespace"  # or "tree"
     root: str = ""  # of the tree
+    whole_root: bool = False  # the client gets the root itself
+    leave_dirs: bool = False  # the directories of the tree stay
 
 
 class Chosen(NamedTuple):
@@ -139,6 +141,8 @@ class Plan:
     time_limit_s: int = 0  # of one attempt; 0: none
     grace_s: int = GRACE_S  # from a stop of the client to its kill
     hooks: tuple[RunHook, ...] = ()  # in the user's order
+    whole_root: bool = False
+    leave_dirs: bool = False
 
 
 # -- making a plan -----------------------------------------------------------------------------
@@ -191,6 +195,8 @@ def assemble(
         time_limit_s=time_limit_s,
         grace_s=grace_s,
         hooks=tuple(hooks),
+        whole_root=request.whole_root,
+        leave_dirs=request.leave_dirs,
     )
 
 
@@ -297,7 +303,7 @@ def intents(plan: Plan, directories: tuple[str, ...] = ()) -> tuple[Intent, ...]
     ]
     tag = RunId(plan.run).token
     hold = [HoldSnapshots(pool, guid, snapshots, tag) for pool, guid, snapshots in _by_pool(plan)]
-    return (*take, *hold, MountVolumes(plan.root, mounts(plan), directories))
+    return (*take, *hold, MountVolumes(plan.root, mounts(plan), directories, plan.leave_dirs))
 
 
 def first_intents(plan: Plan) -> tuple[Intent, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import shutil
 import time
 from datetime import UTC, datetime
@@ -61,6 +60,7 @@ class _WithClientOptions(click.Command):
 @click.option("--exclude", multiple=True, metavar="DATASET", help="Leave out, with its children.")
 @click.option("--client", type=click.Choice(tuple(clients.KNOWN)), help="The backup program.")
 @click.option("-c", "--command", metavar="WORDS", help="Run this, with the paths appended.")
+@click.option("-o", "--options", metavar="WORDS", help="The client's options, as after `--`.")
 @click.option(
     "--layout",
     type=click.Choice(("namespace", "tree")),
@@ -69,6 +69,8 @@ class _WithClientOptions(click.Command):
     help="Where the client reads: at the live paths, or in a tree.",
 )
 @click.option("--root", default="", metavar="DIR", help="The root of the tree.")
+@click.option("--whole-root", is_flag=True, help="Back up the root itself, not what is below.")
+@click.option("--leave-dirs", is_flag=True, help="Leave the directories of the tree in place.")
 @click.option("--keep-snapshots", is_flag=True, help="Keep the snapshots of a good backup.")
 @click.option("--require-atomic", is_flag=True, help="Refuse a set that is not of one moment.")
 @click.option(
@@ -197,11 +199,15 @@ class _Backup:
 
     def _plan(self, state: Path) -> Plan:
         options = self._options
-        command = shlex.split(options["command"] or "")
+        command = hook_options.split("--command", options["command"])
         made = make_plan(
             self._request(),
             client_name=choose_client(options["client"], command, os.environ),
-            wanted=settings(command, self._extra, os.environ),
+            wanted=settings(
+                command,
+                (*hook_options.split("--options", options["options"]), *self._extra),
+                os.environ,
+            ),
             zfs=Zfs(),
             state=state,
             keep_snapshots=options["keep_snapshots"],
@@ -226,6 +232,8 @@ class _Backup:
             recursive=options["recursive"],
             exclude=options["exclude"],
             layout=options["layout"],
+            whole_root=options["whole_root"],
+            leave_dirs=options["leave_dirs"],
             root=_resolved(options["root"]),
         )
 

@@ -69,13 +69,16 @@ def hooks(options: Mapping[str, Any], limit_s: int) -> tuple[RunHook, ...]:
 
 def _words(name: str, options: Mapping[str, Any]) -> tuple[str, ...]:
     text = options[name.removeprefix("--").replace("-", "_")]
-    if text is None:
-        return ()
-    try:
-        words = tuple(shlex.split(text))
-    except ValueError as exc:
-        raise UserError(f"{name} {text!r}: {exc}", hint="quote it as for a shell") from exc
-    if not words:
+    words = split(name, text)
+    if text is not None and not words:
         raise UserError(f"{name} is empty", hint="give a command")
     check_arguments(words)
     return words
+
+
+def split(name: str, text: str | None) -> tuple[str, ...]:
+    """Return the words of an option's text as a shell splits them; none for none."""
+    try:
+        return tuple(shlex.split(text or ""))
+    except ValueError as exc:
+        raise UserError(f"{name} {text!r}: {exc}", hint="quote it as for a shell") from exc
