@@ -42,6 +42,7 @@ _READ_BYTES = 1 << 16
 _LAST_READS = 17  # a pipe holds 1 MiB at most (pipe(7))
 _LONGEST_VALUE = 100_000  # execve(2): 128 KiB for one string
 _MARK = "ATOMTX_HOOK_ID"
+_NEVER = ("not-needed", "it was not started")
 
 
 class Hooks:
@@ -62,6 +63,7 @@ class Hooks:
         self._inherited: frozenset[int] = frozenset()  # steps of a front end before this one
         self._started: set[int] = set()
         self._ended: dict[int, tuple[str, str | None]] = {}
+        self._let_go: set[int] = set()
 
     def take_over(self, run: Run) -> None:
         """Go on where another front end was killed: any hook that it intended may have run."""
@@ -126,18 +128,18 @@ class Hooks:
                 self._undo_one(run, step)
 
     def _undo_one(self, run: Run, step: Step) -> None:
+        if step.id in self._let_go:
+            return
+        self._let_go.add(step.id)
         undo = _undo_of(run, step)
-        may_have_run = step.id in self._inherited or step.id in self._started
+        if step.id not in self._inherited | self._started:
+            self._ended |= {s.id: _NEVER for s in (step, undo) if s and self._is_open(s)}
+            return
         if self._is_open(step):
-            never = ("not-needed", "it was not started")
-            self._ended[step.id] = ("failed", "interrupted") if may_have_run else never
-        if undo is None or not self._is_open(undo):
-            return
-        if not may_have_run:
-            self._ended[undo.id] = ("not-needed", None)
-            return
+            self._ended[step.id] = ("failed", "interrupted")
         self._end_what_is_left(run, step.id)
-        self._carry_out(run, undo)
+        if undo and self._is_open(undo):
+            self._carry_out(run, undo)
 
     def at_end(self, run: Run) -> None:
         """Undo what is not undone yet, then run the hooks of the run's outcome; as `undo`."""
@@ -152,6 +154,8 @@ class Hooks:
     def _carry_out(self, run: Run, step: Step) -> None:
         intent = step.intent
         assert isinstance(intent, RunHook | UndoHook)
+        if step.id in self._inherited:  # it may be at work still
+            self._end_what_is_left(run, step.id)
         self._tell(intent.describe())
         trouble = self._run(run, step, intent.command, intent.limit_s, stops=False)
         self._ended[step.id] = ("failed", trouble) if trouble else ("done", None)

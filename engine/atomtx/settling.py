@@ -271,6 +271,9 @@ def abandon(journal: Journal, run: Run) -> None:
                 f"the pools of run {run.id} are imported", hint="`atomtx recover` settles it"
             )
         known = errand.end(folder, run.attempts) if run.state == states.BACKING_UP else None
+        run = Executor(journal, folder, front=lock, interrupts=Interrupts(), tell=Tell()).take_over(
+            run
+        )
         _close(journal, run, known[0] if known else None, "abandoned at the user's word")
 
 

@@ -164,7 +164,7 @@ def test_hook_before_fails(scene: Scene) -> None:
     ended = scene.backup(hooked(scene, *others, stop))
     assert outcome(ended) == ("failed", f"{stop.describe()}: exit status 3")
     assert did(scene) == ["stop", "start", "after-failure", "finally"]
-    assert ("undo-hook", "not-needed", None) in hook_steps(scene)
+    assert ("undo-hook", "not-needed", "it was not started") in hook_steps(scene)
     assert scene.zfs("snapshot") == []
     assert scene.left() == []
 
@@ -264,6 +264,21 @@ def test_killed_in_a_hook(scene: Scene) -> None:
     assert ("undo-hook", "done", None) in hook_steps(scene)
     assert not session(scene)
     assert not scene.left()
+
+
+def test_killed_in_an_undo(scene: Scene) -> None:
+    """An undo whose front end was killed is ended before it runs once more, never beside itself."""
+    once = "test -e twice && exit; touch twice; echo $$ > pid; exec sleep 1000"
+    undo = script(scene, "start", f"test ! -e pid || dead $(cat pid) || exit 9; {once}")
+    made = hooked(scene, RunHook(AROUND_RUN, script(scene, "stop", "touch in-run"), undo))
+    killed = scene.backup(made, at="start:start#1", who="front", delay_s=0.5)
+    assert killed.status == -signal.SIGKILL
+    assert session(scene)
+    ended = scene.recover()
+    assert outcome(ended) == ("completed", None)
+    assert did(scene) == ["stop", "start", "start"]
+    assert hook_steps(scene)[1] == ("undo-hook", "done", None)
+    assert not session(scene)
 
 
 def test_taken_up_again(scene: Scene) -> None:
