@@ -26,7 +26,6 @@ from atomtx.clients import Backup, End, Facts, Launch, Moment, Settings
 from atomtx.clients.command import Command, CommandReader
 from atomtx.errors import AtomtxError, Interrupted
 from atomtx.executor import Executor, Tell
-from atomtx.intents import TakeSnapshots
 from atomtx.interrupts import Interrupts
 from atomtx.journal import Journal
 from atomtx.mounts import namespace
@@ -179,10 +178,9 @@ class Scene:
 
         def work(journal: Journal, tell: Tell, interrupts: Interrupts, ended: Ended) -> None:
             folder = RunFolder.of(self.state, the_plan.run).make()
-            takes = [i for i in plan.intents(the_plan) if isinstance(i, TakeSnapshots)]
             with front(folder) as lock:
                 assert lock is not None
-                run = journal.begin(the_plan, takes)
+                run = journal.begin(the_plan, plan.first_intents(the_plan))
                 made = Executor(journal, folder, front=lock, interrupts=interrupts, tell=tell)
                 ended.run = made.advance(run)
                 ended.interrupted = _words(made.interrupted)

@@ -41,6 +41,7 @@ The modules, in reading order:
     errand.py       the front end's end of a runner
     preparing.py    ask the machine and the client, and make the plan; changes nothing
     probing.py      what the machine says about a run
+    hooks.py        the user's own commands around a run, and their undos
     cleaning.py     take everything of a run away again
     executor.py     journal the intent, make the effect, journal the outcome; and backwards
     settling.py     interrupted runs: probe, decide, act

@@ -15,6 +15,7 @@ from dataclasses import replace
 
 from . import errand, locks, states
 from .errors import EffectError, JournalFullError
+from .hooks import Hooks
 from .intents import (
     DestroySnapshots,
     EndClient,
@@ -22,6 +23,8 @@ from .intents import (
     Mount,
     MountVolumes,
     ReleaseSnapshots,
+    RunHook,
+    UndoHook,
     UnmountVolumes,
 )
 from .journal import Change, Journal
@@ -43,27 +46,37 @@ class Cleaner:
     """Undoes what a run did, step by step, and records it."""
 
     def __init__(
-        self, journal: Journal, folder: RunFolder, zfs: Zfs, warn: Callable[[str], None]
+        self,
+        journal: Journal,
+        folder: RunFolder,
+        zfs: Zfs,
+        hooks: Hooks,
+        warn: Callable[[str], None],
     ) -> None:
         self._journal = journal
         self._folder = folder
         self._zfs = zfs
+        self._hooks = hooks
         self._warn = warn
         # Proven by this process and held ever since: nobody can have put others in their place.
         self.held: dict[str, Identity] = {}
 
     def clean(self, run: Run) -> Run:
-        """Take a run from `unmounting` to `destroyed`, or park it where something is in use."""
+        """
+        Take a run from `unmounting` to `destroyed`, or park it where something is in use.
+
+        Either way the user's hooks have their end.
+        """
         assert run.state == states.UNMOUNTING
         try:
             run = self._identify(run)
             verdicts = self.remove_traces(run)
+            left = [name for name, verdict in verdicts.items() if verdict == "busy"]
+            trouble = self._why_busy(left) if left else None
         except EffectError as exc:
-            return self._park(run, str(exc))
-        left = [name for name, verdict in verdicts.items() if verdict == "busy"]
-        if left:
-            return self._park(run, self._why_busy(left))
-        return self._finish(run, verdicts)
+            verdicts, trouble = {}, str(exc)
+        self._hooks.at_end(run)
+        return self._park(run, trouble) if trouble else self._finish(run, verdicts)
 
     def remove_traces(self, run: Run) -> dict[str, str]:
         """
@@ -166,7 +179,7 @@ class Cleaner:
 
     def _remove_tree(self, intent: MountVolumes) -> None:
         for pause in (*PAUSES_S, None):
-            busy = tree.remove(intent.mounts, intent.directories)
+            busy = tree.remove(intent.mounts, intent.to_remove)
             if not busy:
                 return
             if pause is None:
@@ -199,8 +212,10 @@ class Cleaner:
         kept = {n for step in run.pending(KeepSnapshots) for n in _names(step)}
 
         def record(change: Change) -> None:
+            self._hooks.record(change, run)
             for step in run.steps:
-                if step.outcome in (None, "parked"):
+                is_hook = isinstance(step.intent, RunHook | UndoHook)
+                if step.outcome in (None, "parked") and not is_hook:
                     change.ended(step, *_outcome(step, verdicts, kept))
             change.set(cleanup=None)
             change.fire(Event.CLEANED_UP)
@@ -211,6 +226,7 @@ class Cleaner:
         self._warn(f"{why}; the cleanup is parked: `atomtx recover` tries again")
 
         def record(change: Change) -> None:
+            self._hooks.record(change, run)
             for step in run.pending(DestroySnapshots):
                 change.ended(step, "parked", why)
             change.set(cleanup="parked", reason=run.reason or why)

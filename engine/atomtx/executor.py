@@ -27,7 +27,11 @@ from .errors import (
     StaleRunError,
     UserError,
 )
+from .hooks import Hooks
 from .intents import (
+    AROUND_RUN,
+    AROUND_SNAPSHOT,
+    BEFORE,
     EndClient,
     HoldSnapshots,
     KeepSnapshots,
@@ -42,7 +46,7 @@ from .mounts import tree
 from .names import RunId
 from .plan import ClientPlan
 from .probing import end_survivors, same_moment
-from .records import Run
+from .records import Run, Step
 from .recovery import MAX_ATTEMPTS, within_patience
 from .statedir import RunFolder
 from .states import Event, Outcome
@@ -81,7 +85,8 @@ class Executor:
         self._zfs = Zfs(front)
         self._interrupts = interrupts
         self._tell = tell
-        self._cleaner = Cleaner(journal, folder, self._zfs, tell.warn)
+        self._hooks = Hooks(folder, interrupts, step=tell.step, warn=tell.warn)
+        self._cleaner = Cleaner(journal, folder, self._zfs, self._hooks, tell.warn)
         self._errand: errand.Errand | None = None
         self._unwritten: dict[str, Any] | None = None  # the end record that found no room
         self._taken = False  # the snapshots of a planned run are there already
@@ -107,7 +112,7 @@ class Executor:
             while run.state in steps:
                 run = self._try(steps[run.state], run)
                 if run.state == states.SNAPSHOTTED and self._is_kept_waiting(run):
-                    return run
+                    return self.undo_hooks(run)
         finally:
             self._dismiss()
         if run.state == states.UNMOUNTING:
@@ -141,6 +146,9 @@ class Executor:
             change.set(outcome=outcome.value, reason=reason)
             for step in run.pending(RunClient):
                 change.ended(step, "failed", reason)
+            self._hooks.record(change, run)
+            for hook in plan.hooks_after(run.plan, outcome):
+                change.intend(hook)
             change.fire(Event.GIVEN_UP, reason=reason)
 
         return self._record_or_make_room(run, record)
@@ -153,7 +161,7 @@ class Executor:
         """
         if run.state == states.PLANNED:
             self._taken = True
-            return run
+            return self._intend_hooks(run)
         self._cleaner.unmount(run)
         with self._journal.change(run) as change:
             for kind in (MountVolumes, UnmountVolumes, RunClient, EndClient):
@@ -162,8 +170,40 @@ class Executor:
                         step, "done" if kind is UnmountVolumes else "not-needed", "resumed"
                     )
             change.set(boot_id=locks.boot_id(), pid=os.getpid(), reason=reason)
+            for hook in self._hooks.missing(run):
+                change.intend(hook)
             if run.state != states.SNAPSHOTTED:
                 change.fire(Event.RESUMED, reason=f"attempt {run.attempts + 1}")
+        return self._journal.load(run.id)
+
+    def _intend_hooks(self, run: Run) -> Run:
+        missing = self._hooks.missing(run)
+        if not missing:
+            return run
+        with self._journal.change(run) as change:
+            for hook in missing:
+                change.intend(hook)
+        return self._journal.load(run.id)
+
+    def take_over(self, run: Run) -> Run:
+        """
+        Undo every hook of a run that is not at work any more, and journal it; idempotent.
+
+        To be called once, before anything else is done about a run of another front end.
+        """
+        self._hooks.take_over(run)
+        return self.undo_hooks(run)
+
+    def undo_hooks(self, run: Run) -> Run:
+        """Undo the hooks of a run that nobody goes on with now, and journal it; idempotent."""
+        if not self._hooks.has_open(run):
+            return run
+        self._hooks.undo(run, *BEFORE)
+        try:
+            with self._journal.change(run) as change:
+                self._hooks.record(change, run)
+        except JournalFullError:  # an undo bears to be repeated
+            return run
         return self._journal.load(run.id)
 
     def record_end(self, run: Run) -> Run:
@@ -180,10 +220,9 @@ class Executor:
     # -- planned -> snapshotted ------------------------------------------------------------
 
     def _take(self, run: Run) -> Run:
-        started = datetime.now(UTC)
+        self._hooks.before(run, AROUND_RUN)
         steps = run.pending(TakeSnapshots)
-        complaints = [] if self._taken else [self._take_pool(step.intent) for step in steps]
-        took = (datetime.now(UTC) - started).total_seconds()
+        complaints, took = ([], 0.0) if self._taken else self._take_all(run, steps)
         found = self._zfs.identities([v.snapshot for v in run.volumes])
         _check_taken(run, found, [c for c in complaints if c])
         self._found = found
@@ -195,10 +234,23 @@ class Executor:
             change.identify({n: (i.guid, i.createtxg) for n, i in found.items()})
             moment = min(found[v.snapshot].creation_s for v in run.volumes)
             change.set(moment_at=moment * 1_000_000)
+            self._hooks.record(change, run)
             change.fire(Event.SNAPSHOTS_TAKEN)
         if len(steps) > 1:
             self._tell.step(f"the snapshots of {len(steps)} pools were taken within {took:.3f} s")
         return self._journal.load(run.id)
+
+    def _take_all(
+        self, run: Run, steps: tuple[Step, ...]
+    ) -> tuple[list[EffectError | None], float]:
+        """Take the snapshots of each pool; return the complaints and the seconds in between."""
+        try:
+            self._hooks.before(run, AROUND_SNAPSHOT)
+            started = datetime.now(UTC)
+            complaints = [self._take_pool(step.intent) for step in steps]
+            return complaints, (datetime.now(UTC) - started).total_seconds()
+        finally:
+            self._hooks.undo(run, AROUND_SNAPSHOT)
 
     def _take_pool(self, intent: object) -> EffectError | None:
         assert isinstance(intent, TakeSnapshots)
@@ -208,6 +260,7 @@ class Executor:
     # -- snapshotted -> mounted ------------------------------------------------------------
 
     def _hold_and_mount(self, run: Run) -> Run:
+        self._hooks.before(run, AROUND_RUN)
         for step in run.pending(HoldSnapshots):
             assert isinstance(step.intent, HoldSnapshots)
             self._zfs.hold(step.intent.snapshots, tag=step.intent.tag)
@@ -250,12 +303,14 @@ class Executor:
             return MountVolumes("", mounts)
         tree.check_free(mounts)
         tops = tuple(t.rstrip("/") for t in run.plan.targets)
-        return MountVolumes(run.plan.root, mounts, tree.directories_to_make(run.plan.root, tops))
+        directories = tree.directories_to_make(run.plan.root, tops)
+        return MountVolumes(run.plan.root, mounts, directories, run.plan.leave_dirs)
 
     def _intend_mounts(self, run: Run, intent: MountVolumes) -> Run:
         with self._journal.change(run) as change:
             for step in run.pending(HoldSnapshots):
                 change.ended(step, "done")
+            self._hooks.record(change, run)
             change.set(attempts=run.attempts + 1)
             change.attempt = run.attempts + 1
             change.intend(intent)
@@ -299,6 +354,7 @@ class Executor:
             root=run.plan.root,
             at=datetime.fromtimestamp(run.moment_at // 1_000_000, UTC),
             excludes=run.plan.excludes,
+            whole=run.plan.whole_root,
             parent=self._newer_parent(run),
         )
 
@@ -423,6 +479,8 @@ class Executor:
                 for take in run.steps:
                     if isinstance(take.intent, TakeSnapshots):
                         change.intend(kept(take.intent))
+            for hook in plan.hooks_after(run.plan, end.outcome):
+                change.intend(hook)
             change.fire(Event.CLIENT_ENDED, reason=end.reason)
 
         return self._record_or_make_room(run, record, may_destroy=not keeps)

@@ -130,6 +130,7 @@ class MountVolumes(_Intent):
     root: str
     mounts: tuple[Mount, ...]
     directories: tuple[str, ...] = ()
+    stay: bool = False  # the directories, after the run
 
     def describe(self) -> str:
         where = (
@@ -138,7 +139,12 @@ class MountVolumes(_Intent):
         return f"mount {_count(self.mounts, 'snapshot')} read-only {where}"
 
     def compensation(self) -> UnmountVolumes:
-        return UnmountVolumes(self.root, self.mounts, self.directories)
+        return UnmountVolumes(self.root, self.mounts, self.to_remove)
+
+    @property
+    def to_remove(self) -> tuple[str, ...]:
+        """The directories that were made for the run alone."""
+        return () if self.stay else self.directories
 
 
 @dataclass(frozen=True)
@@ -168,9 +174,7 @@ class RunClient(_Intent):
     cwd: str
 
     def describe(self) -> str:
-        import shlex
-
-        return "run " + " && ".join(shlex.join(argv) for argv in self.commands)
+        return "run " + " && ".join(map(_shown, self.commands))
 
     def compensation(self) -> EndClient:
         return EndClient(self.client)
@@ -190,6 +194,68 @@ class EndClient(_Intent):
         return None
 
 
+AROUND_RUN = "run"
+AROUND_SNAPSHOT = "snapshot"
+AFTER_SUCCESS = "after-success"
+AFTER_FAILURE = "after-failure"
+FINALLY = "finally"
+BEFORE = (AROUND_RUN, AROUND_SNAPSHOT)
+AFTER = (AFTER_SUCCESS, AFTER_FAILURE, FINALLY)
+
+
+@dataclass(frozen=True)
+class RunHook(_Intent):
+    """
+    A command of the user's own at one place of a run, with the one that undoes it, if any.
+
+    *when* is one of BEFORE or AFTER; an undo belongs to those before.
+    """
+
+    kind: ClassVar[str] = "run-hook"
+    when: str
+    command: tuple[str, ...]
+    undo: tuple[str, ...] = ()
+    limit_s: int = 0  # 0: none
+
+    def describe(self) -> str:
+        return f"hook {_WHERE[self.when]}: {_shown(self.command)}"
+
+    def compensation(self) -> UndoHook | None:
+        return UndoHook(self.when, self.undo, self.limit_s) if self.undo else None
+
+
+@dataclass(frozen=True)
+class UndoHook(_Intent):
+    """Runs once its hook may have run, whatever became of it."""
+
+    kind: ClassVar[str] = "undo-hook"
+    when: str
+    command: tuple[str, ...]
+    limit_s: int = 0
+
+    def describe(self) -> str:
+        return f"hook {_WHERE_UNDONE[self.when]}: {_shown(self.command)}"
+
+    def compensation(self) -> None:
+        return None
+
+
+_WHERE = {
+    AROUND_RUN: "before the run",
+    AROUND_SNAPSHOT: "before the snapshots",
+    AFTER_SUCCESS: "after success",
+    AFTER_FAILURE: "after failure",
+    FINALLY: "at the end",
+}
+_WHERE_UNDONE = {AROUND_RUN: "after the run", AROUND_SNAPSHOT: "after the snapshots"}
+
+
+def _shown(argv: tuple[str, ...]) -> str:
+    import shlex
+
+    return shlex.join(argv)
+
+
 Intent = (
     TakeSnapshots
     | DestroySnapshots
@@ -200,6 +266,8 @@ Intent = (
     | UnmountVolumes
     | RunClient
     | EndClient
+    | RunHook
+    | UndoHook
 )
 KINDS: Mapping[str, type[Intent]] = {
     cls.kind: cls
@@ -213,6 +281,8 @@ KINDS: Mapping[str, type[Intent]] = {
         UnmountVolumes,
         RunClient,
         EndClient,
+        RunHook,
+        UndoHook,
     )
 }
 

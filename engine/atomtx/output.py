@@ -51,3 +51,7 @@ class Log:
             data = b"[the log is full; the rest is not kept]\n"
         with suppress(OSError):
             os.write(self._descriptor, data)
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._descriptor)

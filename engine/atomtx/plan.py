@@ -10,8 +10,20 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from .errors import UserError
-from .intents import HoldSnapshots, Intent, Mount, MountVolumes, TakeSnapshots
+from .intents import (
+    AFTER_FAILURE,
+    AFTER_SUCCESS,
+    BEFORE,
+    FINALLY,
+    HoldSnapshots,
+    Intent,
+    Mount,
+    MountVolumes,
+    RunHook,
+    TakeSnapshots,
+)
 from .names import Dataset, RunId, is_within
+from .states import Outcome
 
 SYSTEM_PATHS = ("/dev", "/proc", "/run", "/sys")  # always the live ones, in a set that holds "/"
 GRACE_S = 60
@@ -48,6 +60,8 @@ class Request:
     exclude: tuple[str, ...] = ()  # datasets (with their children) to leave out
     layout: str = "namespace"  # or "tree"
     root: str = ""  # of the tree
+    whole_root: bool = False  # the client gets the root itself
+    leave_dirs: bool = False  # the directories of the tree stay
 
 
 class Chosen(NamedTuple):
@@ -126,6 +140,9 @@ class Plan:
     # What an older journal does not tell has the value that held then.
     time_limit_s: int = 0  # of one attempt; 0: none
     grace_s: int = GRACE_S  # from a stop of the client to its kill
+    hooks: tuple[RunHook, ...] = ()  # in the user's order
+    whole_root: bool = False
+    leave_dirs: bool = False
 
 
 # -- making a plan -----------------------------------------------------------------------------
@@ -145,6 +162,7 @@ def assemble(
     keep_for_s: int = 0,
     time_limit_s: int = 0,
     grace_s: int = GRACE_S,
+    hooks: Sequence[RunHook] = (),
 ) -> Plan:
     """
     Put a plan together from what was selected and what the client needs.
@@ -176,6 +194,9 @@ def assemble(
         keep_for_s=keep_for_s,
         time_limit_s=time_limit_s,
         grace_s=grace_s,
+        hooks=tuple(hooks),
+        whole_root=request.whole_root,
+        leave_dirs=request.leave_dirs,
     )
 
 
@@ -282,7 +303,20 @@ def intents(plan: Plan, directories: tuple[str, ...] = ()) -> tuple[Intent, ...]
     ]
     tag = RunId(plan.run).token
     hold = [HoldSnapshots(pool, guid, snapshots, tag) for pool, guid, snapshots in _by_pool(plan)]
-    return (*take, *hold, MountVolumes(plan.root, mounts(plan), directories))
+    return (*take, *hold, MountVolumes(plan.root, mounts(plan), directories, plan.leave_dirs))
+
+
+def first_intents(plan: Plan) -> tuple[Intent, ...]:
+    """Return what is journaled with a new run: its hooks up to the snapshots, and these."""
+    hooks = [hook for when in BEFORE for hook in plan.hooks if hook.when == when]
+    return (*hooks, *(step for step in intents(plan) if isinstance(step, TakeSnapshots)))
+
+
+def hooks_after(plan: Plan, outcome: Outcome | None) -> tuple[RunHook, ...]:
+    """Return the hooks that follow a run's outcome; for None, those of any: a dry run's."""
+    ends = {AFTER_SUCCESS: outcome in (None, Outcome.COMPLETED)}
+    ends |= {AFTER_FAILURE: outcome is not Outcome.COMPLETED, FINALLY: True}
+    return tuple(hook for when in ends for hook in plan.hooks if hook.when == when and ends[when])
 
 
 def mounts(plan: Plan) -> tuple[Mount, ...]:
@@ -345,7 +379,12 @@ def from_json(text: str) -> Plan:
     data = {name: _frozen(value) for name, value in json.loads(text).items()}
     data["volumes"] = tuple(PlannedVolume(**volume) for volume in data["volumes"])
     client = {name: _frozen(value) for name, value in data["client"].items()}
-    return Plan(**data | {"client": ClientPlan(**client)})
+    hooks = tuple(_hook(hook) for hook in data.get("hooks", ()))
+    return Plan(**data | {"client": ClientPlan(**client), "hooks": hooks})
+
+
+def _hook(data: dict[str, Any]) -> RunHook:
+    return RunHook(**{name: _frozen(value) for name, value in data.items()})
 
 
 def _frozen(value: Any) -> Any:

@@ -9,6 +9,7 @@ from pathlib import Path
 from . import clients, plan, selection
 from .clients import Client, Facts, Settings
 from .errors import UserError
+from .intents import RunHook
 from .mounts import mountinfo
 from .names import Dataset, RunId, is_within
 from .plan import ClientPlan, DatasetFacts, Plan, Pool, Request
@@ -87,6 +88,7 @@ def make_plan(
     keep_for_s: int = 0,
     time_limit_s: int = 0,
     grace_s: int = plan.GRACE_S,
+    hooks: Sequence[RunHook] = (),
 ) -> Plan:
     """
     Return the plan of a new run: the one that `--dry-run` prints and the journal stores.
@@ -110,6 +112,7 @@ def make_plan(
         keep_for_s=keep_for_s,
         time_limit_s=time_limit_s,
         grace_s=grace_s,
+        hooks=hooks,
     )
     client.check(wanted, made.targets, made.excludes)
     _check_cwd(made)

@@ -142,6 +142,23 @@ def spawn_runner(*, control: int, front: int, stderr: int, env: Mapping[str, str
     return child.pid
 
 
+def spawn_hook(argv: Sequence[str], *, env: Mapping[str, str], cwd: str) -> subprocess.Popen[bytes]:
+    """
+    Start a hook in a session of its own, all that it prints piped to the caller.
+
+    It inherits no lock.
+    """
+    return subprocess.Popen(
+        argv,
+        env=dict(env),
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
 def spawn_client(
     argv: Sequence[str], *, env: Mapping[str, str], cwd: str, lock: int
 ) -> subprocess.Popen[bytes]:

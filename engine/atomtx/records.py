@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .intents import Intent
+from .intents import AFTER, Intent, RunHook, UndoHook
 from .plan import Plan
 
 
@@ -57,6 +57,19 @@ class Run:
     @property
     def is_parked(self) -> bool:
         return self.cleanup is not None
+
+    @property
+    def failed_after(self) -> tuple[Step, ...]:
+        """The user's hooks that failed, of those that do not decide about the backup."""
+        return tuple(
+            step
+            for step in self.steps
+            if step.outcome == "failed"
+            and (
+                isinstance(step.intent, UndoHook)
+                or (isinstance(step.intent, RunHook) and step.intent.when in AFTER)
+            )
+        )
 
     def pending(self, kind: type[Intent]) -> tuple[Step, ...]:
         """Return the steps of a kind that have no outcome yet, or were parked."""

@@ -79,6 +79,9 @@ def _check_request(request: Request) -> None:
         raise UserError(
             f"the root {request.root} is of no use without a tree", hint="add --layout tree"
         )
+    if request.layout != "tree" and (request.whole_root or request.leave_dirs):
+        option = "--whole-root" if request.whole_root else "--leave-dirs"
+        raise UserError(f"{option} is of no use without a tree", hint="add --layout tree")
     if request.layout == "tree" and (
         not request.root.startswith("/") or normal(request.root) == "/"
     ):

@@ -73,6 +73,8 @@ def status_of(run: Run) -> ExitStatus:
         return ExitStatus.WAITING
     if run.outcome == Outcome.PARTIAL:
         return ExitStatus.PARTIAL
+    if run.failed_after:
+        return ExitStatus.STEP_AFTER_FAILED
     return ExitStatus.PARKED if run.is_parked else ExitStatus.COMPLETED
 
 
@@ -179,9 +181,10 @@ class Settler:
             elif isinstance(decision, recovery.EndOrphans):
                 self._end_orphans(run, folder, Zfs(lock))
             elif isinstance(decision, recovery.Wait):
+                executor.take_over(run)
                 raise self._waiting(run, decision)
             else:
-                run = self._act(run, decision, executor)
+                run = self._act(executor.take_over(run), decision, executor)
                 return Settled(run, decision, executor.interrupted)
         return Settled(run, recovery.RollForward())
 
@@ -268,6 +271,9 @@ def abandon(journal: Journal, run: Run) -> None:
                 f"the pools of run {run.id} are imported", hint="`atomtx recover` settles it"
             )
         known = errand.end(folder, run.attempts) if run.state == states.BACKING_UP else None
+        run = Executor(journal, folder, front=lock, interrupts=Interrupts(), tell=Tell()).take_over(
+            run
+        )
         _close(journal, run, known[0] if known else None, "abandoned at the user's word")
 
 

@@ -130,6 +130,8 @@ class RunFolder:
     progress.json   where the client is; replaced about once a second, never synced
     end             how the client's work ended; durable, in space reserved before it started
     runner.log      what the runner itself had to say when it failed
+    hooks.log       what the user's hooks printed, redacted and capped
+    hook-N.json     the process of the hook of step N
     marker          where a run marks its own namespace
     tmp             the client's TMPDIR where the set would freeze the usual one
     """
@@ -143,6 +145,7 @@ class RunFolder:
         self.progress = path / "progress.json"
         self.end = path / "end"
         self.runner_log = path / "runner.log"
+        self.hooks_log = path / "hooks.log"
         self.marker = path / "marker"
         self.temporary = path / "tmp"
 
@@ -184,6 +187,18 @@ class RunFolder:
             data: dict[str, Any] = json.loads(self.progress.read_text())
         except (OSError, ValueError):  # none yet, or the disk was full: it is only a display
             return {}
+        return data
+
+    def write_hook(self, step: int, identity: Mapping[str, Any]) -> None:
+        """Note the process of a step's hook."""
+        (self.path / f"hook-{step}.json").write_text(json.dumps(identity))
+
+    def read_hook(self, step: int) -> dict[str, Any] | None:
+        """Return the process of a step's hook; None where it was not, or only half, noted."""
+        try:
+            data: dict[str, Any] = json.loads((self.path / f"hook-{step}.json").read_text())
+        except (OSError, ValueError):
+            return None
         return data
 
     def reserve_end(self) -> None:

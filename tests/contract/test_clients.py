@@ -393,6 +393,29 @@ def test_restic_root(version: str, restic: Callable[[str], Settings], home: Path
     assert snapshots(settings)[0]["paths"] == ["/"]
 
 
+@pytest.mark.parametrize("leaves", [True, False])
+def test_restic_stable_parents(
+    restic: Callable[[str], Settings], tmp_path: Path, home: Path, leaves: bool
+) -> None:
+    """Directories above what is mounted add no tree blob where they stay; made anew they do."""
+    settings, root = restic("0.19.1"), tmp_path / "root"
+    for hours in range(3):
+        mountpoint = root / "usr/home/ben"
+        mountpoint.mkdir(parents=True, exist_ok=True)
+        subprocess.run(["mount", "--bind", home, mountpoint], check=True)
+        try:
+            moment = Moment(("/usr/home/ben",), str(root), AT + timedelta(hours=hours), whole=True)
+            assert back_up(Restic(), settings, moment).end.outcome is Outcome.COMPLETED
+        finally:
+            subprocess.run(["umount", mountpoint], check=True)
+        if not leaves:
+            shutil.rmtree(root)
+    ids = [each["id"] for each in snapshots(settings)[-2:]]
+    changed = call(settings, "diff", "--metadata", *ids)
+    above = [f"U    {path}/\n" for path in (root, root / "usr", root / "usr/home")]
+    assert [line in changed for line in above] == [not leaves] * 3
+
+
 def test_restic_skip_if_unchanged(restic: Callable[[str], Settings], home: Path) -> None:
     """A backup that the user's option skips, because nothing changed, is completed without id."""
     settings = replace(restic("0.19.1"), extra=("--skip-if-unchanged",))

@@ -65,6 +65,7 @@ def _play(field: Field, level: str) -> list[Result]:
 def _cases(field: Field, level: str) -> Iterable[Case]:
     if level == "P1":
         yield from field.first("fresh")
+        yield from field.first("hooked")
     for scenario in SCENARIOS:
         if level == "P1":
             yield from field.first(scenario)

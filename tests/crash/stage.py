@@ -32,8 +32,16 @@ DOCUMENTED = (0, 1, 2, 3, 4, 5, 6, 130, 143)  # exit statuses, see errors.py
 LOOKALIKE = "atomtx-0123456789abcdef"  # our name, but not our mark
 _FOREIGN = ("foreign", LOOKALIKE)
 _CHILDREN = ("", "/b c")
+# What a hook has in its hands is a file: `in-run`, `in-snapshot`.
+_HOOK = """#!/bin/sh
+cd {home}
+case $1 in take) touch in-$ATOMTX_HOOK ;; let-go) rm -f in-$ATOMTX_HOOK ;; esac
+echo "$ATOMTX_RUN $1 $ATOMTX_HOOK" >> hooked
+"""
 _CLIENT = """#!/bin/sh
 set -e
+test ! -e {home}/in-snapshot
+test ! -e {home}/hooked || test -e {home}/in-run
 d=$(mktemp -d {copies}/new.XXXXXX)
 cp -a --parents "$@" "$d"
 mv "$d" {copies}/done.$$
@@ -124,8 +132,11 @@ class Stage:
             _must("zfs", "snapshot", f"{self.dataset}@{name}")
         self.copies.mkdir(parents=True)
         client = self.home / "client"
-        client.write_text(_CLIENT.format(copies=self.copies))
-        client.chmod(0o755)
+        client.write_text(_CLIENT.format(home=self.home, copies=self.copies))
+        hook = self.home / "hook"
+        hook.write_text(_HOOK.format(home=self.home))
+        for script in (client, hook):
+            script.chmod(0o755)
         self.recover()  # makes the journal
 
     def _tear_down(self) -> None:
@@ -149,6 +160,7 @@ class Stage:
         """Begin a case: new contents everywhere, no copies."""
         self.moment += 1
         self.violations = []
+        (self.home / "hooked").unlink(missing_ok=True)
         self._write(str(self.moment))
         for copy in self.copies.iterdir():
             shutil.rmtree(copy)
@@ -277,6 +289,7 @@ class Stage:
     def check(self) -> dict[str, Any] | None:
         """Check that nothing is left, lost or said to be done; return the case's run, if any."""
         self.violations += [*self._left_in_pool(), *self._left_in_kernel(), *self._left_locked()]
+        self.violations += [f"a hook was not undone: {path}" for path in self.home.glob("in-*")]
         journal = self.journal()
         self.violations += _inconsistencies(journal)
         runs = [run for run in journal["runs"] if run["moment"] == self.moment]

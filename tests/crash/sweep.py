@@ -34,6 +34,11 @@ from stage import Crashing, Ended, Stage  # type: ignore[import-not-found]
 SCENARIOS: Mapping[str, Sequence[str]] = {
     "namespace": (),
     "tree": ("--layout", "tree", "--root", "{tree}"),
+    "hooked": (
+        *("--pre-hook", "{home}/hook take", "--post-hook", "{home}/hook let-go"),
+        *("--quiesce", "{home}/hook take", "--thaw", "{home}/hook let-go"),
+        *("--after-success", "{home}/hook tell", "--after-failure", "{home}/hook tell"),
+    ),
     "fresh": (),  # without a journal
 }
 
@@ -96,7 +101,9 @@ def _work(stage: Stage, cases: Sequence[Mapping[str, Any]], source: int, results
 
 def play(stage: Stage, case: Mapping[str, Any]) -> dict[str, Any]:
     """Go through one case."""
-    options = [word.format(tree=stage.tree) for word in SCENARIOS[case["scenario"]]]
+    options = [
+        word.format(tree=stage.tree, home=stage.home) for word in SCENARIOS[case["scenario"]]
+    ]
     stage.new_moment()
     if case["scenario"] == "fresh":
         shutil.rmtree(stage.state)

@@ -25,7 +25,10 @@ def _cases(field: Field, level: str, scenario: str) -> list[Case]:
 
 @pytest.mark.parametrize(
     ("level", "scenario", "count"),
-    [("P1", "namespace", 18), ("P1", "tree", 10), ("P2", "namespace", 8), ("P3", "namespace", 12)],
+    [
+        *(("P1", "namespace", 14), ("P1", "tree", 8), ("P1", "hooked", 10)),
+        *(("P2", "namespace", 8), ("P3", "namespace", 12)),
+    ],
 )
 def test_disturbed_once(field: Field, level: str, scenario: str, count: int) -> None:
     """P1: killed at a point. P2: killed by a system call. P3: a system call fails."""

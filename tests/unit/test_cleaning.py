@@ -20,7 +20,7 @@ from atomtx.records import Run
 from atomtx.statedir import RunFolder, prepare
 from atomtx.states import Event
 from atomtx.volumes.zfs import Identity, Zfs
-from tests.runs import RUN, a_plan
+from tests.runs import RUN, a_plan, no_hooks
 
 TANK = Pool("tank", "11", "ONLINE")
 NAMES = [v.snapshot for v in a_plan().volumes]
@@ -74,7 +74,7 @@ def given_up(journal: Journal) -> Run:
 
 def clean(journal: Journal, machine: Machine) -> Run:
     folder = RunFolder.of(journal.state, RUN).make()
-    cleaner = Cleaner(journal, folder, cast(Zfs, machine), lambda _: None)
+    cleaner = Cleaner(journal, folder, cast(Zfs, machine), no_hooks(folder), lambda _: None)
     return cleaner.clean(journal.load(RUN))
 
 

@@ -36,6 +36,8 @@ def test_tree() -> None:
     """In a tree the paths are where the frozen files are; a relative script is still found."""
     launch = Command().launch(settings("./save"), FACTS, Moment(("/", "/srv"), "/tree", AT))
     assert launch.commands == (("/work/save", "/tree/", "/tree/srv"),)
+    launch = Command().launch(settings("save"), FACTS, Moment(("/srv",), "/tree", AT, whole=True))
+    assert launch.commands == (("save", "/tree"),)
 
 
 def test_no_command() -> None:

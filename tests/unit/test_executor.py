@@ -191,6 +191,30 @@ def test_tree_killed(scene: Scene, point: str, who: str) -> None:
     assert not Path(root).exists()
 
 
+@pytest.mark.parametrize("point", ["", "journal:backing-up#1"])
+def test_tree_that_stays(scene: Scene, point: str) -> None:
+    """With --leave-dirs the directories of the tree stay, after a crash too; nothing else does."""
+    root = str(scene.home / "tree")
+    options: dict[str, Any] = {
+        "root": root,
+        "layout": "tree",
+        "leave_dirs": True,
+        "whole_root": True,
+    }
+    ended = scene.backup(scene.plan(*SETS, **options), point, "all")
+    check_completed(scene, scene.recover() if point else ended, attempts=2 if point else 1)
+    assert scene.calls()[-1][3] == root
+    for name in SETS:
+        assert list(Path(f"{root}{scene.live(name)}").iterdir()) == []
+    again = scene.backup(scene.plan(*SETS, **options))
+    assert again.run
+    assert again.run.outcome == "completed"
+    (row,) = scene.rows(
+        "SELECT payload FROM steps WHERE kind = 'mount-volumes' ORDER BY id DESC LIMIT 1"
+    )
+    assert '"directories": []' in row["payload"]
+
+
 def test_tree_is_taken(scene: Scene) -> None:
     """What lies at a mountpoint of the tree is nothing of ours: the run has failed."""
     root = scene.home / "tree"

@@ -26,7 +26,7 @@ from atomtx.statedir import RunFolder, prepare
 from atomtx.states import Event, Outcome
 from atomtx.task import end_to_json
 from atomtx.volumes.zfs import Zfs
-from tests.runs import RUN, a_plan
+from tests.runs import RUN, a_plan, no_hooks
 from tests.unit.test_cleaning import NAMES, Machine
 
 FULL = JournalFullError("no space left for the journal")
@@ -82,7 +82,13 @@ class Desk:
         return executor
 
     def cleaner(self) -> Cleaner:
-        return Cleaner(self.journal, self.folder, cast(Zfs, self.machine), self.said.append)
+        return Cleaner(
+            self.journal,
+            self.folder,
+            cast(Zfs, self.machine),
+            no_hooks(self.folder),
+            self.said.append,
+        )
 
 
 @pytest.fixture

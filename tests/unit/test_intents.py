@@ -8,6 +8,8 @@ import pytest
 
 from atomtx import intents
 from atomtx.intents import (
+    AFTER,
+    BEFORE,
     KINDS,
     DestroySnapshots,
     EndClient,
@@ -18,7 +20,9 @@ from atomtx.intents import (
     MountVolumes,
     ReleaseSnapshots,
     RunClient,
+    RunHook,
     TakeSnapshots,
+    UndoHook,
     UnmountVolumes,
 )
 
@@ -35,6 +39,11 @@ PAIRS: list[tuple[Intent, Intent | None]] = [
     (KeepSnapshots(*SET, run=RUN), None),
     (MountVolumes(*TREE), UnmountVolumes(*TREE)),
     (RunClient("restic", (("restic", "backup", "/a b"), ("true",)), "/"), EndClient("restic")),
+    *(
+        (RunHook(when, ("freeze", "a b"), ("thaw",), 5), UndoHook(when, ("thaw",), 5))
+        for when in BEFORE
+    ),
+    *((RunHook(when, ("tell",)), None) for when in AFTER),
 ]
 ALL = [intent for pair in PAIRS for intent in pair if intent]
 each_intent = pytest.mark.parametrize("intent", ALL, ids=lambda intent: str(intent.kind))
@@ -60,7 +69,7 @@ def test_description(intent: Intent) -> None:
     text = intent.describe()
     assert text == text.strip()
     assert "\n" not in text
-    assert any(word in text for word in ("tank", "restic"))
+    assert any(word in text for word in ("tank", "restic", "freeze", "thaw", "tell"))
 
 
 @each_intent

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,16 @@ def test_tree() -> None:
         ("--override-source=/", "/tree/"),
         ("--override-source=/srv", "/tree/srv"),
     ]
+
+
+def test_whole_tree() -> None:
+    """The root itself is one source, as kopiatomic gives it; the wrapper's verb is no other."""
+    moment = Moment(("/home", "/srv"), "/kopia", AT, whole=True)
+    given = replace(settings(), command=("wrap", "snapshot"))
+    (argv,) = Kopia().launch(given, FACTS, moment).commands
+    assert argv[:4] == ("wrap", "snapshot", "create", "--json")
+    assert argv[-1] == "/kopia"
+    assert not any(word.startswith("--override-source") for word in argv)
 
 
 def test_tree_of_a_known_host(tmp_path: Path) -> None:

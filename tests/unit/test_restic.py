@@ -103,6 +103,20 @@ def test_tree() -> None:
     )
 
 
+def test_whole_tree() -> None:
+    """The root itself is one absolute argument, as restomic gives it: its history goes on."""
+    moment = Moment(("/usr/home", "/srv"), "/restic", AT, whole=True)
+    assert words(moment=moment)[-2:] == ("--", "/restic")
+    assert moment.sources == ("/restic",)
+
+
+@pytest.mark.parametrize("given", [("wrap",), ("wrap", "backup")])
+def test_verb_of_a_wrapper(given: tuple[str, ...]) -> None:
+    """The verb that restomic wants at the end of a wrapper is not given twice."""
+    launch = Restic().launch(replace(settings(), command=given), NEW, HOME)
+    assert launch.commands[0][:3] == ("wrap", "backup", "--json")
+
+
 def test_tree_of_root() -> None:
     """The target / is the tree's root itself."""
     assert words(moment=Moment(("/",), "/tree", AT))[-2:] == ("--", ".")

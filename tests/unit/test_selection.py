@@ -217,6 +217,8 @@ def test_path_that_is_no_dataset(path: str, message: str, hint: str) -> None:
         (Request(("tank/home",), exclude=("tank/home",)), "both named and left out", ""),
         (Request(("tank/home/bob",), exclude=("tank/home",)), "both named and left out", ""),
         (Request(("tank/home",), root="/r"), "of no use without a tree", "--layout tree"),
+        (Request(("tank/home",), whole_root=True), "--whole-root is of no use", "--layout tree"),
+        (Request(("tank/home",), leave_dirs=True), "--leave-dirs is of no use", "--layout tree"),
         (Request(("tank/home",), layout="tree"), "must be an absolute path", "--root"),
         (Request(("tank/home",), layout="tree", root="r"), "must be an absolute path", "--root"),
         (Request(("tank/home",), layout="tree", root="//"), "must be an absolute path", "--root"),

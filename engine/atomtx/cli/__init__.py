@@ -95,7 +95,7 @@ class LazyGroup(click.Group):
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, "--version", "-V", message="atomtx %(version)s")
+@click.version_option(__version__, "--version", "-V", "-v", message="atomtx %(version)s")
 def cli() -> None:
     """
     Back up a moment: snapshot, mount, back up, unmount, destroy.

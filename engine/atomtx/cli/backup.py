@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import shutil
 import time
 from datetime import UTC, datetime
@@ -26,7 +25,7 @@ from ..errors import (
     worst,
 )
 from ..executor import Executor, Tell, facts_of, kept, settings_of
-from ..intents import KeepSnapshots, RunClient, TakeSnapshots
+from ..intents import KeepSnapshots, RunClient, RunHook, TakeSnapshots
 from ..interrupts import Interrupts
 from ..journal import ActiveRunError, Journal, NoRunError
 from ..mounts import tree
@@ -37,7 +36,7 @@ from ..recovery import LeaveAlone
 from ..settling import Patience, Settler, front, status_of
 from ..statedir import RunFolder
 from ..volumes.zfs import Zfs
-from . import json_option
+from . import hook_options, json_option
 from .render import Reporter, reporter
 from .summary import closing_line, result
 
@@ -61,6 +60,7 @@ class _WithClientOptions(click.Command):
 @click.option("--exclude", multiple=True, metavar="DATASET", help="Leave out, with its children.")
 @click.option("--client", type=click.Choice(tuple(clients.KNOWN)), help="The backup program.")
 @click.option("-c", "--command", metavar="WORDS", help="Run this, with the paths appended.")
+@click.option("-o", "--options", metavar="WORDS", help="The client's options, as after `--`.")
 @click.option(
     "--layout",
     type=click.Choice(("namespace", "tree")),
@@ -69,6 +69,8 @@ class _WithClientOptions(click.Command):
     help="Where the client reads: at the live paths, or in a tree.",
 )
 @click.option("--root", default="", metavar="DIR", help="The root of the tree.")
+@click.option("--whole-root", is_flag=True, help="Back up the root itself, not what is below.")
+@click.option("--leave-dirs", is_flag=True, help="Leave the directories of the tree in place.")
 @click.option("--keep-snapshots", is_flag=True, help="Keep the snapshots of a good backup.")
 @click.option("--require-atomic", is_flag=True, help="Refuse a set that is not of one moment.")
 @click.option(
@@ -97,6 +99,7 @@ class _WithClientOptions(click.Command):
     show_default=True,
     help="How long a client that was stopped may take to end; then it is killed.",
 )
+@hook_options.add
 @click.option("--wait", is_flag=True, help="Wait for another run of this job to end.")
 @click.option(
     "--keep-history",
@@ -106,7 +109,7 @@ class _WithClientOptions(click.Command):
     help="Forget runs that ended longer ago.",
 )
 @click.option("-n", "--dry-run", is_flag=True, help="Print the plan, change nothing.")
-@click.option("-q", "--quiet", is_flag=True, help="Print warnings and errors alone.")
+@click.option("--quiet", is_flag=True, help="Print warnings and errors alone.")
 @json_option
 def backup(names: tuple[str, ...], as_json: bool, quiet: bool, **options: Any) -> ExitStatus:
     """
@@ -131,7 +134,8 @@ def backup(names: tuple[str, ...], as_json: bool, quiet: bool, **options: Any) -
       0 completed       3 partial: some files could not be read
       1 failed          4 backed up, cleanup parked: run `atomtx recover`
       2 usage           5 another run of this job is at work
-      6 waiting         130, 143 interrupted and cleaned up
+      6 waiting         7 backed up, a hook after it failed
+                        130, 143 interrupted and cleaned up
     """
     with reporter(as_json=as_json, quiet=quiet) as show:
         extra = click.get_current_context().meta.get("atomtx.extra", ())
@@ -195,11 +199,15 @@ class _Backup:
 
     def _plan(self, state: Path) -> Plan:
         options = self._options
-        command = shlex.split(options["command"] or "")
+        command = hook_options.split("--command", options["command"])
         made = make_plan(
             self._request(),
             client_name=choose_client(options["client"], command, os.environ),
-            wanted=settings(command, self._extra, os.environ),
+            wanted=settings(
+                command,
+                (*hook_options.split("--options", options["options"]), *self._extra),
+                os.environ,
+            ),
             zfs=Zfs(),
             state=state,
             keep_snapshots=options["keep_snapshots"],
@@ -207,6 +215,7 @@ class _Backup:
             keep_for_s=seconds(options["keep_for"]),
             time_limit_s=seconds(options["time_limit"]),
             grace_s=seconds(options["grace"]),
+            hooks=hook_options.hooks(options, seconds(options["hook_limit"])),
         )
         self._check_atomic(made)
         for note in made.notes:
@@ -223,6 +232,8 @@ class _Backup:
             recursive=options["recursive"],
             exclude=options["exclude"],
             layout=options["layout"],
+            whole_root=options["whole_root"],
+            leave_dirs=options["leave_dirs"],
             root=_resolved(options["root"]),
         )
 
@@ -240,7 +251,13 @@ class _Backup:
         client = clients.load(made.client.name)
         launch = client.launch(settings_of(made.client), facts_of(made.client), moment)
         client_step = RunClient(client.name, launch.commands, launch.cwd)
-        steps = (*plan.intents(made, self._directories(made)), client_step, *_keeping(made))
+        steps = (
+            *(hook for hook in plan.first_intents(made) if isinstance(hook, RunHook)),
+            *plan.intents(made, self._directories(made)),
+            client_step,
+            *_keeping(made),
+            *plan.hooks_after(made, None),
+        )
         lines = plan.describe(made, steps)
         self._show.result({"run": made.run, "job": made.label, "notes": made.notes, "plan": lines})
         if not self._as_json:
@@ -287,9 +304,8 @@ class _Backup:
         folder = _make(RunFolder.of(journal.state, made.run))
         with front(folder) as lock:
             assert lock is not None
-            first = [step for step in plan.intents(made) if isinstance(step, TakeSnapshots)]
             try:
-                run = journal.begin(made, first)
+                run = journal.begin(made, plan.first_intents(made))
             except (BusyError, JournalFullError):  # there is no row of it
                 shutil.rmtree(folder.path)
                 raise

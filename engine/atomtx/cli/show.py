@@ -46,6 +46,7 @@ class _Found:
     moves: list[history.Move]
     backups: list[history.Backup]
     log: list[str]
+    hooks_log: list[str]
 
 
 @click.command()
@@ -98,6 +99,7 @@ def _find(state: Path, prefix: str, *, whole_log: bool) -> _Found:
         moves=history.moves(path, run.id),
         backups=history.backups(path, run.id),
         log=_log(RunFolder.of(state, run.id).log, whole=whole_log),
+        hooks_log=_log(RunFolder.of(state, run.id).hooks_log, whole=whole_log),
     )
 
 
@@ -161,6 +163,7 @@ def _object(found: _Found, restores: list[Restore | None]) -> dict[str, Any]:
         "moves": found.moves,
         "backups": [asdict(backup) | {"restore": restore} for backup, restore in pairs],
         "log": found.log,
+        "hooks_log": found.hooks_log,
     }
 
 
@@ -175,6 +178,7 @@ def _page(found: _Found, restores: list[Restore | None]) -> list[str]:
         "States": _moves(found.moves),
         "Backups": _backups(found.backups, restores),
         "Client's log": [render.printable(line) for line in found.log],
+        "Hooks' log": [render.printable(line) for line in found.hooks_log],
     }
     lines: list[str] = []
     for title, body in sections.items():

@@ -33,6 +33,8 @@ def closing_line(path: Path, run: Run, seconds: float) -> str:
         words += f": {run.reason}"
     if run.outcome is None:
         words += "; `atomtx recover` goes on with the same moment"
+    for step in run.failed_after:
+        words += f"; failed: {step.intent.describe()}"
     if run.is_parked:
         words += "; something is left to clean up: `atomtx recover`"
     return f"{words} ({', '.join(details)})"

@@ -52,7 +52,13 @@ class Moment:
     root: str  # where the tree is assembled; empty: at the live paths themselves
     at: datetime  # aware; the snapshots' creation, whole seconds
     excludes: tuple[str, ...] = ()  # absolute live paths inside the targets to leave out
+    whole: bool = False  # of a tree, the root itself is backed up
     parent: str | None = None  # a backup_id to compare with; None: let the client find it
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The paths under which the repository has what is backed up."""
+        return (self.root,) if self.whole else self.targets
 
 
 @dataclass(frozen=True)

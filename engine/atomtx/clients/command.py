@@ -75,7 +75,8 @@ class Command:
     def launch(self, settings: Settings, facts: Facts, moment: Moment) -> Launch:
         """Return the one command, with the absolute paths where the frozen files are."""
         root = moment.root.rstrip("/")
-        targets = tuple(root + target for target in moment.targets)
+        below = tuple(root + target for target in moment.targets)
+        targets = (moment.root,) if moment.whole else below
         return Launch(((*self._argv(settings), *targets),), settings.cwd, {})
 
     def reader(self, moment: Moment) -> CommandReader:
@@ -95,7 +96,7 @@ class CommandReader:
 
     def __init__(self, moment: Moment) -> None:
         self.progress = Progress()
-        self._targets = moment.targets
+        self._targets = moment.sources
         self._lines: list[str] = []
         self._status: int | None = None
 

@@ -303,6 +303,8 @@ class Kopia:
         )
         if not moment.root:
             return Launch(((*argv, *moment.targets),), settings.cwd, env)
+        if moment.whole:
+            return Launch(((*argv, moment.root),), settings.cwd, env)
         config, root = _config(_config_file(settings)), moment.root.rstrip("/")
         # One command each: an overridden source counts for every directory of a command.
         commands = tuple(

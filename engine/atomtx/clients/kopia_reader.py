@@ -55,7 +55,7 @@ class KopiaReader:
 
     def __init__(self, moment: Moment) -> None:
         self.progress = Progress()
-        self._targets = moment.targets
+        self._targets = moment.sources
         self._manifests: dict[str, dict[str, Any]] = {}
         self._current = ""
         self._unread: Counter[str] = Counter()

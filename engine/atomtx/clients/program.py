@@ -122,9 +122,25 @@ def last_value(options: Iterable[Option], name: str) -> str | None:
     return next((o.value for o in reversed(tuple(options)) if o.name == name), None)
 
 
+_VERBS: Mapping[str, Sequence[tuple[str, ...]]] = {
+    "restic": [("backup",)],
+    "kopia": [("snapshot", "create"), ("snapshot",)],
+}
+
+
 def program(settings: Settings, default: str) -> tuple[str, ...]:
-    """Return the words that start the client: the wrapper's, or the program's own name."""
-    first, *rest = settings.command or (default,)
+    """
+    Return the words that start the client: the wrapper's, or the program's own name.
+
+    Without the verb of a backup at its end, as restomic and kopiatomic want it: a client has
+    others, too, to be asked by.
+    """
+    words = settings.command or (default,)
+    for verb in _VERBS.get(default, ()):
+        if words[1:] and words[-len(verb) :] == verb:
+            words = words[: -len(verb)]
+            break
+    first, *rest = words
     if "/" in first:
         first = os.path.normpath(os.path.join(settings.cwd, first))
     argv = (first, *rest)

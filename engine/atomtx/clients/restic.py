@@ -236,13 +236,15 @@ def _own_options(version: Version, moment: Moment, given: frozenset[str]) -> Ite
 
 def _targets(moment: Moment) -> tuple[str, ...]:
     """
-    Return the arguments: below a root relative ones.
+    Return the arguments: below a root relative ones, if not the root itself is wanted.
 
     The tree in the repository is then the same as at the live paths, and the directories above
     the volumes, made anew for each run, are not in it.
     """
     if not moment.root:
         return moment.targets
+    if moment.whole:
+        return (moment.root,)
     return tuple(target.lstrip("/") or "." for target in moment.targets)
 
 

@@ -17,7 +17,7 @@ class ResticReader:
 
     def __init__(self, moment: Moment) -> None:
         self.progress = Progress()
-        self._targets = moment.targets
+        self._targets = moment.sources
         self._summaries: list[dict[str, Any]] = []
         self._unread: dict[str, str] = {}  # path -> what restic said
         self._skipped: list[str] = []

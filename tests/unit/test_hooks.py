@@ -1,0 +1,344 @@
+"""
+The user's hooks: what they find, in which order they run, and that each is undone.
+
+The engine's own processes, for real, on pools that are played (`tests/scene.py`).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from atomtx import hooks
+from atomtx.errors import ExitStatus
+from atomtx.intents import (
+    AFTER_FAILURE,
+    AFTER_SUCCESS,
+    AROUND_RUN,
+    AROUND_SNAPSHOT,
+    FINALLY,
+    RunHook,
+)
+from atomtx.plan import Plan
+from atomtx.settling import status_of
+from tests.scene import Ended, Scene
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="namespaces need root")
+
+SETS = ("tank/a", "tank/b")
+# Nobody may have waited for it yet.
+DEAD = "dead() { ! test -e /proc/$1 || grep -q 'State:.Z' /proc/$1/status; }\n"
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Iterator[Scene]:
+    scene = Scene(tmp_path)
+    yield scene
+    scene.close()
+
+
+def script(scene: Scene, name: str, body: str = "") -> tuple[str, ...]:
+    """Return a command that notes its name, then does what *body* says, in shell."""
+    text = f"#!/bin/sh\n{DEAD}cd {scene.home}\necho {name} >> did\n{body}\n"
+    return (str(scene._script(name, text)),)
+
+
+def did(scene: Scene) -> list[str]:
+    path = scene.home / "did"
+    return path.read_text().split() if path.exists() else []
+
+
+def pair(scene: Scene, when: str, do: str, undo: str) -> RunHook:
+    """Return a hook that makes a file of its place, and an undo that takes it away."""
+    hook = script(scene, do, f"touch in-{when}")
+    return RunHook(when, hook, script(scene, undo, f"rm -f in-{when}"))
+
+
+def all_hooks(scene: Scene) -> tuple[RunHook, ...]:
+    """Return a hook at every place."""
+    return (
+        RunHook(FINALLY, script(scene, "finally")),
+        RunHook(AFTER_SUCCESS, script(scene, "after-success")),
+        RunHook(AFTER_FAILURE, script(scene, "after-failure")),
+        pair(scene, AROUND_SNAPSHOT, "quiesce", "thaw"),
+        pair(scene, AROUND_RUN, "stop", "start"),
+    )
+
+
+def hooked(scene: Scene, *hooks: RunHook) -> Plan:
+    """Return a plan whose client fails where the hooks are not as they have to be."""
+    scene.behave(f"test -e {scene.home}/in-run && test ! -e {scene.home}/in-snapshot || exit 9\n")
+    return replace(scene.plan(*SETS), hooks=hooks)
+
+
+def in_force(scene: Scene) -> list[str]:
+    return [path.name for path in scene.home.glob("in-*")]
+
+
+def outcome(ended: Ended) -> tuple[str | None, str | None]:
+    assert ended.run
+    return ended.run.outcome, ended.run.reason
+
+
+def hook_steps(scene: Scene) -> list[tuple[str, str | None, str | None]]:
+    rows = scene.rows("SELECT * FROM steps WHERE kind LIKE '%hook' ORDER BY id")
+    return [(row["kind"], row["outcome"], row["detail"]) for row in rows]
+
+
+# -- the ordinary course ---------------------------------------------------------------------
+
+
+def test_order(scene: Scene) -> None:
+    """The wide pair is around everything, the narrow one around the snapshots alone."""
+    others = all_hooks(scene)
+    quiesce = script(scene, "quiesce", "touch in-snapshot; ! grep -q @atomtx pool.json")
+    thaw = script(scene, "thaw", "rm in-snapshot; grep -q @atomtx pool.json")
+    start = script(scene, "start", "rm in-run; ! grep -q @atomtx pool.json")
+    hooks = (
+        *others[:3],
+        RunHook(AROUND_SNAPSHOT, quiesce, thaw),
+        RunHook(AROUND_RUN, others[-1].command, start),
+    )
+    ended = scene.backup(hooked(scene, *hooks))
+    assert outcome(ended) == ("completed", None)
+    assert did(scene) == ["stop", "quiesce", "thaw", "start", "after-success", "finally"]
+    assert {result for _, result, _ in hook_steps(scene)} == {"done"}
+    assert in_force(scene) == scene.left() == []
+
+
+def test_nothing_is_written_while_frozen(scene: Scene) -> None:
+    """A hook may freeze the file system of the journal: nothing is written until it is thawed."""
+    look = "cat state/journal.db state/watermarks/* | sha256sum > {}"
+    quiesce = script(scene, "quiesce", look.format("before"))
+    thaw = script(scene, "thaw", f"{look.format('after')}; cmp before after")
+    ended = scene.backup(hooked(scene, RunHook(AROUND_SNAPSHOT, quiesce, thaw)))
+    assert did(scene) == ["quiesce", "thaw"]
+    assert [result for _, result, _ in hook_steps(scene)] == ["done", "done"]
+    assert outcome(ended)[0] == "failed"  # the client found no in-run: it did run
+
+
+def test_facts(scene: Scene) -> None:
+    """Hooks get the run's facts, the client's variables, and no lock of ours."""
+    last = script(scene, "last", "env > facts; ls -l /proc/$$/fd > descriptors")
+    made = replace(scene.plan(*SETS, env=(("RESTIC_CACHE_DIR", "/c"),)), label="home")
+    ended = scene.backup(replace(made, hooks=(RunHook(FINALLY, last),)))
+    assert outcome(ended) == ("completed", None)
+    facts = (scene.home / "facts").read_text()
+    for line in (
+        f"ATOMTX_RUN={made.run}\n",
+        "ATOMTX_JOB=home\n",
+        "ATOMTX_HOOK=finally\n",
+        "ATOMTX_OUTCOME=completed\n",
+        "ATOMTX_MOMENT=2026-07-25T17:20:00+00:00\n",
+        "ATOMTX_VOLUMES=tank/a\ntank/b\n",
+        "RESTIC_CACHE_DIR=/c\n",
+    ):
+        assert line in facts
+    assert ".lock" not in (scene.home / "descriptors").read_text()
+
+
+def test_log_is_redacted(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Promise 11: what a hook prints is kept without the secrets."""
+    monkeypatch.setenv("RESTIC_PASSWORD", "wordofmine")
+    made = scene.plan(*SETS)
+    loud = script(scene, "loud", "echo it is $RESTIC_PASSWORD; exit 3")
+    ended = scene.backup(replace(made, hooks=(RunHook(AROUND_RUN, loud),)))
+    folder = scene.state / "runs" / made.run
+    assert (folder / "hooks.log").read_text() == "it is ***\n"
+    said = f"hook before the run: {loud[0]}: exit status 3: it is ***"
+    assert outcome(ended) == ("failed", said)
+
+
+# -- what fails ------------------------------------------------------------------------------
+
+
+def test_hook_before_fails(scene: Scene) -> None:
+    """Without its pre-hook there is no backup; what was begun is undone, the rest never starts."""
+    others = all_hooks(scene)[:4]
+    stop = RunHook(AROUND_RUN, script(scene, "stop", "exit 3"), script(scene, "start"))
+    ended = scene.backup(hooked(scene, *others, stop))
+    assert outcome(ended) == ("failed", f"{stop.describe()}: exit status 3")
+    assert did(scene) == ["stop", "start", "after-failure", "finally"]
+    assert ("undo-hook", "not-needed", "it was not started") in hook_steps(scene)
+    assert scene.zfs("snapshot") == []
+    assert scene.left() == []
+
+
+@pytest.mark.parametrize("fault", ["refuse", "foreign"])
+def test_snapshot_fails(scene: Scene, fault: str) -> None:
+    """Where the snapshots fail, the thaw comes at once all the same."""
+    scene.play(faults={"snapshot": fault})
+    ended = scene.backup(hooked(scene, *all_hooks(scene)))
+    assert outcome(ended)[0] == "failed"
+    assert did(scene) == ["stop", "quiesce", "thaw", "start", "after-failure", "finally"]
+
+
+@pytest.mark.parametrize("place", ["thaw", "start", "after-success", "finally"])
+def test_hook_after_fails(scene: Scene, place: str) -> None:
+    """The backup stands where a hook after it fails: exit status 7, and it is named."""
+    hooks = all_hooks(scene)
+    path = scene.home / place
+    path.write_text(path.read_text() + "exit 4\n")
+    ended = scene.backup(hooked(scene, *hooks))
+    assert ended.run
+    assert outcome(ended) == ("completed", None)
+    assert status_of(ended.run) is ExitStatus.STEP_AFTER_FAILED
+    assert [step.intent.describe() for step in ended.run.failed_after] == [
+        said.removesuffix(": exit status 4") for said in ended.said("warn")
+    ]
+    assert did(scene)[-1] == "finally"  # those that follow run as ever
+
+
+def test_not_there(scene: Scene) -> None:
+    """A command that does not exist is a hook that fails."""
+    ended = scene.backup(hooked(scene, RunHook(AROUND_RUN, ("/nowhere/hook", "word"))))
+    said = "hook before the run: /nowhere/hook word: cannot start /nowhere/hook: No such file"
+    assert outcome(ended) == ("failed", f"{said} or directory")
+
+
+def test_over_its_limit(scene: Scene) -> None:
+    """A hook that hangs is ended at its limit, with all of its session, and has failed."""
+    slow = script(scene, "slow", "echo $$ > pid; trap '' TERM; sleep 1000 & sleep 1000")
+    hook = RunHook(AROUND_RUN, slow, script(scene, "start"), limit_s=1)
+    scene.changes.append(_short_grace)
+    ended = scene.backup(hooked(scene, hook))
+    assert outcome(ended) == ("failed", f"{hook.describe()}: did not end within 1s")
+    assert did(scene) == ["slow", "start"]
+    assert session(scene) == []
+
+
+def _short_grace() -> None:
+    hooks.GRACE_S = 1.0
+
+
+def session(scene: Scene) -> list[int]:
+    return hooks._session(int((scene.home / "pid").read_text()))
+
+
+def test_signal(scene: Scene) -> None:
+    """A signal ends a hook before the client: rolled back, and undone."""
+    slow = RunHook(
+        AROUND_RUN, script(scene, "slow", "echo $$ > pid; sleep 1000"), script(scene, "start")
+    )
+    made = hooked(scene, slow)
+    ended = scene.backup(made, at="start:slow#1", who=f"signal {signal.SIGTERM:d}", delay_s=0.5)
+    assert ended.interrupted == "interrupted by SIGTERM"
+    assert outcome(ended) == ("rolled-back", "interrupted by SIGTERM")
+    assert did(scene) == ["slow", "start"]
+    assert not session(scene)
+    assert not scene.left()
+
+
+def test_what_a_hook_leaves(scene: Scene) -> None:
+    """What stays in a hook's session lives until its undo; a daemon's life is its own."""
+    leaves = "sleep 1000 & echo $! > helper; setsid sleep 1001 & echo $! > daemon"
+    stop = script(scene, "stop", f"touch in-run; {leaves}")
+    gone = "dead $(cat helper) && ! dead $(cat daemon)"
+    made = hooked(scene, RunHook(AROUND_RUN, stop, script(scene, "start", gone)))
+    alive = f"test -e /proc/$(cat {scene.home}/helper) || exit 8\n"
+    scene.behave((scene.home / "behaviour").read_text() + alive)
+    ended = scene.backup(made)
+    os.kill(int((scene.home / "daemon").read_text()), signal.SIGKILL)
+    assert outcome(ended) == ("completed", None)
+    assert [result for _, result, _ in hook_steps(scene)] == ["done", "done"]
+
+
+# -- crashes ---------------------------------------------------------------------------------
+
+
+def test_killed_in_a_hook(scene: Scene) -> None:
+    """Of a killed front end's hook nothing lives on when its undo starts; one undo is enough."""
+    slow = script(scene, "slow", "echo $$ > pid; touch in-run; env -i sleep 1000")
+    gone = script(scene, "start", "rm in-run; dead $(cat pid)")
+    made = hooked(scene, RunHook(AROUND_RUN, slow, gone), RunHook(FINALLY, script(scene, "last")))
+    killed = scene.backup(made, at="start:slow#1", who="front", delay_s=0.5)
+    assert killed.status == -signal.SIGKILL
+    ended = scene.recover()
+    assert outcome(ended)[0] == "rolled-back"
+    assert did(scene) == ["slow", "start", "last"]
+    assert ("undo-hook", "done", None) in hook_steps(scene)
+    assert not session(scene)
+    assert not scene.left()
+
+
+def test_killed_in_an_undo(scene: Scene) -> None:
+    """An undo whose front end was killed is ended before it runs once more, never beside itself."""
+    once = "test -e twice && exit; touch twice; echo $$ > pid; exec sleep 1000"
+    undo = script(scene, "start", f"test ! -e pid || dead $(cat pid) || exit 9; {once}")
+    made = hooked(scene, RunHook(AROUND_RUN, script(scene, "stop", "touch in-run"), undo))
+    killed = scene.backup(made, at="start:start#1", who="front", delay_s=0.5)
+    assert killed.status == -signal.SIGKILL
+    assert session(scene)
+    ended = scene.recover()
+    assert outcome(ended) == ("completed", None)
+    assert did(scene) == ["stop", "start", "start"]
+    assert hook_steps(scene)[1] == ("undo-hook", "done", None)
+    assert not session(scene)
+
+
+def test_taken_up_again(scene: Scene) -> None:
+    """A run that waits is not in the hook's hands; taken up again, it is, until its end."""
+    made = hooked(scene, *all_hooks(scene))
+    killed = scene.backup(made, at="journal:backing-up#1", who="all")
+    assert killed.status == -signal.SIGKILL
+    assert in_force(scene) == ["in-run"]
+    pools = scene.pool["pools"]
+    scene.play(pools={})
+    waits = scene.recover()
+    assert waits.raised
+    assert in_force(scene) == []
+    assert did(scene)[-1:] == ["start"]
+    scene.play(pools=pools)
+    ended = scene.recover()
+    assert outcome(ended) == ("completed", None)
+    assert did(scene)[4:] == ["stop", "start", "after-success", "finally"]
+    assert in_force(scene) == scene.left() == []
+
+
+def test_repeated_at_once(scene: Scene) -> None:
+    """A client that is repeated by the same front end stays in the hook's hands."""
+    made = replace(scene.plan(*SETS, client="played"), hooks=all_hooks(scene), retries=1)
+    once = f"test -e {scene.home}/once || {{ touch {scene.home}/once; exit 75; }}\n"
+    scene.behave(f"test -e {scene.home}/in-run || exit 9\n{once}")
+    ended = scene.backup(made)
+    assert outcome(ended) == ("completed", None)
+    assert did(scene).count("stop") == did(scene).count("start") == 1
+
+
+def _points(scene: Scene) -> list[str]:
+    ended = scene.backup(hooked(scene, *all_hooks(scene)))
+    assert outcome(ended) == ("completed", None)
+    return [p for p in ended.points if not p.startswith("runner:")]
+
+
+@pytest.mark.parametrize("who", ["front", "all"])
+def test_killed_anywhere(tmp_path: Path, who: str) -> None:
+    """Promise 5: killed at any point, no hook is left without its undo; nor in the recovery."""
+    (tmp_path / "first").mkdir()
+    found = _points(Scene(tmp_path / "first"))
+    wrong = []
+    for n, point in enumerate(found[found.index("journal:planned#1") :]):
+        (tmp_path / str(n)).mkdir()
+        scene = Scene(tmp_path / str(n))
+        made = hooked(scene, *all_hooks(scene))
+        killed = scene.backup(made, at=point, who=who)
+        assert killed.status == -signal.SIGKILL, point
+        first = scene.recover(at=f"#{3 * n % 40 + 1}", who=who)
+        last = scene.recover()
+        wrong += [f"{point}: {thing}" for thing in (*scene.left(), *in_force(scene))]
+        ran = did(scene)
+        if ran.count("stop") and "start" not in ran[len(ran) - ran[::-1].index("stop") :]:
+            wrong.append(f"{point}: {ran}")
+        if [r for r in scene.rows("SELECT * FROM steps") if r["outcome"] is None]:
+            wrong.append(f"{point}: a step without an outcome")
+        if "finally" not in ran and (first.run or last.run):
+            wrong.append(f"{point}: {ran}")
+        if scene.rows("SELECT moment_at FROM runs")[0]["moment_at"] and not scene.copies():
+            wrong.append(f"{point}: no copy: {scene.rows('SELECT * FROM runs')}")
+        scene.close()
+    assert wrong == []
