@@ -10,6 +10,7 @@ The modules, in reading order:
 
     errors.py       the exception tree, the exit statuses
     names.py        Dataset, Snapshot, RunId: parse, check, print                      pure
+    words.py        values in words: sizes, time spans, ages; and spans read           pure
     states.py       the states of a run, the table of transitions, the machine         pure
     intents.py      one frozen dataclass an effect, and what undoes it                 pure
     plan.py         what is there, what was asked for -> the plan                      pure

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import shutil
 import time
@@ -37,6 +36,7 @@ from ..recovery import LeaveAlone
 from ..settling import Patience, Settler, front, status_of
 from ..statedir import RunFolder
 from ..volumes.zfs import Zfs
+from ..words import seconds
 from . import json_option
 from .render import Reporter, reporter
 from .summary import closing_line, result
@@ -321,14 +321,3 @@ def _keeping(made: Plan) -> list[KeepSnapshots]:
 
 def _resolved(name: str) -> str:
     return os.path.realpath(name) if name.startswith("/") else name
-
-
-_UNITS_S = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800, "y": 31_557_600}
-
-
-def seconds(text: str) -> int:
-    """Read a time such as "90", "15m", "6h", "2d", "1y"."""
-    match = re.fullmatch(r"(\d+)([smhdwy]?)", text.strip())
-    if not match:
-        raise UserError(f"{text!r} is not a time", hint="such as 90s, 15m, 6h, 2d, 4w, 1y")
-    return int(match[1]) * _UNITS_S[match[2]]
