@@ -27,6 +27,7 @@ The modules, in reading order:
     database.py     its connections, its upgrade, its errors as ours
     journal.py      the only module that writes to the database
     history.py      reading the journal for people, with the standard library alone
+    health.py       whether the backups of a job are as fresh as they should be        pure
     audit.py        what is wrong with a journal, if anything
     statedir.py     the state directory, and the folder of each run in it
     locks.py        the kernel locks F, R and C, and who holds them
