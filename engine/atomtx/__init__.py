@@ -19,6 +19,7 @@ The modules, in reading order:
     records.py      the journal's rows as plain values                                 pure
     recovery.py     journal and probes -> resume, roll forward, roll back, wait ...    pure
     redact.py       take secrets out of what is kept or shown                          pure
+    notices.py      which events of a run deserve a notice, and what it says           pure
     journalfile.py  the journal's file: its numbers, and whether we may touch it
     provenance.py   whether a journal may act here: its machine's, and the newest seen
     schema.py       the tables; bringing an older journal up to date
@@ -33,6 +34,8 @@ The modules, in reading order:
     locks.py        the kernel locks F, R and C, and who holds them
     process.py      the only module that starts programs
     interrupts.py   SIGINT and SIGTERM as a request to compensate
+    delivery.py     give one message to a server: a program of its own
+    notifiers.py    tell somebody of a run: command, mail, pings, apprise
     volumes/        zfs.py: find, snapshot, hold, probe, destroy
     mounts/         mountinfo.py, namespace.py, tree.py ...: mount, probe, unmount
     clients/        restic.py, kopia.py, command.py ...: the backup programs

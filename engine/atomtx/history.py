@@ -258,6 +258,16 @@ def _job(row: sqlite3.Row, found: dict[int, Run], unfinished: list[Run]) -> Job:
     )
 
 
+def last_moment(path: Path, job: str) -> datetime | None:
+    """Return the moment of a job's last completed backup; *job* is its key."""
+    query = (
+        "SELECT coalesce(moment_at, started_at) AS at FROM runs "
+        "WHERE job = :job AND outcome = 'completed' ORDER BY rowid DESC LIMIT 1"
+    )
+    rows = _fetch(path, query, {"job": job})
+    return _time(rows[0]["at"]) if rows else None
+
+
 def run(path: Path, id_prefix: str) -> Run:
     """
     Return the one run whose id begins with *id_prefix*; "atomtx-" before it is ignored.
