@@ -189,7 +189,7 @@ def _result(facts: Facts) -> str:
 
 
 _MEANINGS = {
-    Event.WAITING: "No backup was made yet: an unfinished run waits for something.",
+    Event.WAITING: "An unfinished run waits for something, and cannot be settled yet.",
     Event.FAILED: "No backup was made.",
     Event.PARTIAL: "Some files could not be read; the rest is in the repository.",
     Event.INTERRUPTED: "A run was found unfinished, with nobody at work on it.",
@@ -206,6 +206,8 @@ def _meanings(facts: Facts) -> list[str]:
         lines[0] = "The backup is complete, but a step after it failed."
     elif facts.run is None and Event.FAILED in found:
         lines[0] = "It failed before a run began."
+    elif Event.WAITING in found and facts.outcome is None:
+        lines.append(_MEANINGS[Event.FAILED])
     elif facts.outcome == Outcome.COMPLETED and Event.COMPLETED not in found:
         lines.append(_MEANINGS[Event.COMPLETED])
     return lines

@@ -374,6 +374,15 @@ def test_failing_notifier(play: Play, command: str, words: str, outcome: str, st
     assert words in warning
 
 
+def test_killed_while_telling(play: Play) -> None:
+    """Promise 5: a notice comes after the last write; a kill in it loses the notice alone."""
+    killed = play(FAILS, ATOMTX_NOTIFY_COMMAND="sh -c 'kill -9 $PPID'")
+    assert killed.status == -9
+    recovered = play("", "recover")
+    assert (recovered.status, recovered.notices) == (0, [])
+    assert "nothing to recover" in recovered.said
+
+
 @pytest.mark.parametrize(
     "function", ["Notifier._facts_of", "Notifier._last_completed", "notices.notice"]
 )

@@ -150,6 +150,19 @@ def test_text() -> None:
 
 
 @pytest.mark.parametrize(
+    ("outcome", "words"), [(None, "No backup was made."), ("completed", "The backup is complete.")]
+)
+def test_waiting(outcome: str | None, words: str) -> None:
+    """A run that waits says whether there is a backup: one may wait with its cleanup alone."""
+    lines = told(
+        outcome=outcome, cleanup="unfinished", exit_status=ExitStatus.WAITING
+    ).text.splitlines()
+    assert lines[0] == "An unfinished run waits for something, and cannot be settled yet."
+    assert lines[2] == words
+    assert "The backup is complete." in lines or outcome is None
+
+
+@pytest.mark.parametrize(
     ("values", "first"),
     [
         ({"outcome": "failed", "exit_status": ExitStatus.FAILED}, "atomtx show 7f3c12ab"),

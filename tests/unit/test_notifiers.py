@@ -71,15 +71,20 @@ def test_no_lock_inherited(tmp_path: Path) -> None:
     """No notifier holds a lock of ours: one that hangs would else keep a run from recovery."""
     lock = tmp_path / "front.lock"
     lock.touch()
-    code = "import os, sys; sys.exit(len(os.listdir('/proc/self/fd')) - 4 and 'inherited')"
+    code = """
+        import os, sys
+        open_files = [os.path.realpath(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd")]
+        sys.exit(sys.argv[1] in open_files and "inherited")
+    """
     tell = program(tmp_path / "tell", code)
     with locks.acquired(lock) as descriptor:
         assert descriptor is not None
-        assert notifiers.send(NotifySettings(command=(tell,)), [FAILED]) == []
-        # The check can fail: a descriptor that is passed on is seen.
-        assert os.spawnv(os.P_WAIT, tell, [tell]) == 0
         os.set_inheritable(descriptor, True)
-        assert os.spawnv(os.P_WAIT, tell, [tell]) != 0
+        assert notifiers.send(NotifySettings(command=(tell, str(lock))), [FAILED]) == []
+        # The check can fail: it sees a descriptor that is passed on.
+        assert os.spawnv(os.P_WAIT, tell, [tell, str(lock)]) == 1
+        os.set_inheritable(descriptor, False)
+        assert os.spawnv(os.P_WAIT, tell, [tell, str(lock)]) == 0
 
 
 @pytest.mark.parametrize(
@@ -513,3 +518,12 @@ def test_nobody() -> None:
     """Where nobody is to be told, nothing is done."""
     assert notifiers.send(NotifySettings(), [FAILED]) == []
     assert notifiers.send(NotifySettings(command=("/gone",)), [COMPLETED]) == []
+
+
+def test_ping_of_file(tmp_path: Path) -> None:
+    """urllib opens files as well; a URL of one is refused, not taken for a server that answered."""
+    file = tmp_path / "there"
+    file.touch()
+    assert notifiers.send(pinging(file.as_uri()), [COMPLETED]) == [
+        "ping: the server was not told: its URL is none of http or https"
+    ]

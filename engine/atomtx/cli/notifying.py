@@ -126,10 +126,10 @@ class Notifier:
         self._facts.clear()
 
     def _tell(self, effect: Callable[[ModuleType], list[str]]) -> None:
-        # 40 ms, which a command that tells nobody need not pay.
-        from .. import notifiers
-
         with self._harmless():
+            # 40 ms, which a command that tells nobody need not pay.
+            from .. import notifiers
+
             for problem in effect(notifiers):
                 self._warn(f"not notified: {problem}")
 
