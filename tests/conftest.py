@@ -19,6 +19,9 @@ hypothesis.settings.load_profile("atomtx")
 
 FOREIGN = (
     "ATOMTX_STATE_DIR",
+    "ATOMTX_NOTIFY_",
+    "ATOMTX_PING_",
+    "ATOMTX_SENDMAIL",
     "STATE_DIRECTORY",
     "RUNTIME_DIRECTORY",
     "RESTIC_",

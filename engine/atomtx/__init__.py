@@ -10,6 +10,7 @@ The modules, in reading order:
 
     errors.py       the exception tree, the exit statuses
     names.py        Dataset, Snapshot, RunId: parse, check, print                      pure
+    words.py        values in words: sizes, time spans, ages; and spans read           pure
     states.py       the states of a run, the table of transitions, the machine         pure
     intents.py      one frozen dataclass an effect, and what undoes it                 pure
     plan.py         what is there, what was asked for -> the plan                      pure
@@ -18,6 +19,7 @@ The modules, in reading order:
     records.py      the journal's rows as plain values                                 pure
     recovery.py     journal and probes -> resume, roll forward, roll back, wait ...    pure
     redact.py       take secrets out of what is kept or shown                          pure
+    notices.py      which events of a run deserve a notice, and what it says           pure
     journalfile.py  the journal's file: its numbers, and whether we may touch it
     provenance.py   whether a journal may act here: its machine's, and the newest seen
     schema.py       the tables; bringing an older journal up to date
@@ -26,11 +28,14 @@ The modules, in reading order:
     database.py     its connections, its upgrade, its errors as ours
     journal.py      the only module that writes to the database
     history.py      reading the journal for people, with the standard library alone
+    health.py       whether the backups of a job are as fresh as they should be        pure
     audit.py        what is wrong with a journal, if anything
     statedir.py     the state directory, and the folder of each run in it
     locks.py        the kernel locks F, R and C, and who holds them
     process.py      the only module that starts programs
     interrupts.py   SIGINT and SIGTERM as a request to compensate
+    delivery.py     give one message to a server: a program of its own
+    notifiers.py    tell somebody of a run: command, mail, pings, apprise
     volumes/        zfs.py: find, snapshot, hold, probe, destroy
     mounts/         mountinfo.py, namespace.py, tree.py ...: mount, probe, unmount
     clients/        restic.py, kopia.py, command.py ...: the backup programs

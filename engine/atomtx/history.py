@@ -151,6 +151,30 @@ class Volume:
     is_empty: int | None
 
 
+@dataclass(frozen=True)
+class Job:
+    """
+    The runs of one job, as people know it: one label, client, repository and command.
+
+    Not one key, which changes with the datasets that a `-r` or `-a` comes to.
+    """
+
+    label: str
+    client: str
+    repository: str | None
+    keys: frozenset[str]
+    times: int  # how many runs
+    newest: Run
+    ended: Run | None  # the newest with an outcome
+    completed: Run | None  # the newest that completed
+    open: tuple[Run, ...]
+
+    @property
+    def name(self) -> str:
+        """Return the label, with the repository that tells jobs of one label apart."""
+        return f"{self.label} ({self.client} {(self.repository or '')[:8]}".rstrip() + ")"
+
+
 _IDS = (
     "(SELECT group_concat(backup_id, char(10)) FROM "
     "(SELECT backup_id FROM backups WHERE run = runs.id ORDER BY n)) AS backup_ids"
@@ -160,6 +184,27 @@ _NOT_WELL = (
     "(outcome IN ('failed', 'partial', 'rolled-back') OR cleanup IS NOT NULL "
     "OR (state = 'destroyed' AND outcome IS NULL))"
 )
+_OPEN = f"SELECT {_RUN_COLUMNS} FROM runs WHERE state <> 'destroyed' ORDER BY started_at, rowid"
+# The order in which runs were begun is that of their rows, whatever the clock was set to.
+_KEYS = """
+    SELECT job, label, client, repository, count(*) AS times, max(rowid) AS newest,
+        max(CASE WHEN outcome IS NOT NULL OR state = 'destroyed' THEN rowid END) AS ended,
+        max(CASE WHEN outcome = 'completed' THEN rowid END) AS completed
+    FROM runs GROUP BY job, label, client, repository
+"""
+# A plan may be long, and is read once a key.
+_COMMAND = """
+    CASE client WHEN 'command' THEN (
+        SELECT CASE WHEN json_valid(plan) THEN json_extract(plan, '$.client.command') END
+        FROM runs WHERE rowid = newest
+    ) END
+"""
+_JOBS = f"""
+    SELECT label, client, repository, sum(times) AS times, group_concat(DISTINCT job) AS keys,
+        max(newest) AS newest, max(ended) AS ended, max(completed) AS completed
+    FROM (SELECT *, {_COMMAND} AS command FROM ({_KEYS}))
+    GROUP BY label, client, repository, command
+"""
 
 
 def runs(
@@ -184,8 +229,43 @@ def runs(
 
 def open_runs(path: Path) -> list[Run]:
     """Return every run that has not reached its final state, the oldest first."""
-    query = f"SELECT {_RUN_COLUMNS} FROM runs WHERE state <> 'destroyed' ORDER BY started_at, rowid"
-    return [_run(row) for row in _fetch(path, query, {})]
+    return [_run(row) for row in _fetch(path, _OPEN, {})]
+
+
+def jobs(path: Path) -> list[Job]:
+    """Return every job that ran, with those of its runs that tell how it is; by label."""
+    query = (
+        f"WITH jobs AS ({_JOBS}) SELECT {_RUN_COLUMNS}, runs.rowid AS n FROM runs WHERE rowid IN "
+        "(SELECT newest FROM jobs UNION SELECT ended FROM jobs UNION SELECT completed FROM jobs)"
+    )
+    told, rows, unfinished = _fetch_all(path, f"{_JOBS} ORDER BY label, newest", query, _OPEN)
+    found = {row["n"]: _run(row) for row in rows}
+    return [_job(row, found, [_run(each) for each in unfinished]) for row in told]
+
+
+def _job(row: sqlite3.Row, found: dict[int, Run], unfinished: list[Run]) -> Job:
+    keys = frozenset(row["keys"].split(","))
+    return Job(
+        label=row["label"],
+        client=row["client"],
+        repository=row["repository"],
+        keys=keys,
+        times=row["times"],
+        newest=found[row["newest"]],
+        ended=found.get(row["ended"]),
+        completed=found.get(row["completed"]),
+        open=tuple(r for r in unfinished if r.label == row["label"] and r.job in keys),
+    )
+
+
+def last_moment(path: Path, job: str) -> datetime | None:
+    """Return the moment of a job's last completed backup; *job* is its key."""
+    query = (
+        "SELECT coalesce(moment_at, started_at) AS at FROM runs "
+        "WHERE job = :job AND outcome = 'completed' ORDER BY rowid DESC LIMIT 1"
+    )
+    rows = _fetch(path, query, {"job": job})
+    return _time(rows[0]["at"]) if rows else None
 
 
 def run(path: Path, id_prefix: str) -> Run:
@@ -243,6 +323,7 @@ def _of_run(path: Path, cls: type, table: str, run_id: str, *, order: str) -> li
 
 def _run(row: sqlite3.Row) -> Run:
     values = _values(row)
+    values.pop("n", None)
     ids = values.pop("backup_ids")
     return Run(**values, backup_ids=tuple(ids.split("\n")) if ids else ())
 
@@ -268,6 +349,15 @@ def _fetch(path: Path, query: str, values: dict[str, Any]) -> list[sqlite3.Row]:
         return []
     with _translated(path), closing(_connect(path)) as connection:
         return connection.execute(query, values).fetchall()
+
+
+def _fetch_all(path: Path, *queries: str) -> list[list[sqlite3.Row]]:
+    """Run several queries on the journal as it is at one instant; nothing stays open."""
+    if not journalfile.check(path):
+        return [[] for _ in queries]
+    with _translated(path), closing(_connect(path)) as connection:
+        connection.execute("BEGIN")
+        return [connection.execute(query).fetchall() for query in queries]
 
 
 def _connect(path: Path) -> sqlite3.Connection:

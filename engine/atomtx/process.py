@@ -9,15 +9,24 @@ decides (`zfs` and `lvm` commands are never killed: a half-made change is worse 
 from __future__ import annotations
 
 import os
+import selectors
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Self
 
 from .errors import EffectError
+
+_READ = selectors.EVENT_READ
+_STEP_S = 0.05
+_TAIL_BYTES = 4096
+_LAST_S = 2.0
 
 # Error text is matched in some places, so it must not be translated.
 BASE_ENVIRONMENT = {
@@ -177,3 +186,88 @@ def spawn_client(
         pass_fds=(lock,),
         start_new_session=True,
     )
+
+
+def run_bounded(
+    argv: Sequence[str], *, env: Mapping[str, str], stdin: str, timeout_s: float
+) -> Completed:
+    """
+    Run a program that may hang, and may say more than we keep; return the end of what it said.
+
+    After *timeout_s* seconds it is killed with its session, and EffectError is raised; also for
+    one that cannot be started.  Unlike `run`, it does not wait for those of its descendants that
+    have left its session, though they hold its outputs open.
+    """
+    try:
+        child = subprocess.Popen(
+            argv,
+            env=dict(env),
+            cwd="/",
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            bufsize=0,
+        )
+    except (OSError, ValueError) as exc:  # ValueError: a NUL in a word
+        why = exc.strerror if isinstance(exc, OSError) else str(exc)
+        raise EffectError(f"cannot start {argv[0]}: {why}") from exc
+    with _Talk(child, stdin.encode("utf-8", "replace")) as talk:
+        end = time.monotonic() + timeout_s
+        while child.poll() is None and time.monotonic() < end:
+            talk.go_on(_STEP_S)
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+            with suppress(subprocess.TimeoutExpired):  # it waits for a disk that never answers
+                child.wait(_LAST_S)
+            raise EffectError(f"{argv[0]} did not end within {timeout_s:.0f} s, and was killed")
+        talk.go_on(0)
+        said = talk.tail.decode("utf-8", "replace")
+    return Completed(tuple(argv), child.returncode, "", said)
+
+
+class _Talk:
+    """A child's standard input, fed, and its output, of which the end is kept."""
+
+    def __init__(self, child: subprocess.Popen[bytes], rest: bytes) -> None:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        self._stdin, self._stdout, self._rest = child.stdin, child.stdout, rest
+        self._selector = selectors.DefaultSelector()
+        for file, kind in ((child.stdin, selectors.EVENT_WRITE), (child.stdout, _READ)):
+            os.set_blocking(file.fileno(), False)
+            self._selector.register(file, kind)
+        self.tail = b""
+
+    def go_on(self, timeout_s: float) -> None:
+        """Write and read what can be now; wait for it, or for *timeout_s*."""
+        for key, _ in self._selector.select(timeout_s):
+            if key.fileobj is self._stdin:
+                self._write()
+            else:
+                self._read()
+        if not self._selector.get_map():
+            time.sleep(timeout_s)
+
+    def _write(self) -> None:
+        try:
+            self._rest = self._rest[os.write(self._stdin.fileno(), self._rest) :]
+        except BrokenPipeError:  # it does not want to know
+            self._rest = b""
+        if not self._rest:
+            self._selector.unregister(self._stdin)
+            self._stdin.close()
+
+    def _read(self) -> None:
+        data = os.read(self._stdout.fileno(), 65_536)
+        self.tail = (self.tail + data)[-_TAIL_BYTES:]
+        if not data:
+            self._selector.unregister(self._stdout)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._selector.close()
+        self._stdin.close()
+        self._stdout.close()

@@ -15,9 +15,11 @@ from .errors import UserError
 HIDDEN = "***"
 _SHORTEST = 4  # hiding shorter values would make any text unreadable and hide nothing
 
-# Names that the pattern below does not find, from the clients' own lists of variables.
+# Names that the pattern below does not find: our own, and from the clients' lists of variables.
 _SECRET = frozenset(
     [
+        "ATOMTX_NOTIFY_APPRISE",
+        "ATOMTX_PING_URL",
         "AZURE_CLIENT_CERTIFICATE",
         "B2_ACCOUNT_ID",
         "BORG_RSH",

@@ -251,3 +251,68 @@ def test_directory(path: Path) -> None:
     path.mkdir()
     with pytest.raises(JournalError, match="cannot read the journal"):
         history.runs(path)
+
+
+# -- jobs --------------------------------------------------------------------------------------
+
+
+def test_jobs_none(path: Path) -> None:
+    """Without a journal there are no jobs."""
+    assert history.jobs(path) == []
+
+
+def test_jobs(path: Path, add: Add) -> None:
+    """A job tells its newest run, the newest that ended, and the newest that completed."""
+    add("runs", **a_run(1))
+    add("runs", **a_run(2))
+    add("runs", **a_run(3, outcome="failed"))
+    add("runs", **a_run(4, state="mounted", outcome=None))
+    add("runs", **a_run(5, label="other"))
+    home, other = history.jobs(path)
+    assert (home.label, home.times) == ("home", 4)
+    assert home.completed is not None
+    assert home.completed.id[-1] == "2"
+    assert home.ended is not None
+    assert home.ended.id[-1] == "3"
+    assert home.newest.id[-1] == "4"
+    assert [run.id[-1] for run in home.open] == ["4"]
+    assert home.keys == {"key-1", "key-2", "key-3", "key-4"}
+    assert (other.label, other.times, other.open) == ("other", 1, ())
+
+
+def test_jobs_of_one_label(path: Path, add: Add) -> None:
+    """A job is one repository's, and of one command: no backup stands for another's."""
+    for number, values in enumerate(
+        [
+            {"repository": "here"},
+            {"repository": "there"},
+            {"client": "kopia"},
+            {"client": "command", "plan": '{"client": {"command": ["tar"]}}'},
+            {"client": "command", "plan": '{"client": {"command": ["cpio"]}}'},
+            {"client": "command", "plan": "no JSON"},
+        ],
+        start=1,
+    ):
+        add("runs", **a_run(number, **values))
+        add("runs", **a_run(number + 100, **values))
+    found = history.jobs(path)
+    assert [job.times for job in found] == [2] * 6
+    assert {job.label for job in found} == {"home"}
+    assert found[0].name == "home (restic here)"
+
+
+def test_jobs_order(path: Path, add: Add) -> None:
+    """The newest run is the one that was begun last, though the clock was set back before."""
+    add("runs", **a_run(100_000, moment_at=T0 + 10**15))
+    add("runs", **a_run(2))
+    (job,) = history.jobs(path)
+    assert job.completed is not None
+    assert job.completed.id == f"{2:016x}"
+
+
+def test_jobs_parked(path: Path, add: Add) -> None:
+    """A backup whose cleanup is parked is there."""
+    add("runs", **a_run(1, state="unmounting", cleanup="parked"))
+    (job,) = history.jobs(path)
+    assert job.completed is not None
+    assert [run.id for run in job.open] == [job.completed.id]

@@ -31,6 +31,7 @@ COMMANDS = {
     "status": ("atomtx.cli.status:status", "Show the runs that are at work or unfinished."),
     "attach": ("atomtx.cli.attach:attach", "Follow a living run until it ends."),
     "stop": ("atomtx.cli.stop:stop", "Stop a living run and undo it."),
+    "check": ("atomtx.cli.check:check", "Tell a monitoring system whether backups are fresh."),
     "journal": ("atomtx.cli.journal:journal", "Check, copy, export or set aside the journal."),
     "doctor": ("atomtx.cli.doctor:doctor", "Check what is installed, allowed and healthy."),
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import time
 from datetime import UTC, datetime
@@ -36,7 +35,9 @@ from ..recovery import LeaveAlone
 from ..settling import Patience, Settler, front, status_of
 from ..statedir import RunFolder
 from ..volumes.zfs import Zfs
+from ..words import seconds
 from . import hook_options, json_option
+from .notifying import Notifier
 from .render import Reporter, reporter
 from .summary import closing_line, result
 
@@ -159,13 +160,18 @@ class _Backup:
         self._tell = Tell(show.step, show.warn, show.progress)
         self._interrupts = Interrupts()
         self._noted: set[str] = set()
+        self._notifier = Notifier.of_environment(show.warn, statedir.find())
 
     def run(self) -> ExitStatus:
         state = statedir.find()
-        keep_history_s = seconds(self._options["keep_history"])
         if self._options["dry_run"]:
             self._print_plan(self._plan(state))
             return ExitStatus.COMPLETED
+        with self._notifier.delivering(" ".join(self._names) or "-a"):
+            return self._back_up(state)
+
+    def _back_up(self, state: Path) -> ExitStatus:
+        keep_history_s = seconds(self._options["keep_history"])
         if os.geteuid() != 0:
             raise UserError("only root can mount snapshots", hint="run it with sudo")
         self._interrupts.install()
@@ -181,6 +187,7 @@ class _Backup:
         """Back up; where another run of the job is at work, fail, or wait for it and plan anew."""
         while True:
             made = self._plan(journal.state)
+            self._notifier.job = made.label
             try:
                 settled = self._settle(journal, made.job)
                 return worst([self._carry_out(journal, made), settled])
@@ -296,11 +303,13 @@ class _Backup:
             return
         if isinstance(settled.decision, LeaveAlone):
             raise ActiveRunError(run.id)
+        self._notifier.interrupted(settled.run, settled.status, pings=False)
         if settled.interrupted:
             raise settled.interrupted
         self._show.step(f"run {run.id} of this job: {settled.run.outcome}")
 
     def _carry_out(self, journal: Journal, made: Plan) -> ExitStatus:
+        self._notifier.started(made.run)
         folder = _make(RunFolder.of(journal.state, made.run))
         with front(folder) as lock:
             assert lock is not None
@@ -319,6 +328,7 @@ class _Backup:
         statuses = [status_of(run)]
         if executor.interrupted:
             statuses.append(executor.interrupted.exit_status)
+        self._notifier.ended(run, worst(statuses))
         return worst(statuses)
 
 
@@ -337,14 +347,3 @@ def _keeping(made: Plan) -> list[KeepSnapshots]:
 
 def _resolved(name: str) -> str:
     return os.path.realpath(name) if name.startswith("/") else name
-
-
-_UNITS_S = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800, "y": 31_557_600}
-
-
-def seconds(text: str) -> int:
-    """Read a time such as "90", "15m", "6h", "2d", "1y"."""
-    match = re.fullmatch(r"(\d+)([smhdwy]?)", text.strip())
-    if not match:
-        raise UserError(f"{text!r} is not a time", hint="such as 90s, 15m, 6h, 2d, 4w, 1y")
-    return int(match[1]) * _UNITS_S[match[2]]

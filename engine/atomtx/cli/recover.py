@@ -17,6 +17,7 @@ from ..records import Run
 from ..settling import Patience, Settled, Settler, abandon
 from ..volumes.zfs import Zfs
 from . import json_option
+from .notifying import Notifier
 from .render import Reporter, age, reporter
 from .summary import result
 
@@ -62,6 +63,7 @@ class _Recover:
         self._show = show
         self._options = options
         self._interrupts = Interrupts()
+        self._notifier = Notifier.of_environment(show.warn, statedir.find())
 
     def run(self) -> ExitStatus:
         if os.geteuid() != 0:
@@ -70,6 +72,12 @@ class _Recover:
             raise UserError("--stop and --no-wait exclude each other")
         if self._options["dry_run"] and (self._options["adopt"] or self._options["abandoned"]):
             raise UserError("--dry-run goes with neither --adopt nor --abandon")
+        if self._options["dry_run"] or self._options["scan"]:
+            return self._recover()
+        with self._notifier.delivering("atomtx recover"):
+            return self._recover()
+
+    def _recover(self) -> ExitStatus:
         self._interrupts.install()
         state = statedir.prepare(statedir.find())
         with Journal.open(state, keep=self._options["dry_run"]) as journal:
@@ -116,12 +124,23 @@ class _Recover:
         except (WaitingError, EffectError) as exc:
             # One run that must wait, or cannot be settled, does not keep the others from their end.
             self._show.warn(str(exc))
+            self._notifier.unsettled(run, exc)
             return exc.exit_status
         except NoRunError:  # ended, and forgotten at its --keep-history, since we looked
             return ExitStatus.COMPLETED
         self._show.result(result(journal.path, settled.run))
         self._show.done(_told(settled))
+        self._tell(run, settled)
         return settled.status
+
+    def _tell(self, before: Run, settled: Settled) -> None:
+        """Give notice of a run that nobody was at work on."""
+        if isinstance(settled.decision, recovery.LeaveAlone | recovery.Adopt):
+            return
+        if not before.is_parked:
+            self._notifier.interrupted(settled.run, settled.status)
+        elif settled.run.is_parked:
+            self._notifier.still_parked(settled.run, settled.status)
 
     # -- lost journals ---------------------------------------------------------------------
 

@@ -1,5 +1,5 @@
 """
-What people and programs see: sizes, ages, tables, JSON, and the progress of a run.
+What people and programs see: tables, JSON, and the progress of a run.
 
 A reporter never fails: a terminal that went away (the front end ignores SIGHUP) must not stop a
 backup in its middle.
@@ -17,6 +17,12 @@ from datetime import UTC, datetime
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Protocol, Self, TextIO
 
+from ..words import age as age
+from ..words import duration as duration
+from ..words import local_time as local_time
+from ..words import printable as printable
+from ..words import size as size
+
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
@@ -25,63 +31,9 @@ if TYPE_CHECKING:
 
 PLAIN_INTERVAL_S = 600.0
 JSON_INTERVAL_S = 1.0
-_UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 
 
 # -- values ----------------------------------------------------------------------------------
-
-
-def size(count: int | None) -> str:
-    """Return a number of bytes for people: "1.4 GiB"; "-" for None."""
-    if count is None:
-        return "-"
-    if count < 1024:
-        return f"{count} B"
-    value = float(count)
-    for unit in _UNITS:
-        value /= 1024
-        if value < 1023.95 or unit == _UNITS[-1]:
-            break
-    return f"{value:.1f} {unit}"
-
-
-def duration(seconds: float | None) -> str:
-    """Return a time span for people: "0.4 s", "3 min 05 s"; "-" for None."""
-    if seconds is None:
-        return "-"
-    if seconds < 9.95:
-        return f"{max(seconds, 0):.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    for unit, below, large, small in ((60, 3600, "min", "s"), (3600, 86400, "h", "min")):
-        if whole < below:
-            return f"{whole // unit} {large} {whole % unit // (unit // 60):02d} {small}"
-    return f"{whole // 86400} d {whole % 86400 // 3600:02d} h"
-
-
-def age(then: datetime | None, now: datetime | None = None) -> str:
-    """Return how long ago *then* was, in one unit: "5 min"; a time in the future is "now"."""
-    if then is None:
-        return "-"
-    seconds = ((now or datetime.now(UTC)) - then).total_seconds()
-    for below, unit, name in ((3600, 60, "min"), (172_800, 3600, "h")):
-        if seconds < below:
-            return f"{int(seconds // unit)} {name}" if seconds >= unit else "now"
-    days = int(seconds // 86400)
-    return f"{days} d" if days < 730 else f"{days // 365} y"
-
-
-def local_time(then: datetime | None, *, seconds: bool = False) -> str:
-    """Return a time as the clock on the wall shows it; "-" for None."""
-    if then is None:
-        return "-"
-    return then.astimezone().strftime("%Y-%m-%d %H:%M:%S" if seconds else "%Y-%m-%d %H:%M")
-
-
-def printable(text: str) -> str:
-    """Return *text* in one line without control characters: a name must not drive a terminal."""
-    return "".join(char if char.isprintable() else "?" for char in text)
 
 
 def table(

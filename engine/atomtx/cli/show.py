@@ -98,12 +98,12 @@ def _find(state: Path, prefix: str, *, whole_log: bool) -> _Found:
         steps=history.steps(path, run.id),
         moves=history.moves(path, run.id),
         backups=history.backups(path, run.id),
-        log=_log(RunFolder.of(state, run.id).log, whole=whole_log),
-        hooks_log=_log(RunFolder.of(state, run.id).hooks_log, whole=whole_log),
+        log=read_log(RunFolder.of(state, run.id).log, whole=whole_log),
+        hooks_log=read_log(RunFolder.of(state, run.id).hooks_log, whole=whole_log),
     )
 
 
-def _log(path: Path, *, whole: bool) -> list[str]:
+def read_log(path: Path, *, whole: bool) -> list[str]:
     """Return the client's log, or its last lines; nothing where there is none any more."""
     try:
         with path.open("rb") as file:

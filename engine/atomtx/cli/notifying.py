@@ -1,0 +1,180 @@
+"""
+Give notice of what `backup` and `recover` did.
+
+What is known of a run is taken down when it has ended, and told when the journal is closed and no
+lock is held: `Notifier.delivering` is around all of the command's work.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from .. import history, journalfile, notices
+from ..errors import AtomtxError, BusyError, ExitStatus
+from ..notices import Facts, NotifySettings
+from ..records import Run
+from ..redact import Redactor
+from ..statedir import RunFolder
+from .show import read_log
+
+
+class Notifier:
+    """Notes what is to be told, and tells it at the end."""
+
+    def __init__(self, settings: NotifySettings, warn: Callable[[str], None], state: Path) -> None:
+        self.job = ""  # what to call it until there is a run
+        self._settings = settings
+        self._warn = warn
+        self._state = state
+        self._run: str | None = None
+        self._facts: list[Facts] = []
+
+    @classmethod
+    def of_environment(cls, warn: Callable[[str], None], state: Path) -> Notifier:
+        """Return one with the settings of the environment; what is wrong with them is warned of."""
+        settings, problems = notices.settings_of(os.environ)
+        for problem in problems:
+            warn(problem)
+        return cls(settings, warn, state)
+
+    # -- what happened -------------------------------------------------------------------------
+
+    def started(self, run: str) -> None:
+        """Tell that a run is about to begin; before it holds a lock."""
+        self._run = run
+        text = f"atomtx: {self.job} on {_host()}: run {run} begins\n"
+        if self._settings.has_ping:
+            self._tell(lambda notifiers: notifiers.start(self._settings, text))
+
+    def ended(self, run: Run, status: ExitStatus) -> None:
+        """Note how a run of this command ended."""
+        self._note(lambda: self._facts_of(run, status))
+
+    def interrupted(self, run: Run, status: ExitStatus, *, pings: bool = True) -> None:
+        """Note a run that was found unfinished, and what became of it."""
+        self._note(lambda: self._facts_of(run, status, found_unfinished=True, pings=pings))
+
+    def still_parked(self, run: Run, status: ExitStatus) -> None:
+        """Note that a parked cleanup could not be done now either."""
+        self._note(lambda: self._facts_of(run, status, pings=False))
+
+    def unsettled(self, run: Run, exc: AtomtxError) -> None:
+        """Note a run that was found unfinished and could not be settled."""
+        self._note(lambda: self._unsettled(run, exc))
+
+    def _unsettled(self, run: Run, exc: AtomtxError) -> Facts:
+        cleanup = "unfinished" if run.outcome is not None else None
+        facts = self._facts_of(run, exc.exit_status, found_unfinished=True)
+        return replace(facts, reason=exc.message, hint=exc.hint, cleanup=cleanup)
+
+    def _refused(self, exc: Exception) -> Facts:
+        """Return the facts of a command that itself failed."""
+        status = exc.exit_status if isinstance(exc, AtomtxError) else ExitStatus.FAILED
+        message = exc.message if isinstance(exc, AtomtxError) else f"{type(exc).__name__}: {exc}"
+        return Facts(
+            host=_host(),
+            job=self.job,
+            at=datetime.now(UTC),
+            exit_status=status,
+            run=self._run if self._is_journaled() else None,
+            reason=message,
+            hint=exc.hint if isinstance(exc, AtomtxError) else None,
+            is_last_known=False,
+        )
+
+    # -- telling it ----------------------------------------------------------------------------
+
+    @contextmanager
+    def delivering(self, job: str) -> Iterator[None]:
+        """
+        Tell what was noted when the block ends, and how it failed where it did.
+
+        That another run of the job is at work is no news.
+        """
+        self.job = job
+        try:
+            yield
+        except BusyError:
+            raise
+        except Exception as exc:
+            failure = exc
+            self._note(lambda: self._refused(failure))
+            raise
+        finally:
+            self._deliver()
+
+    def _note(self, facts: Callable[[], Facts]) -> None:
+        if not self._settings.is_empty:
+            with self._harmless():
+                self._facts.append(facts())
+
+    def _deliver(self) -> None:
+        if self._facts:
+            redact = Redactor(os.environ).redact
+            self._tell(
+                lambda notifiers: notifiers.send(
+                    self._settings, [notices.notice(facts, redact) for facts in self._facts]
+                )
+            )
+        self._facts.clear()
+
+    def _tell(self, effect: Callable[[ModuleType], list[str]]) -> None:
+        with self._harmless():
+            # 40 ms, which a command that tells nobody need not pay.
+            from .. import notifiers
+
+            for problem in effect(notifiers):
+                self._warn(f"not notified: {problem}")
+
+    @contextmanager
+    def _harmless(self) -> Iterator[None]:
+        """Turn a bug of ours into a warning: it must not become the run's result."""
+        try:
+            yield
+        except Exception as exc:
+            words = Redactor(os.environ).redact(str(exc))
+            self._warn(f"not notified: a bug: {type(exc).__name__}: {words}")
+
+    # -- facts -----------------------------------------------------------------------------------
+
+    def _facts_of(self, run: Run, status: ExitStatus, **values: Any) -> Facts:
+        last, is_known = self._last_completed(run.job)
+        return Facts(
+            host=_host(),
+            job=run.label,
+            at=datetime.now(UTC),
+            exit_status=status,
+            run=run.id,
+            state=run.state,
+            outcome=run.outcome,
+            cleanup=run.cleanup,
+            reason=run.reason,
+            datasets=tuple(volume.name for volume in run.volumes),
+            last_completed=last,
+            is_last_known=is_known,
+            log=tuple(read_log(RunFolder.of(self._state, run.id).log, whole=False)),
+            **values,
+        )
+
+    def _last_completed(self, job: str) -> tuple[datetime | None, bool]:
+        try:
+            return history.last_moment(self._state / journalfile.NAME, job), True
+        except AtomtxError:  # the notice is worth more than this line of it
+            return None, False
+
+    def _is_journaled(self) -> bool:
+        try:
+            return bool(self._run and history.run(self._state / journalfile.NAME, self._run))
+        except AtomtxError:
+            return False
+
+
+def _host() -> str:
+    return os.uname().nodename
