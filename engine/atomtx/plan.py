@@ -48,6 +48,7 @@ class Request:
     exclude: tuple[str, ...] = ()  # datasets (with their children) to leave out
     layout: str = "namespace"  # or "tree"
     root: str = ""  # of the tree
+    job: str = ""  # its name in the configuration; empty: an unnamed one
 
 
 class Chosen(NamedTuple):
@@ -103,6 +104,7 @@ class ClientPlan:
     repository: str | None
     environment: tuple[tuple[str, str], ...]  # variables that are no secrets, with their values
     secrets: tuple[str, ...]  # names of the variables that are
+    credentials: tuple[tuple[str, str], ...] = ()  # variables of a named job, and their sources
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,8 @@ class Plan:
     # What an older journal does not tell has the value that held then.
     time_limit_s: int = 0  # of one attempt; 0: none
     grace_s: int = GRACE_S  # from a stop of the client to its kill
+    nice: int = 0
+    io_class: str = ""  # such as "idle", "best-effort:7"; empty: as it is
 
 
 # -- making a plan -----------------------------------------------------------------------------
@@ -145,6 +149,8 @@ def assemble(
     keep_for_s: int = 0,
     time_limit_s: int = 0,
     grace_s: int = GRACE_S,
+    nice: int = 0,
+    io_class: str = "",
 ) -> Plan:
     """
     Put a plan together from what was selected and what the client needs.
@@ -161,8 +167,10 @@ def assemble(
     root = normal(request.root) if request.root else ""
     return Plan(
         run=str(run),
-        job=_job_key((facts.guid for facts, _ in chosen), client, root),
-        label=_label(request, selection.asked),
+        job=job_key(request.job)
+        if request.job
+        else _unnamed_key((facts.guid for facts, _ in chosen), client, root),
+        label=request.job or _label(request, selection.asked),
         volumes=_planned(chosen, pools, run),
         targets=tops,
         layout=request.layout,
@@ -176,6 +184,8 @@ def assemble(
         keep_for_s=keep_for_s,
         time_limit_s=time_limit_s,
         grace_s=grace_s,
+        nice=nice,
+        io_class=io_class,
     )
 
 
@@ -227,7 +237,16 @@ def _planned_one(
     )
 
 
-def _job_key(guids: Iterable[str], client: ClientPlan, root: str) -> str:
+def job_key(name: str) -> str:
+    """
+    Return the key of a job of the configuration: it follows the name, whatever the job holds.
+
+    No unnamed job has it: those keys are hexadecimal.
+    """
+    return f"job {name}"
+
+
+def _unnamed_key(guids: Iterable[str], client: ClientPlan, root: str) -> str:
     words = [sorted(guids), client.name, client.repository, client.command, root]
     return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:32]
 
@@ -301,6 +320,15 @@ def tree_mounts(plan: Plan) -> tuple[Mount, ...]:
         Mount(volume.snapshot, (plan.root + volume.mountpoint).rstrip("/"))
         for volume in plan.volumes
     )
+
+
+def prioritized(plan: Plan, argv: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the client's command with the niceness and the class of I/O that the plan has."""
+    if plan.io_class:
+        name, _, level = plan.io_class.partition(":")
+        data = ("--classdata", level) if level else ()
+        argv = ("ionice", "--class", name, *data, *argv)
+    return ("nice", "-n", str(plan.nice), *argv) if plan.nice else argv
 
 
 def is_frozen(plan: Plan, path: str) -> bool:

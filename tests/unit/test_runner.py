@@ -18,8 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import atomtx
-from atomtx import clients, errand, locks, output
-from atomtx.cli import backup
+from atomtx import clients, config_kinds, errand, locks, output
 from atomtx.clients import Backup, End, Moment
 from atomtx.errand import Errand, RunnerKilledError
 from atomtx.errors import EffectError
@@ -526,7 +525,7 @@ def test_stop_after_the_limit(stage: Stage) -> None:
 def test_span(seconds: float, text: str) -> None:
     """A time is told as it can be typed."""
     assert span(seconds) == text
-    assert backup.seconds(text) == seconds
+    assert config_kinds.seconds(text) == seconds
 
 
 @as_root

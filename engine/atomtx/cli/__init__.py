@@ -31,6 +31,7 @@ COMMANDS = {
     "status": ("atomtx.cli.status:status", "Show the runs that are at work or unfinished."),
     "attach": ("atomtx.cli.attach:attach", "Follow a living run until it ends."),
     "stop": ("atomtx.cli.stop:stop", "Stop a living run and undo it."),
+    "config": ("atomtx.cli.config:config", "Check, show or begin the configuration."),
     "journal": ("atomtx.cli.journal:journal", "Check, copy, export or set aside the journal."),
     "doctor": ("atomtx.cli.doctor:doctor", "Check what is installed, allowed and healthy."),
 }

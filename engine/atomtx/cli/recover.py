@@ -16,7 +16,7 @@ from ..journal import Journal, NoRunError
 from ..records import Run
 from ..settling import Patience, Settled, Settler, abandon
 from ..volumes.zfs import Zfs
-from . import json_option
+from . import jobs, json_option
 from .render import Reporter, age, reporter
 from .summary import result
 
@@ -30,6 +30,7 @@ from .summary import result
 @click.option("--scan", is_flag=True, help="List what carries our marks and is in no journal.")
 @click.option("--adopt", metavar="ID", help="Take what --scan found into this journal and undo it.")
 @click.option("--abandon", "abandoned", metavar="ID", help="Forget a run whose pool never returns.")
+@jobs.config_option("Take the places of the jobs' credentials from this configuration.")
 @json_option
 def recover(as_json: bool, **options: Any) -> ExitStatus:
     """
@@ -46,6 +47,7 @@ def recover(as_json: bool, **options: Any) -> ExitStatus:
       atomtx recover
       atomtx recover --rollback --run 7f3c
       atomtx recover --scan
+      atomtx recover --config /etc/atomtx/atomtx.toml    the credentials were moved
 
     \b
     EXIT STATUS
@@ -62,6 +64,7 @@ class _Recover:
         self._show = show
         self._options = options
         self._interrupts = Interrupts()
+        self._sources: dict[str, dict[str, str]] = {}
 
     def run(self) -> ExitStatus:
         if os.geteuid() != 0:
@@ -70,6 +73,7 @@ class _Recover:
             raise UserError("--stop and --no-wait exclude each other")
         if self._options["dry_run"] and (self._options["adopt"] or self._options["abandoned"]):
             raise UserError("--dry-run goes with neither --adopt nor --abandon")
+        self._sources = jobs.sources(self._options["config_path"])
         self._interrupts.install()
         state = statedir.prepare(statedir.find())
         with Journal.open(state, keep=self._options["dry_run"]) as journal:
@@ -93,6 +97,7 @@ class _Recover:
             Tell(self._show.step, self._show.warn, self._show.progress),
             rollback=self._options["rollback"],
             patience=self._patience(),
+            sources=self._sources,
         )
         if self._options["dry_run"]:
             for run in runs:
