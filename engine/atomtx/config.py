@@ -117,12 +117,12 @@ def parse(text: str, path: str) -> Config:
     found: list[tuple[Place, str]] = []
     read = Table(File).read(data, (), lambda at, what: found.append((at, what)))
     config = _merged(read, data, path, lines)
-    incomplete = {at[1] for at, _ in found if at[:1] == ("jobs",) and len(at) > 1}
+    bad = {at[:n] for at, _ in found for n in range(len(at) + 1)}
     found += _misplaced(data)
     for name, job in config.jobs.items():
-        # What was not understood is not missing as well.
-        together = [p for p in problems(job) if p[0] or name not in incomplete]
-        found += [(_place_of(config, name, at), what) for at, what in together]
+        for at, what in problems(job):
+            if ("jobs", name, *at) not in bad:  # what was not understood is not missing as well
+                found.append((_place_of(config, name, at), what))
     if found:
         unique = {Problem(path, _line(lines, at), _said(at, what)) for at, what in found}
         raise ConfigError(sorted(unique))

@@ -166,12 +166,15 @@ class Variables(Kind):
         if not isinstance(value, dict):
             complain(at, f'{key_of(at)} must be a table such as {{ A = "b" }}, not {shown(value)}')
             return None
+        found = {}
         for name, text in value.items():
             if not _VARIABLE.fullmatch(name):
                 complain((*at, name), f"{key_of(at)}: {shown(name)} cannot be a variable")
             elif not isinstance(text, str) or "\0" in text:
                 complain((*at, name), f"{key_of(at)}.{name} must be a text in quotes")
-        return dict(value)
+            else:
+                found[name] = text
+        return found
 
     def schema(self) -> dict[str, Any]:
         return {

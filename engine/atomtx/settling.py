@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from . import clients, credentials, errand, locks, plan, recovery, states
+from . import clients, credentials, errand, locks, recovery, states
 from .errors import (
     AtomtxError,
     BusyError,
@@ -164,11 +164,7 @@ class Settler:
 
     def _update(self, run: Run) -> Run:
         updated = self._updated(run)
-        if updated == run:
-            return run
-        with self._journal.change(run) as change:
-            change.set(plan=plan.to_json(updated.plan))
-        return self._journal.load(run.id)
+        return run if updated == run else self._journal.replan(run, updated.plan)
 
     def _not_ready(self, run: Run, zfs: Zfs) -> str | None:
         """Tell why the client cannot run on the run's snapshots now; None if it can."""

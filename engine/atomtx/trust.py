@@ -24,14 +24,17 @@ def read(path: str, what: str, *, secret: bool = False, limit: int = 1 << 20) ->
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as exc:
         raise UserError(f"cannot read {what} {path}: {exc.strerror}") from exc
-    with open(descriptor, "rb") as file:
+    try:
         info = os.fstat(descriptor)
         if not stat.S_ISREG(info.st_mode):
             raise UserError(f"{what} {path} is not a regular file")
         trouble = _trouble_on_the_way(path, info, secret=secret) if os.geteuid() == 0 else None
         if trouble:
             raise UserError(f"{what} {path} is refused: {trouble[0]}", hint=trouble[1])
-        data = file.read(limit + 1)
+        with open(descriptor, "rb", closefd=False) as file:
+            data = file.read(limit + 1)
+    finally:
+        os.close(descriptor)
     if len(data) > limit:
         raise UserError(f"{what} {path} is refused: it has more than {limit} bytes")
     try:
