@@ -44,15 +44,6 @@ def read_or_inherit(sources: Sources, env: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
-def lacking(sources: Sources, env: Mapping[str, str]) -> str | None:
-    """Tell what keeps a run from its credentials, or None: they can be had."""
-    try:
-        read_or_inherit(sources, env)
-    except UserError as exc:
-        return str(exc)
-    return None
-
-
 def trouble(name: str, source: str, env: Mapping[str, str]) -> str | None:
     """Tell why one of them cannot be read, or None."""
     try:

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from . import clients, credentials, errand, locks, recovery, states
+from . import clients, errand, locks, recovery, states
 from .errors import (
     AtomtxError,
     BusyError,
@@ -172,9 +172,6 @@ class Settler:
         missing = [name for name in config.secrets if name not in os.environ]
         if missing:
             return f"{', '.join(missing)} of the interrupted run is not in the environment"
-        lacking = credentials.lacking(config.credentials, os.environ)
-        if lacking:
-            return lacking
         locked = zfs.locked([v.name for v in run.volumes])
         if locked:
             return f"the key of {locked[0]} is not loaded: `zfs load-key {locked[0]}`"

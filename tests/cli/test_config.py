@@ -114,6 +114,21 @@ def test_wrong_everywhere(file: Path, atomtx_: Run, words: str) -> None:
     assert not Path(file.parent / "state").exists()
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [(None, "ok atomtx.toml, jobs: home"), (BAD, "warning 2 errors"), ("", "ok jobs: none")],
+)
+def test_doctor(file: Path, atomtx_: Run, text: str | None, words: str) -> None:
+    """`doctor` tells whether the configuration is right, and how to see what is not."""
+    if text is not None:
+        file.write_text(text)
+    checks = json.loads(atomtx_("doctor", "--json").stdout)["checks"]
+    (found,) = [check for check in checks if check["name"] == "configuration"]
+    said = f"{found['status']} {found['detail']}"
+    assert all(word in said for word in words.split())
+    assert (found["hint"] is not None) is (found["status"] == "warning")
+
+
 # -- show, schema ------------------------------------------------------------------------------
 
 

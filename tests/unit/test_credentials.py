@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from atomtx import credentials, plan, preparing
+from atomtx import credentials, executor, plan, preparing
 from atomtx.clients import Facts
 from atomtx.clients.command import Command
 from atomtx.errors import UserError
@@ -72,8 +72,8 @@ def test_inherited(file: Path) -> None:
     assert credentials.read_or_inherit(sources, {"PW": "other"}) == {"PW": SECRET}
     file.unlink()
     assert credentials.read_or_inherit(sources, {"PW": "other"}) == {"PW": "other"}
-    assert credentials.lacking(sources, {"PW": "other"}) is None
-    assert "No such file" in str(credentials.lacking(sources, {}))
+    with pytest.raises(UserError, match="No such file"):
+        credentials.read_or_inherit(sources, {})
 
 
 def test_overlaid() -> None:
@@ -86,6 +86,21 @@ def test_overlaid() -> None:
         "RESTIC_PASSWORD": "x",
         **top,
     }
+
+
+def test_resumed_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resume leaves out the ways of another shell to say it, but none of the first attempt's."""
+    monkeypatch.setenv("RESTIC_PASSWORD", "x")
+    monkeypatch.setenv("RESTIC_PASSWORD_COMMAND", "y")
+    client = dataclasses.replace(
+        a_bare_plan().client, environment=(("RESTIC_PASSWORD_FILE", "/p"),)
+    )
+    env = executor.settings_of(client).env
+    assert env["RESTIC_PASSWORD_FILE"] == "/p"
+    assert not {"RESTIC_PASSWORD", "RESTIC_PASSWORD_COMMAND"} & set(env)
+    both = dataclasses.replace(client, secrets=("RESTIC_PASSWORD",))
+    env = executor.settings_of(both).env
+    assert (env["RESTIC_PASSWORD"], "RESTIC_PASSWORD_COMMAND" in env) == ("x", False)
 
 
 # -- whole runs --------------------------------------------------------------------------------
