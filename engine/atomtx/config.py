@@ -15,15 +15,10 @@ from typing import Any
 
 from . import credentials, tomllines, trust
 from .config_kinds import Table, key_of, near, shown
-from .config_schema import NOT_IN_DEFAULTS, File, Job, merged, problems
+from .config_schema import DEFAULT, NOT_IN_DEFAULTS, File, Job, merged, problems
 from .errors import UserError
 from .tomllines import Place
 
-DEFAULT = (
-    "/usr/local/etc/atomtx/atomtx.toml"
-    if os.uname().sysname == "FreeBSD"
-    else "/etc/atomtx/atomtx.toml"
-)
 _WHERE = re.compile(r" \(at (?:line (\d+), column \d+|end of document)\)")
 
 

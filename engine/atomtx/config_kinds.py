@@ -11,7 +11,6 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
-from difflib import get_close_matches
 from typing import Any
 
 from .tomllines import Place
@@ -307,6 +306,8 @@ def shown(value: Any) -> str:
 
 def near(word: str, words: Sequence[str]) -> str | None:
     """Return the one of *words* that was probably meant, or None."""
+    from difflib import get_close_matches  # only where something is wrong
+
     close = get_close_matches(word, words, n=1)
     return close[0] if close else None
 

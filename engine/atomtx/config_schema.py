@@ -14,6 +14,7 @@ dataclass of such fields, and a field of :class:`Job` of the kind ``Table(ThatCl
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -37,6 +38,8 @@ from .errors import UserError
 from .plan import GRACE_S
 from .tomllines import Place
 
+_ETC = "/usr/local/etc" if sys.platform.startswith("freebsd") else "/etc"
+DEFAULT = f"{_ETC}/atomtx/atomtx.toml"
 LAYOUTS = ("namespace", "tree")
 IO_CLASSES = r"idle|(best-effort|realtime)(:[0-7])?"
 JOB_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}"

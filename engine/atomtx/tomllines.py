@@ -8,7 +8,6 @@ tables and strings of several lines are understood as they are when the whole te
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,6 +37,8 @@ def lines(text: str) -> dict[Place, int]:
 
 def _statements(text: str) -> Iterator[tuple[int, dict[str, Any], bool]]:
     """Cut the text: (line of the first word, what it says, whether it is a header)."""
+    import tomllib
+
     first, collected = 1, ""
     for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), start=1):
         collected += line + "\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -342,6 +343,12 @@ def test_schema() -> None:
 def test_document() -> None:
     """The table of docs/configuration.md is that of the definition."""
     assert config_schema.reference() in DOCUMENT.read_text()
+
+
+@pytest.mark.parametrize("text", re.findall(r"```toml\n(.*?)```", DOCUMENT.read_text(), re.DOTALL))
+def test_examples(text: str) -> None:
+    """The examples of the document are right."""
+    assert parse(text).jobs
 
 
 def test_defaults_hold() -> None:

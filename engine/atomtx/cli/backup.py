@@ -11,9 +11,9 @@ from typing import Any
 
 import click
 
-from .. import clients, config, locks, plan, statedir
+from .. import clients, locks, plan, statedir
 from ..clients import Moment
-from ..config_schema import LAYOUTS
+from ..config_schema import DEFAULT, LAYOUTS
 from ..errors import (
     AtomtxError,
     BusyError,
@@ -57,7 +57,7 @@ class _WithClientOptions(click.Command):
 @click.argument("names", nargs=-1, metavar="[JOB | DATASET...] [-- CLIENT OPTIONS]")
 @click.option("--job", "job_name", metavar="NAME", help="This job of the configuration.")
 @click.option("--no-job", is_flag=True, help="Take no name for a job: they are datasets.")
-@jobs.config_option(f"The configuration.  [default: {config.DEFAULT}]")
+@jobs.config_option(f"The configuration.  [default: {DEFAULT}]")
 @click.option(
     "-r",
     "--recursive/--no-recursive",

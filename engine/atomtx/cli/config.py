@@ -13,13 +13,13 @@ import click
 from .. import config as configuration
 from .. import config_text
 from ..config import ConfigError, Problem
-from ..config_schema import JOB_NAME, json_schema
+from ..config_schema import DEFAULT, JOB_NAME, json_schema
 from ..errors import AtomtxError, EffectError, ExitStatus, UserError
 from ..statedir import sync_directory
 from . import echo, json_option, render
 from .jobs import config_option
 
-_config_option = config_option(f"The file.  [default: {configuration.DEFAULT}]")
+_config_option = config_option(f"The file.  [default: {DEFAULT}]")
 
 
 @click.group()

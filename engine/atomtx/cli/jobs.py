@@ -5,17 +5,19 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from .. import config, process
-from ..config import Config
+from .. import process
 from ..config_kinds import Kind, default_text, keys, near
 from ..config_schema import Job
 from ..errors import UserError
 from ..plan import job_key
 from ..volumes.zfs import Zfs
+
+if TYPE_CHECKING:
+    from ..config import Config
 
 _F = TypeVar("_F", bound=Callable[..., object])
 
@@ -68,12 +70,16 @@ def sources(config_path: str | None) -> dict[str, dict[str, str]]:
     """Return where a configuration says that credentials are: job's key -> variable -> source."""
     if config_path is None:
         return {}
+    from .. import config
+
     jobs = config.load(config.find(config_path)).jobs
     return {job_key(name): dict(job.sources) for name, job in jobs.items()}
 
 
 def _named(names: Sequence[str], options: Mapping[str, Any]) -> tuple[Config | None, str]:
     """Return the job that is named, with its configuration; None for datasets."""
+    from .. import config  # its parser takes 15 ms that `--help` need not pay
+
     given, job = options.get("config_path"), options.get("job_name")
     if job and (names or options.get("no_job")):
         other = names[0] if names else "--no-job"
