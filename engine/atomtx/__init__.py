@@ -20,6 +20,9 @@ The modules, in reading order:
     recovery.py     journal and probes -> resume, roll forward, roll back, wait ...    pure
     redact.py       take secrets out of what is kept or shown                          pure
     notices.py      which events of a run deserve a notice, and what it says           pure
+    tomllines.py    the line of each key of a TOML text                                pure
+    trust.py        files that only root may have written
+    credentials.py  variables whose values are in files, or come from systemd
     journalfile.py  the journal's file: its numbers, and whether we may touch it
     provenance.py   whether a journal may act here: its machine's, and the newest seen
     schema.py       the tables; bringing an older journal up to date
@@ -39,6 +42,10 @@ The modules, in reading order:
     volumes/        zfs.py: find, snapshot, hold, probe, destroy
     mounts/         mountinfo.py, namespace.py, tree.py ...: mount, probe, unmount
     clients/        restic.py, kopia.py, command.py ...: the backup programs
+    config_kinds.py  the kinds of values that a configuration holds                    pure
+    config_schema.py  what a configuration can hold: the one definition                pure
+    config.py       the configuration: found, trusted, read and checked; jobs by name
+    config_text.py  the configuration as text: shown, or begun                         pure
     task.py         what a front end asks of a runner, and what that leaves
     output.py       the client's output: lines, redacted, capped
     supervisor.py   the client under the runner's eyes: read, stopped, ended

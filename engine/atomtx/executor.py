@@ -12,11 +12,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from . import clients, errand, locks, plan, states
+from . import clients, credentials, errand, locks, plan, states
 from .cleaning import Cleaner
 from .clients import Client, End, Facts, Launch, Moment, Progress, Settings
 from .errors import (
@@ -44,7 +44,7 @@ from .interrupts import Interrupts
 from .journal import Change, Journal
 from .mounts import tree
 from .names import RunId
-from .plan import ClientPlan
+from .plan import ClientPlan, Plan
 from .probing import end_survivors, same_moment
 from .records import Run, Step
 from .recovery import MAX_ATTEMPTS, within_patience
@@ -320,7 +320,7 @@ class Executor:
         client = clients.load(run.plan.client.name)
         settings = settings_of(run.plan.client)
         moment = self._moment(run)
-        launch = client.launch(settings, facts_of(run.plan.client), moment)
+        launch = launch_of(run.plan, moment)
         env = dict(launch.env)
         live = run.plan.live_paths
         if self._freezes_tmp(run, settings):
@@ -340,6 +340,7 @@ class Executor:
             stop_signal=int(client.stop_signal),
             grace_s=run.plan.grace_s,
             time_limit_s=run.plan.time_limit_s,
+            secrets=tuple(name for name, _ in run.plan.client.credentials),
         )
 
     def _freezes_tmp(self, run: Run, settings: Settings) -> bool:
@@ -539,13 +540,28 @@ def kept(intent: TakeSnapshots) -> KeepSnapshots:
 
 
 def _environment(client: ClientPlan) -> dict[str, str]:
-    """Return the client's environment: ours, and what was journaled of the first attempt's."""
-    return {**os.environ, **dict(client.environment)}
+    """
+    Return the client's environment: ours, what was journaled of the first attempt's, credentials.
+
+    Raises UserError for a credential that cannot be had, nor is in our environment.
+    """
+    values = credentials.read_or_inherit(client.credentials, os.environ)
+    journaled = dict(client.environment)
+    return credentials.overlaid(os.environ, {**journaled, **values}, keep=client.secrets)
 
 
 def settings_of(client: ClientPlan) -> Settings:
     """Return how to run the client, at the plan and at a resume alike."""
-    return Settings(client.command, client.extra, _environment(client), client.cwd)
+    env = _environment(client)
+    return Settings(client.command, client.extra, env, client.cwd, credentials=client.credentials)
+
+
+def launch_of(made: Plan, moment: Moment) -> Launch:
+    """Return the client's commands as they are run, with the plan's niceness."""
+    config = made.client
+    launch = clients.load(config.name).launch(settings_of(config), facts_of(config), moment)
+    commands = tuple(plan.prioritized(made, argv) for argv in launch.commands)
+    return replace(launch, commands=commands)
 
 
 def facts_of(client: ClientPlan) -> Facts:

@@ -62,6 +62,7 @@ class Request:
     root: str = ""  # of the tree
     whole_root: bool = False  # the client gets the root itself
     leave_dirs: bool = False  # the directories of the tree stay
+    job: str = ""  # its name in the configuration; empty: an unnamed one
 
 
 class Chosen(NamedTuple):
@@ -117,6 +118,7 @@ class ClientPlan:
     repository: str | None
     environment: tuple[tuple[str, str], ...]  # variables that are no secrets, with their values
     secrets: tuple[str, ...]  # names of the variables that are
+    credentials: tuple[tuple[str, str], ...] = ()  # variables of a named job, and their sources
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,8 @@ class Plan:
     hooks: tuple[RunHook, ...] = ()  # in the user's order
     whole_root: bool = False
     leave_dirs: bool = False
+    nice: int = 0
+    io_class: str = ""  # such as "idle", "best-effort:7"; empty: as it is
 
 
 # -- making a plan -----------------------------------------------------------------------------
@@ -163,6 +167,8 @@ def assemble(
     time_limit_s: int = 0,
     grace_s: int = GRACE_S,
     hooks: Sequence[RunHook] = (),
+    nice: int = 0,
+    io_class: str = "",
 ) -> Plan:
     """
     Put a plan together from what was selected and what the client needs.
@@ -179,8 +185,10 @@ def assemble(
     root = normal(request.root) if request.root else ""
     return Plan(
         run=str(run),
-        job=_job_key((facts.guid for facts, _ in chosen), client, root),
-        label=_label(request, selection.asked),
+        job=job_key(request.job)
+        if request.job
+        else _unnamed_key((facts.guid for facts, _ in chosen), client, root),
+        label=request.job or _label(request, selection.asked),
         volumes=_planned(chosen, pools, run),
         targets=tops,
         layout=request.layout,
@@ -197,6 +205,8 @@ def assemble(
         hooks=tuple(hooks),
         whole_root=request.whole_root,
         leave_dirs=request.leave_dirs,
+        nice=nice,
+        io_class=io_class,
     )
 
 
@@ -248,7 +258,16 @@ def _planned_one(
     )
 
 
-def _job_key(guids: Iterable[str], client: ClientPlan, root: str) -> str:
+def job_key(name: str) -> str:
+    """
+    Return the key of a job of the configuration: it follows the name, whatever the job holds.
+
+    No unnamed job has it: those keys are hexadecimal.
+    """
+    return f"job {name}"
+
+
+def _unnamed_key(guids: Iterable[str], client: ClientPlan, root: str) -> str:
     words = [sorted(guids), client.name, client.repository, client.command, root]
     return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:32]
 
@@ -335,6 +354,15 @@ def tree_mounts(plan: Plan) -> tuple[Mount, ...]:
         Mount(volume.snapshot, (plan.root + volume.mountpoint).rstrip("/"))
         for volume in plan.volumes
     )
+
+
+def prioritized(plan: Plan, argv: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the client's command with the niceness and the class of I/O that the plan has."""
+    if plan.io_class:
+        name, _, level = plan.io_class.partition(":")
+        data = ("--classdata", level) if level else ()
+        argv = ("ionice", "--class", name, *data, *argv)
+    return ("nice", "-n", str(plan.nice), *argv) if plan.nice else argv
 
 
 def is_frozen(plan: Plan, path: str) -> bool:

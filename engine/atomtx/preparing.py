@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from . import clients, plan, selection
+from . import clients, credentials, plan, process, selection
 from .clients import Client, Facts, Settings
 from .errors import UserError
 from .intents import RunHook
@@ -39,10 +39,26 @@ def _kopia_is_connected(env: Mapping[str, str]) -> bool:
     return Path(config or f"{home}/kopia/repository.config").exists()
 
 
-def settings(command: Sequence[str], extra: Sequence[str], env: Mapping[str, str]) -> Settings:
-    """Return how the user wants the client to be run; refuse a secret among its arguments."""
+def settings(
+    command: Sequence[str],
+    extra: Sequence[str],
+    env: Mapping[str, str],
+    *,
+    cwd: str = "",
+    chosen: Mapping[str, str] | None = None,
+    sources: credentials.Sources = (),
+) -> Settings:
+    """
+    Return how the user wants the client to be run; refuse a secret among its arguments.
+
+    The variables that were *chosen* and the credentials are laid over *env*.  Raises UserError
+    for a credential that cannot be had.
+    """
     check_arguments([*command, *extra])
-    return Settings(tuple(command), tuple(extra), dict(env), _cwd())
+    chosen = chosen or {}
+    whole = credentials.overlaid(env, {**chosen, **credentials.read(sources, env)})
+    names = frozenset(chosen)
+    return Settings(tuple(command), tuple(extra), whole, cwd or _cwd(), names, sources)
 
 
 def _cwd() -> str:
@@ -89,6 +105,8 @@ def make_plan(
     time_limit_s: int = 0,
     grace_s: int = plan.GRACE_S,
     hooks: Sequence[RunHook] = (),
+    nice: int = 0,
+    io_class: str = "",
 ) -> Plan:
     """
     Return the plan of a new run: the one that `--dry-run` prints and the journal stores.
@@ -113,14 +131,19 @@ def make_plan(
         time_limit_s=time_limit_s,
         grace_s=grace_s,
         hooks=hooks,
+        nice=nice,
+        io_class=io_class,
     )
     client.check(wanted, made.targets, made.excludes)
     _check_cwd(made)
+    _check_priority(made, wanted)
     return made
 
 
 def _client_plan(client: Client, wanted: Settings, facts: Facts) -> ClientPlan:
-    environment, secrets = journaled(wanted.env)
+    environment, secrets = journaled(
+        wanted.env, chosen=wanted.chosen, elsewhere=dict(wanted.credentials)
+    )
     return ClientPlan(
         name=client.name,
         command=wanted.command,
@@ -130,6 +153,7 @@ def _client_plan(client: Client, wanted: Settings, facts: Facts) -> ClientPlan:
         repository=facts.repository,
         environment=environment,
         secrets=secrets,
+        credentials=wanted.credentials,
     )
 
 
@@ -139,3 +163,12 @@ def _check_cwd(made: Plan) -> None:
         raise UserError(
             f"the current directory is inside the root {made.root}", hint="`cd` out of it"
         )
+
+
+def _check_priority(made: Plan, wanted: Settings) -> None:
+    for program in plan.prioritized(made, ())[:1]:
+        if process.which(program, wanted.env) is None:
+            raise UserError(
+                f"{program} is not installed, or not in the PATH",
+                hint="install it, or leave out its key or option (nice, io-class)",
+            )

@@ -7,7 +7,7 @@ Promise 11: a secret never reaches the journal, a log, an error message or a pro
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from urllib.parse import unquote
 
 from .errors import UserError
@@ -95,13 +95,17 @@ def _is_relevant(name: str) -> bool:
     return name in _RELEVANT or bool(_RELEVANT_PREFIX.match(name))
 
 
-def journaled(env: Mapping[str, str]) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
+def journaled(
+    env: Mapping[str, str], *, chosen: Collection[str] = (), elsewhere: Collection[str] = ()
+) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
     """
     Return what a resume needs of *env*: harmless variables with values, and names of secrets.
 
-    Only variables that a client reads: a resume must not wait for a secret of something else.
+    Only variables that a client reads, and those *chosen* for it: a resume must not wait for a
+    secret of something else.  The sources of those *elsewhere* are journaled, not their values.
     """
-    relevant = {name: env[name] for name in sorted(env) if _is_relevant(name)}
+    names = (name for name in sorted(env) if _is_relevant(name) or name in chosen)
+    relevant = {name: env[name] for name in names if name not in elsewhere}
     secrets = secret_names(relevant)
     harmless = tuple((name, value) for name, value in relevant.items() if name not in secrets)
     return harmless, tuple(sorted(secrets))
@@ -122,10 +126,11 @@ def _secret_parts(value: str) -> set[str]:
 
 
 class Redactor:
-    """Replaces the secrets of one environment in any text."""
+    """Replaces the secrets of one environment in any text; *also* names some of them."""
 
-    def __init__(self, env: Mapping[str, str]) -> None:
-        parts = {part for name in secret_names(env) for part in _secret_parts(env[name])}
+    def __init__(self, env: Mapping[str, str], also: Collection[str] = ()) -> None:
+        names = secret_names(env) | {name for name in also if name in env}
+        parts = {part for name in names for part in _secret_parts(env[name])}
         words = sorted((word for word in parts if len(word) >= _SHORTEST), key=len, reverse=True)
         # The longest first: one secret may be a part of another.
         self._pattern = re.compile("|".join(map(re.escape, words))) if words else None

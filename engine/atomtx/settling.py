@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -79,7 +79,11 @@ def status_of(run: Run) -> ExitStatus:
 
 
 class Settler:
-    """Settles the open runs of a journal."""
+    """
+    Settles the open runs of a journal.
+
+    *sources* tell where the credentials of a job are now: its key -> variable -> source.
+    """
 
     def __init__(
         self,
@@ -89,12 +93,14 @@ class Settler:
         *,
         rollback: bool = False,
         patience: Patience = Patience.WAIT,
+        sources: Mapping[str, Mapping[str, str]] | None = None,
     ) -> None:
         self._journal = journal
         self._interrupts = interrupts
         self._tell = tell
         self._rollback = rollback or patience is Patience.STOP
         self._patience = patience
+        self._sources = sources or {}
 
     def settle(self, run: Run) -> Settled:
         """
@@ -147,9 +153,20 @@ class Settler:
         decision = recovery.decide(run, probes, self._wish())
         if isinstance(decision, recovery.Resume):
             # Asking the repository may take a minute: only when everything else is ready.
-            not_ready = self._not_ready(run, zfs)
+            not_ready = self._not_ready(self._updated(run), zfs)
             decision = recovery.decide(run, replace(probes, not_ready=not_ready), self._wish())
         return decision
+
+    def _updated(self, run: Run) -> Run:
+        """Return the run with the sources that its credentials have in the configuration now."""
+        client = run.plan.client
+        now = self._sources.get(run.job, {})
+        found = tuple((name, now.get(name, source)) for name, source in client.credentials)
+        return replace(run, plan=replace(run.plan, client=replace(client, credentials=found)))
+
+    def _update(self, run: Run) -> Run:
+        updated = self._updated(run)
+        return run if updated == run else self._journal.replan(run, updated.plan)
 
     def _not_ready(self, run: Run, zfs: Zfs) -> str | None:
         """Tell why the client cannot run on the run's snapshots now; None if it can."""
@@ -227,7 +244,7 @@ class Settler:
                     f"resuming run {run.id} ({run.label}): "
                     f"the same snapshots, attempt {run.attempts + 1}"
                 )
-                run = executor.resume(run)
+                run = executor.resume(self._update(run))
                 executor.mend(run)
             case recovery.RollForward():
                 if run.state == states.BACKING_UP:

@@ -47,7 +47,7 @@ class Supervisor:
         self._folder = folder
         self._wakeup = wakeup
         self._witness = witness
-        self._redactor = Redactor(dict(os.environ))
+        self._redactor = Redactor(dict(os.environ), task.secrets)
         try:
             self._log = Log(folder.log, self._redactor)
         except OSError as exc:

@@ -30,6 +30,7 @@ class Task:
     stop_signal: int
     grace_s: float  # from a stop to SIGKILL
     time_limit_s: float  # of the attempt; 0: none
+    secrets: tuple[str, ...] = ()  # variables to hide in what the client prints, by name
 
     def to_json(self) -> str:
         data = asdict(self)
@@ -45,6 +46,7 @@ class Task:
         moment["excludes"] = tuple(moment["excludes"])
         data["mounts"] = tuple(Mount(**m) for m in data["mounts"])
         data["live"] = tuple(data["live"])
+        data["secrets"] = tuple(data["secrets"])
         data["commands"] = tuple(tuple(argv) for argv in data["commands"])
         return cls(moment=Moment(**moment), **data)
 

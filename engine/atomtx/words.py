@@ -8,7 +8,8 @@ from datetime import UTC, datetime
 from .errors import UserError
 
 _UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
-_UNITS_S = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800, "y": 31_557_600}
+SPAN = re.compile(r"(\d{1,9})([smhdwy]?)")
+UNITS_S = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800, "y": 31_557_600}
 
 
 def size(count: int | None) -> str:
@@ -66,7 +67,7 @@ def printable(text: str) -> str:
 
 def seconds(text: str) -> int:
     """Read a time such as "90", "15m", "6h", "2d", "1y"."""
-    match = re.fullmatch(r"(\d+)([smhdwy]?)", text.strip())
+    match = SPAN.fullmatch(text.strip())
     if not match:
         raise UserError(f"{text!r} is not a time", hint="such as 90s, 15m, 6h, 2d, 4w, 1y")
-    return int(match[1]) * _UNITS_S[match[2]]
+    return int(match[1]) * UNITS_S[match[2]]

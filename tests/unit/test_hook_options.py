@@ -8,7 +8,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from atomtx.cli import hook_options
+from atomtx.cli import hook_options, jobs
 from atomtx.errors import UserError
 from atomtx.intents import (
     AFTER_FAILURE,
@@ -26,7 +26,7 @@ def parsed(*words: str) -> tuple[RunHook, ...]:
     @click.command()
     @hook_options.add
     def command(**options: Any) -> None:
-        found.append(hook_options.hooks(options, 300))
+        found.append(jobs.asked(("tank/a",), (), options).job.hooks)
 
     result = CliRunner().invoke(command, words)
     if result.exception:
@@ -61,7 +61,7 @@ def test_options(words: tuple[str, ...], hooks: tuple[RunHook, ...]) -> None:
     [
         (("--thaw", "t"), "--thaw undoes --quiesce, which is not given"),
         (("-p", "'"), "No closing quotation"),
-        (("-q", "  "), "--post-hook is empty"),
+        (("-q", "  "), "--post-hook is empty; give a command"),
         (("-p", "login --password=x"), "carries a secret"),
     ],
 )

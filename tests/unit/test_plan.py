@@ -161,6 +161,37 @@ def test_job_key() -> None:
     assert len({key, *(other.job for other in others)}) == len(others) + 1
 
 
+def test_named_job() -> None:
+    """A named job is known by its name, whatever it holds; no unnamed job can have its key."""
+    named = Request(("tank/home",), job="0123456789abcdef0123456789abcdef")
+    made = assemble(HOME, request=named, asked=("tank/home",))
+    other = dataclasses.replace(CLIENT, name="kopia", repository=None)
+    assert assemble(HOME, BOOT, request=named, asked=("tank/home",), client=other).job == made.job
+    assert (made.job, made.label) == (plan.job_key(named.job), named.job)
+    assert " " in made.job  # the others are hexadecimal
+    renamed = dataclasses.replace(named, job="b")
+    assert assemble(HOME, request=renamed, asked=("tank/home",)).job != made.job
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({}, "restic backup"),
+        ({"nice": 10}, "nice -n 10 restic backup"),
+        ({"io_class": "idle"}, "ionice --class idle restic backup"),
+        (
+            {"nice": 1, "io_class": "best-effort:7"},
+            "nice -n 1 ionice --class best-effort --classdata 7 restic backup",
+        ),
+    ],
+)
+def test_prioritized(values: dict[str, Any], words: str) -> None:
+    """Niceness and class of I/O come before the client's own words, and only where wanted."""
+    made = assemble(HOME, **values)
+    assert plan.prioritized(made, ("restic", "backup")) == tuple(words.split())
+    assert plan.from_json(plan.to_json(made)) == made
+
+
 LONG = tuple(f"zroot/usr/home/user{n:02}" for n in range(20))
 
 

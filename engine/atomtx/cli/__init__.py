@@ -32,6 +32,7 @@ COMMANDS = {
     "attach": ("atomtx.cli.attach:attach", "Follow a living run until it ends."),
     "stop": ("atomtx.cli.stop:stop", "Stop a living run and undo it."),
     "check": ("atomtx.cli.check:check", "Tell a monitoring system whether backups are fresh."),
+    "config": ("atomtx.cli.config:config", "Check, show or begin the configuration."),
     "journal": ("atomtx.cli.journal:journal", "Check, copy, export or set aside the journal."),
     "doctor": ("atomtx.cli.doctor:doctor", "Check what is installed, allowed and healthy."),
 }

@@ -13,6 +13,7 @@ import click
 
 from .. import clients, locks, plan, statedir
 from ..clients import Moment
+from ..config_schema import DEFAULT, LAYOUTS
 from ..errors import (
     AtomtxError,
     BusyError,
@@ -23,7 +24,7 @@ from ..errors import (
     UserError,
     worst,
 )
-from ..executor import Executor, Tell, facts_of, kept, settings_of
+from ..executor import Executor, Tell, kept, launch_of
 from ..intents import KeepSnapshots, RunClient, RunHook, TakeSnapshots
 from ..interrupts import Interrupts
 from ..journal import ActiveRunError, Journal, NoRunError
@@ -35,8 +36,7 @@ from ..recovery import LeaveAlone
 from ..settling import Patience, Settler, front, status_of
 from ..statedir import RunFolder
 from ..volumes.zfs import Zfs
-from ..words import seconds
-from . import hook_options, json_option
+from . import hook_options, jobs, json_option
 from .notifying import Notifier
 from .render import Reporter, reporter
 from .summary import closing_line, result
@@ -55,58 +55,80 @@ class _WithClientOptions(click.Command):
 
 
 @click.command(cls=_WithClientOptions)
-@click.argument("names", nargs=-1, metavar="[DATASET]... [-- CLIENT OPTIONS]")
-@click.option("-r", "--recursive", is_flag=True, help="Include the children of each dataset.")
-@click.option("-a", "--all", "every", is_flag=True, help="All mounted datasets of all pools.")
+@click.argument("names", nargs=-1, metavar="[JOB | DATASET...] [-- CLIENT OPTIONS]")
+@click.option("--job", "job_name", metavar="NAME", help="This job of the configuration.")
+@click.option("--no-job", is_flag=True, help="Take no name for a job: they are datasets.")
+@jobs.config_option(f"The configuration.  [default: {DEFAULT}]")
+@click.option(
+    "-r",
+    "--recursive/--no-recursive",
+    default=None,
+    help="Include the children of each dataset.",
+)
+@click.option("-a", "--all", is_flag=True, default=None, help="All mounted datasets of all pools.")
 @click.option("--exclude", multiple=True, metavar="DATASET", help="Leave out, with its children.")
 @click.option("--client", type=click.Choice(tuple(clients.KNOWN)), help="The backup program.")
 @click.option("-c", "--command", metavar="WORDS", help="Run this, with the paths appended.")
 @click.option("-o", "--options", metavar="WORDS", help="The client's options, as after `--`.")
 @click.option(
     "--layout",
-    type=click.Choice(("namespace", "tree")),
-    default="namespace",
-    show_default=True,
+    type=click.Choice(LAYOUTS),
+    show_default=jobs.without("layout"),
     help="Where the client reads: at the live paths, or in a tree.",
 )
-@click.option("--root", default="", metavar="DIR", help="The root of the tree.")
-@click.option("--whole-root", is_flag=True, help="Back up the root itself, not what is below.")
-@click.option("--leave-dirs", is_flag=True, help="Leave the directories of the tree in place.")
-@click.option("--keep-snapshots", is_flag=True, help="Keep the snapshots of a good backup.")
-@click.option("--require-atomic", is_flag=True, help="Refuse a set that is not of one moment.")
+@click.option("--root", metavar="DIR", help="The root of the tree.")
+@click.option(
+    "--whole-root/--no-whole-root",
+    default=None,
+    help="Back up the root itself, not what is below.",
+)
+@click.option(
+    "--leave-dirs/--no-leave-dirs",
+    default=None,
+    help="Leave the directories of the tree in place.",
+)
+@click.option(
+    "--keep-snapshots/--no-keep-snapshots",
+    default=None,
+    help="Keep the snapshots of a good backup.",
+)
+@click.option(
+    "--require-atomic/--no-require-atomic",
+    default=None,
+    help="Refuse a set that is not of one moment.",
+)
 @click.option(
     "--retries",
     type=click.IntRange(0),
-    default=1,
-    show_default=True,
+    show_default=jobs.without("retries"),
     help="How often to try again after network or repository trouble.",
 )
 @click.option(
     "--keep-for",
-    default="0",
     metavar="TIME",
+    show_default=jobs.without("keep-for"),
     help="Keep the moment that long (such as 6h, 2d) when the client keeps failing.",
 )
 @click.option(
     "--time-limit",
-    default="0",
     metavar="TIME",
+    show_default=jobs.without("time-limit"),
     help="Stop a client that runs longer: the backup has failed. 0: no limit.",
 )
 @click.option(
     "--grace",
-    default=f"{plan.GRACE_S}s",
     metavar="TIME",
-    show_default=True,
+    show_default=jobs.without("grace"),
     help="How long a client that was stopped may take to end; then it is killed.",
 )
 @hook_options.add
+@click.option("--nice", type=click.IntRange(0, 19), help="Run the client with this niceness.")
+@click.option("--io-class", metavar="CLASS[:LEVEL]", help="Run it so; as ionice: idle, ...")
 @click.option("--wait", is_flag=True, help="Wait for another run of this job to end.")
 @click.option(
     "--keep-history",
-    default="366d",
     metavar="TIME",
-    show_default=True,
+    show_default=jobs.without("keep-history"),
     help="Forget runs that ended longer ago.",
 )
 @click.option("-n", "--dry-run", is_flag=True, help="Print the plan, change nothing.")
@@ -115,6 +137,9 @@ class _WithClientOptions(click.Command):
 def backup(names: tuple[str, ...], as_json: bool, quiet: bool, **options: Any) -> ExitStatus:
     """
     Back up the named datasets as they are at one moment.
+
+    A job of the configuration is run by its name; what options say holds in place of what the
+    job says. A name without a slash is a job's where the configuration has it.
 
     Takes a snapshot of each dataset, all of a pool in one transaction; shows the frozen files
     to the backup client at their live paths, in a mount namespace of its own; and takes mounts,
@@ -128,6 +153,7 @@ def backup(names: tuple[str, ...], as_json: bool, quiet: bool, **options: Any) -
     Examples:
       atomtx backup zroot/usr/home zroot/usr/src
       atomtx backup -r zroot/usr/home -- --tag nightly
+      atomtx backup home               the job home of the configuration
       atomtx backup -a --command 'my-wrapper backup'
 
     \b
@@ -154,8 +180,8 @@ class _Backup:
     ) -> None:
         self._show = show
         self._as_json = as_json
-        self._names = names
-        self._extra = extra
+        self._asked = jobs.asked(names, extra, options)
+        self._job = self._asked.job
         self._options = options
         self._tell = Tell(show.step, show.warn, show.progress)
         self._interrupts = Interrupts()
@@ -167,11 +193,10 @@ class _Backup:
         if self._options["dry_run"]:
             self._print_plan(self._plan(state))
             return ExitStatus.COMPLETED
-        with self._notifier.delivering(" ".join(self._names) or "-a"):
+        with self._notifier.delivering(self._asked.title):
             return self._back_up(state)
 
     def _back_up(self, state: Path) -> ExitStatus:
-        keep_history_s = seconds(self._options["keep_history"])
         if os.geteuid() != 0:
             raise UserError("only root can mount snapshots", hint="run it with sudo")
         self._interrupts.install()
@@ -180,7 +205,7 @@ class _Backup:
             for note in journal.notes():
                 self._show.note(note)
             status = self._in_turn(journal)
-            journal.expire(keep_history_s)
+            journal.expire(self._job.keep_history)
         return status
 
     def _in_turn(self, journal: Journal) -> ExitStatus:
@@ -205,24 +230,29 @@ class _Backup:
         self._interrupts.check()
 
     def _plan(self, state: Path) -> Plan:
-        options = self._options
-        command = hook_options.split("--command", options["command"])
+        job = self._job
+        wanted = settings(
+            job.command,
+            job.arguments,
+            os.environ,
+            cwd=job.working_directory,
+            chosen=job.environment,
+            sources=job.sources,
+        )
         made = make_plan(
             self._request(),
-            client_name=choose_client(options["client"], command, os.environ),
-            wanted=settings(
-                command,
-                (*hook_options.split("--options", options["options"]), *self._extra),
-                os.environ,
-            ),
+            client_name=choose_client(job.client, job.command, wanted.env),
+            wanted=wanted,
             zfs=Zfs(),
             state=state,
-            keep_snapshots=options["keep_snapshots"],
-            retries=options["retries"],
-            keep_for_s=seconds(options["keep_for"]),
-            time_limit_s=seconds(options["time_limit"]),
-            grace_s=seconds(options["grace"]),
-            hooks=hook_options.hooks(options, seconds(options["hook_limit"])),
+            keep_snapshots=job.keep_snapshots,
+            retries=job.retries,
+            keep_for_s=job.keep_for,
+            time_limit_s=job.time_limit,
+            grace_s=job.grace,
+            hooks=job.hooks,
+            nice=job.nice,
+            io_class=job.io_class,
         )
         self._check_atomic(made)
         for note in made.notes:
@@ -232,21 +262,22 @@ class _Backup:
         return made
 
     def _request(self) -> Request:
-        options = self._options
+        job = self._job
         return Request(
-            names=tuple(map(_resolved, self._names)),
-            all=options["every"],
-            recursive=options["recursive"],
-            exclude=options["exclude"],
-            layout=options["layout"],
-            whole_root=options["whole_root"],
-            leave_dirs=options["leave_dirs"],
-            root=_resolved(options["root"]),
+            names=tuple(map(_resolved, job.volumes)),
+            all=job.all,
+            recursive=job.recursive,
+            exclude=job.exclude,
+            layout=job.layout,
+            root=_resolved(job.root),
+            whole_root=job.whole_root,
+            leave_dirs=job.leave_dirs,
+            job=self._asked.name,
         )
 
     def _check_atomic(self, made: Plan) -> None:
         pools = sorted({volume.pool for volume in made.volumes})
-        if len(pools) > 1 and self._options["require_atomic"]:
+        if len(pools) > 1 and self._job.require_atomic:
             raise UserError(
                 f"the set spans the pools {', '.join(pools)}: its snapshots are not of one moment",
                 hint="make a job of each pool, or leave out --require-atomic",
@@ -254,10 +285,9 @@ class _Backup:
 
     def _print_plan(self, made: Plan) -> None:
         now = datetime.now(UTC).replace(microsecond=0)
-        moment = Moment(made.targets, made.root, now, made.excludes)
-        client = clients.load(made.client.name)
-        launch = client.launch(settings_of(made.client), facts_of(made.client), moment)
-        client_step = RunClient(client.name, launch.commands, launch.cwd)
+        moment = Moment(made.targets, made.root, now, made.excludes, made.whole_root)
+        launch = launch_of(made, moment)
+        client_step = RunClient(made.client.name, launch.commands, launch.cwd)
         steps = (
             *(hook for hook in plan.first_intents(made) if isinstance(hook, RunHook)),
             *plan.intents(made, self._directories(made)),
@@ -275,7 +305,13 @@ class _Backup:
 
     def _settle(self, journal: Journal, job: str) -> ExitStatus:
         """Finish or undo this job's interrupted run; try to clear a parked one; name the others."""
-        settler = Settler(journal, self._interrupts, self._tell, patience=Patience.WAIT)
+        settler = Settler(
+            journal,
+            self._interrupts,
+            self._tell,
+            patience=Patience.WAIT,
+            sources=self._asked.sources,
+        )
         others = 0
         for run in journal.open_runs():
             if run.job != job:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from .. import __version__, aside, audit, history, journalfile, process, statedir
+from .. import __version__, aside, audit, config, history, journalfile, process, statedir
 from ..errors import AtomtxError, ExitStatus, JournalError
 from . import echo, json_option, render
 
@@ -43,7 +43,7 @@ def doctor(as_json: bool) -> ExitStatus:
     Check what is installed, allowed and healthy.
 
     Looks for ZFS, the clients and Python's parts, tries what this user may do, and checks the
-    journal. Changes nothing on the machine.
+    journal and the configuration. Changes nothing on the machine.
 
     \b
     Example:
@@ -266,6 +266,22 @@ def _first(pattern: str, text: str) -> str:
     return found[1] if found else ""
 
 
+def _configuration(_: Path) -> Iterator[Check]:
+    path = config.find()
+    if not config.is_there():
+        yield Check("configuration", "note", f"{path} is absent", "`atomtx config init` writes one")
+        return
+    try:
+        found = config.load(path)
+    except AtomtxError as exc:
+        first = exc.message.splitlines()[0]
+        yield Check("configuration", "warning", first, "see `atomtx config check`")
+        return
+    for problem in config.credential_problems(found, os.environ):
+        yield Check("configuration", "warning", str(problem))
+    yield Check("configuration", "ok", f"{path}, jobs: {', '.join(found.jobs) or 'none'}")
+
+
 _LOOKS: tuple[Callable[[Path], Iterator[Check]], ...] = (
     _python,
     _zfs,
@@ -274,4 +290,5 @@ _LOOKS: tuple[Callable[[Path], Iterator[Check]], ...] = (
     _rights,
     _state_directory,
     _journal,
+    _configuration,
 )

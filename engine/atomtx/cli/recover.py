@@ -16,7 +16,7 @@ from ..journal import Journal, NoRunError
 from ..records import Run
 from ..settling import Patience, Settled, Settler, abandon
 from ..volumes.zfs import Zfs
-from . import json_option
+from . import jobs, json_option
 from .notifying import Notifier
 from .render import Reporter, age, reporter
 from .summary import result
@@ -31,6 +31,7 @@ from .summary import result
 @click.option("--scan", is_flag=True, help="List what carries our marks and is in no journal.")
 @click.option("--adopt", metavar="ID", help="Take what --scan found into this journal and undo it.")
 @click.option("--abandon", "abandoned", metavar="ID", help="Forget a run whose pool never returns.")
+@jobs.config_option("Take the places of the jobs' credentials from this configuration.")
 @json_option
 def recover(as_json: bool, **options: Any) -> ExitStatus:
     """
@@ -47,6 +48,7 @@ def recover(as_json: bool, **options: Any) -> ExitStatus:
       atomtx recover
       atomtx recover --rollback --run 7f3c
       atomtx recover --scan
+      atomtx recover --config /etc/atomtx/atomtx.toml    the credentials were moved
 
     \b
     EXIT STATUS
@@ -64,6 +66,7 @@ class _Recover:
         self._options = options
         self._interrupts = Interrupts()
         self._notifier = Notifier.of_environment(show.warn, statedir.find())
+        self._sources: dict[str, dict[str, str]] = {}
 
     def run(self) -> ExitStatus:
         if os.geteuid() != 0:
@@ -72,6 +75,7 @@ class _Recover:
             raise UserError("--stop and --no-wait exclude each other")
         if self._options["dry_run"] and (self._options["adopt"] or self._options["abandoned"]):
             raise UserError("--dry-run goes with neither --adopt nor --abandon")
+        self._sources = jobs.sources(self._options["config_path"])
         if self._options["dry_run"] or self._options["scan"]:
             return self._recover()
         with self._notifier.delivering("atomtx recover"):
@@ -101,6 +105,7 @@ class _Recover:
             Tell(self._show.step, self._show.warn, self._show.progress),
             rollback=self._options["rollback"],
             patience=self._patience(),
+            sources=self._sources,
         )
         if self._options["dry_run"]:
             for run in runs:

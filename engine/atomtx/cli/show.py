@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from .. import clients, history, journalfile, plan, statedir
+from ..credentials import described
 from ..errors import AtomtxError, ExitStatus
 from ..statedir import RunFolder
 from ..states import Outcome
@@ -135,7 +136,8 @@ def _restore(found: _Found, backup: history.Backup, to: str) -> Restore | None:
         argv = clients.load(settled.name).restore_command(settings, _backup(backup), to)
     except AtomtxError as exc:
         return Restore((), settled.cwd, {}, (), problem=exc.message)
-    return Restore(tuple(argv), settled.cwd, environment, settled.secrets) if argv else None
+    needs = (*settled.secrets, *(f"{n} ({described(s)})" for n, s in settled.credentials))
+    return Restore(tuple(argv), settled.cwd, environment, needs) if argv else None
 
 
 def _backup(row: history.Backup) -> clients.Backup:

@@ -16,6 +16,7 @@ from importlib import import_module
 from typing import Protocol
 
 from ..errors import UserError
+from ..redact import Redactor
 from ..states import Outcome
 
 KNOWN = {
@@ -33,6 +34,12 @@ class Settings:
     extra: tuple[str, ...]  # everything that the user wrote after `--`
     env: Mapping[str, str]  # the client's whole environment
     cwd: str  # the user's working directory
+    chosen: frozenset[str] = frozenset()  # variables that the job sets, whatever they are called
+    credentials: tuple[tuple[str, str], ...] = ()  # variables that it reads, and from where
+
+    def redact(self, text: str) -> str:
+        """Return *text* without the secrets of the environment."""
+        return Redactor(self.env, [name for name, _ in self.credentials]).redact(text)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Any
 from .. import process
 from ..errors import UserError
 from ..names import is_within
-from ..redact import Redactor, check_arguments
+from ..redact import check_arguments
 from . import Backup, Facts, Launch, Moment, Settings
 from .kopia_reader import KopiaReader
 from .program import (
@@ -141,7 +141,7 @@ def _unusable(answer: process.Completed, settings: Settings) -> UserError:
     # Judged as it came: a password may be one of the words that are looked for.
     text = answer.stderr
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    said = Redactor(settings.env).redact(lines[-1] if lines else ended(answer.status))
+    said = settings.redact(lines[-1] if lines else ended(answer.status))
     if "is not connected" in text:
         return UserError(
             "kopia is not connected to a repository", hint="`kopia repository connect`"

@@ -19,7 +19,7 @@ from zoneinfo import ZoneInfo
 
 from .. import process
 from ..errors import EffectError, UserError
-from ..redact import Redactor, check_arguments
+from ..redact import check_arguments
 from . import Settings
 
 ASK_TIMEOUT_S = 60.0
@@ -162,7 +162,7 @@ def ask(argv: Sequence[str], settings: Settings) -> process.Completed:
     try:
         return process.run(argv, env=settings.env, cwd=settings.cwd, timeout_s=ASK_TIMEOUT_S)
     except EffectError as exc:
-        text = Redactor(settings.env).redact(exc.message)
+        text = settings.redact(exc.message)
         raise UserError(text, hint="can the repository be reached?") from exc
 
 

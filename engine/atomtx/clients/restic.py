@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from .. import process
 from ..errors import UserError
-from ..redact import Redactor, check_arguments
+from ..redact import check_arguments
 from . import Backup, Facts, Launch, Moment, Settings
 from .program import (
     Option,
@@ -255,7 +255,7 @@ def _unusable(answer: process.Completed, settings: Settings) -> UserError:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     fatal = next((line for line in lines if "Fatal" in line or "Resolving" in line), "")
     said = (fatal or (lines or [ended(answer.status)])[-1]).replace("Fatal: ", "")
-    said = Redactor(settings.env).redact(said)
+    said = settings.redact(said)
     if answer.status == 12 or "wrong password or no key found" in text:
         return UserError("restic: the password is wrong for this repository")
     if "an empty password is not" in text:
@@ -374,7 +374,7 @@ class Restic:
         argv = (*program(settings, "restic"), *verb, *_globals(_options(settings)))
         # Never killed: a half-mended repository is worse than a late answer.
         answer = process.run(argv, env=settings.env, cwd=settings.cwd)
-        said = Redactor(settings.env).redact(answer.last_line())
+        said = settings.redact(answer.last_line())
         name = f"restic {' '.join(verb)}"
         return f"{name}: done" if answer.ok else f"{name} failed: {said}"
 

@@ -1,0 +1,310 @@
+"""
+What a configuration can hold: the one definition.
+
+From the dataclasses below come the parser and its errors, the nearest right key, `config show`,
+the file that `config init` writes, the JSON schema, the options' defaults on the command line
+and the table in docs/configuration.md.  A key is a field made by `config_kinds.key`, its name
+with `-` for `_`.
+
+To add a key: a field in :class:`Job`, and whoever acts on it.  To add a table to a job: a frozen
+dataclass of such fields, and a field of :class:`Job` of the kind ``Table(ThatClass)``, or
+``Named(Table(ThatClass), ...)`` for many by name.  What concerns several keys is said in
+:func:`problems`.  Nothing is accepted on which nothing acts.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from . import clients, redact
+from .config_kinds import (
+    Flag,
+    Named,
+    Number,
+    Span,
+    Table,
+    Text,
+    Variables,
+    Words,
+    default_text,
+    key,
+    keys,
+)
+from .credentials import Sources, clashes, thing_of
+from .errors import UserError
+from .intents import AFTER_FAILURE, AFTER_SUCCESS, AROUND_RUN, AROUND_SNAPSHOT, FINALLY, RunHook
+from .plan import GRACE_S
+from .tomllines import Place
+
+_ETC = "/usr/local/etc" if sys.platform.startswith("freebsd") else "/etc"
+DEFAULT = f"{_ETC}/atomtx/atomtx.toml"
+LAYOUTS = ("namespace", "tree")
+IO_CLASSES = r"idle|(best-effort|realtime)(:[0-7])?"
+JOB_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}"
+_YEAR_S = 366 * 86_400
+_PATH = Text("an absolute path", r"/[^\0]*")
+
+
+def _hook(what: str, example: list[str]) -> Any:
+    return key(Words(), what, (), unset="none", example=example)
+
+
+@dataclass(frozen=True)
+class Credential:
+    """Where the value of a variable is."""
+
+    file: str = key(_PATH, "A file of root's that nobody else can read.", "", unset="none")
+    credential: str = key(
+        Text("the name of a systemd credential", r"[A-Za-z0-9._-]+"),
+        "The name of a file in systemd's $CREDENTIALS_DIRECTORY.",
+        "",
+        unset="none",
+    )
+
+    @property
+    def source(self) -> str:
+        return f"file:{self.file}" if self.file else f"credential:{self.credential}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """How a backup is made; the command line makes one as well."""
+
+    volumes: tuple[str, ...] = key(
+        Words(),
+        "Datasets, or paths where they are mounted.",
+        (),
+        unset="none",
+        example=["tank/home"],
+    )
+    recursive: bool = key(Flag(), "Include the children of each dataset.", False)
+    all: bool = key(Flag(), "All mounted datasets of all pools, in place of volumes.", False)
+    exclude: tuple[str, ...] = key(
+        Words(),
+        "Datasets to leave out, with their children.",
+        (),
+        unset="none",
+        example=["tank/home/scratch"],
+    )
+    client: str = key(
+        Text("a client", choices=tuple(clients.KNOWN)),
+        "The backup program.",
+        "",
+        unset="the environment decides",
+        example="restic",
+    )
+    command: tuple[str, ...] = key(
+        Words(),
+        "Run this, with the paths appended; with client, a wrapper of that client.",
+        (),
+        unset="the client's own program",
+        example=["/usr/local/bin/my-backup", "--all"],
+    )
+    arguments: tuple[str, ...] = key(
+        Words(),
+        "Options for the client; those after -- on the command line are appended.",
+        (),
+        unset="none",
+        example=["--tag", "nightly"],
+    )
+    environment: Mapping[str, str] = key(
+        Variables(),
+        "Variables for the client that are no secrets.",
+        {},
+        unset="none",
+        example={"RESTIC_REPOSITORY": "/srv/restic"},
+    )
+    credentials: Mapping[str, Credential] = key(
+        Named(Table(Credential), r"[A-Za-z_][A-Za-z0-9_]*", "the name of a variable"),
+        "Variables for the client whose values are in files, or are systemd credentials.",
+        {},
+        unset="none",
+        example={"RESTIC_PASSWORD": {"file": "/etc/atomtx/home.password"}},
+    )
+    working_directory: str = key(_PATH, "Where the client is run.", "/")
+    layout: str = key(
+        Text("a layout", choices=LAYOUTS),
+        "Where the client reads: at the live paths, or in a tree.",
+        "namespace",
+    )
+    root: str = key(_PATH, "The root of the tree.", "", unset="none", example="/restic")
+    whole_root: bool = key(Flag(), "Give the client the root of the tree itself.", False)
+    leave_dirs: bool = key(Flag(), "Leave the directories of the tree in place.", False)
+    keep_snapshots: bool = key(Flag(), "Keep the snapshots of a good backup.", False)
+    require_atomic: bool = key(Flag(), "Refuse a set that is not of one moment.", False)
+    retries: int = key(
+        Number(0, 1000), "How often to try again after network or repository trouble.", 1
+    )
+    keep_for: int = key(Span(), "Keep the moment that long when the client keeps failing.", 0)
+    time_limit: int = key(
+        Span(), "Stop a client that runs longer: the backup has failed. 0: no limit.", 0
+    )
+    grace: int = key(
+        Span(),
+        "How long a client that was stopped may take to end; then it is killed.",
+        GRACE_S,
+    )
+    keep_history: int = key(Span(), "Forget runs of any job that ended longer ago.", _YEAR_S)
+    nice: int = key(Number(0, 19), "The client's niceness.", 0)
+    io_class: str = key(
+        Text('"idle", "best-effort" or "realtime", the latter two with ":0" to ":7"', IO_CLASSES),
+        "The client's class of input and output, as ionice sets it.",
+        "",
+        unset="as it is",
+        example="idle",
+    )
+
+    pre_hook: tuple[str, ...] = _hook(
+        "Run this first; if it fails, there is no backup.", ["systemctl", "stop", "app"]
+    )
+    post_hook: tuple[str, ...] = _hook(
+        "Run this last, whatever happens: it undoes pre-hook.", ["systemctl", "start", "app"]
+    )
+    quiesce: tuple[str, ...] = _hook("Run this just before the snapshots.", ["db-pause"])
+    thaw: tuple[str, ...] = _hook(
+        "Run this just after the snapshots, whatever happens: it undoes quiesce.", ["db-resume"]
+    )
+    after_success: tuple[str, ...] = _hook("Run this after a backup that completed.", ["notify"])
+    after_failure: tuple[str, ...] = _hook("Run this after a run that did not.", ["alarm"])
+    hook_limit: int = key(
+        Span(), "A hook that takes longer is ended and has failed. 0: no limit.", 300
+    )
+
+    @property
+    def hooks(self) -> tuple[RunHook, ...]:
+        """Return the hooks; a post-hook without a pre-hook runs at the end of every run."""
+        limit = self.hook_limit
+        without = RunHook(FINALLY, self.post_hook, (), limit)
+        found = (
+            RunHook(AROUND_RUN, self.pre_hook, self.post_hook, limit) if self.pre_hook else without,
+            RunHook(AROUND_SNAPSHOT, self.quiesce, self.thaw, limit),
+            RunHook(AFTER_SUCCESS, self.after_success, (), limit),
+            RunHook(AFTER_FAILURE, self.after_failure, (), limit),
+        )
+        return tuple(hook for hook in found if hook.command)
+
+    @property
+    def sources(self) -> Sources:
+        """Return the credentials as the journal keeps them."""
+        return tuple((name, each.source) for name, each in self.credentials.items())
+
+
+@dataclass(frozen=True)
+class File:
+    """A whole configuration file as it was read."""
+
+    defaults: Job = key(Table(Job), "What holds for every job that does not say otherwise.", Job())
+    jobs: Mapping[str, Job] = key(
+        Named(Table(Job), JOB_NAME, "a job's name: letters, digits and . _ -, at most 60"),
+        "The jobs by name: `atomtx backup NAME`.",
+        {},
+    )
+
+
+_HOOKS = ("pre_hook", "post_hook", "quiesce", "thaw", "after_success", "after_failure")
+# What cannot be the same for all jobs.
+NOT_IN_DEFAULTS = ("volumes", "all")
+_TABLES = ("environment", "credentials")
+
+
+def merged(defaults: Job, job: Job, said: Collection[str]) -> Job:
+    """
+    Return *job* with the *defaults* for the keys that are not *said* in it.
+
+    Variables are merged one by one, also where the job gives one in another way, such as
+    RESTIC_PASSWORD_FILE for RESTIC_PASSWORD.
+    """
+    values = {
+        each.name: getattr(defaults, each.name)
+        for name, each in keys(Job).items()
+        if name not in said
+    }
+    own = {thing_of(n) for n in (*job.environment, *job.credentials)}
+    for name in _TABLES:
+        inherited = getattr(defaults, name).items()
+        rest = {n: v for n, v in inherited if thing_of(n) not in own}
+        values[name] = {**rest, **getattr(job, name)}
+    return replace(job, **values)
+
+
+def problems(job: Job) -> Iterator[tuple[Place, str]]:
+    """Tell what is wrong with the keys of a whole job together: (the key's path, what)."""
+    if job.all and job.volumes:
+        yield ("all",), "all and volumes exclude each other"
+    if not job.all and not job.volumes:
+        yield (), "no volumes are named; give volumes, or all = true"
+    if job.layout == "tree" and not job.root.strip("/"):
+        yield ("layout",), 'the layout "tree" needs a root below /, such as root = "/restic"'
+    if job.root and job.layout != "tree":
+        yield ("root",), 'root is of no use without layout = "tree"'
+    for name in ("whole_root", "leave_dirs"):
+        if getattr(job, name) and job.layout != "tree":
+            dashed = name.replace("_", "-")
+            yield (dashed,), f'{dashed} is of no use without layout = "tree"'
+    if job.thaw and not job.quiesce:
+        yield ("thaw",), "thaw undoes quiesce, which is not there"
+    if job.client == "command" and not job.command:
+        yield ("client",), 'the client "command" needs a command, such as command = ["my-backup"]'
+    yield from _secrets(job)
+
+
+def _secrets(job: Job) -> Iterator[tuple[Place, str]]:
+    for name in sorted(redact.secret_names(job.environment)):
+        yield (
+            ("environment", name),
+            f"environment.{name} looks like a secret; name a file with it under credentials: "
+            f'{name} = {{ file = "/etc/atomtx/..." }}',
+        )
+    for name, each in job.credentials.items():
+        if bool(each.file) == bool(each.credential):
+            yield ("credentials", name), f"credentials.{name} needs either file or credential"
+        if name in job.environment:
+            yield ("credentials", name), f"{name} is in both environment and credentials"
+    for one, other in clashes((*job.environment, *job.credentials)):
+        table = "credentials" if other in job.credentials else "environment"
+        yield (table, other), f"{one} and {other} say the same thing in two ways"
+    for name in ("command", "arguments", *_HOOKS):
+        try:
+            redact.check_arguments(getattr(job, name))
+        except UserError as exc:
+            yield (name.replace("_", "-"),), f"{name.replace('_', '-')}: {exc.message}"
+
+
+# -- what is made of the definition ------------------------------------------------------------
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON schema of a configuration file."""
+    schema = Table(File).schema()
+    inherited = schema["properties"]["defaults"]["properties"]
+    for name in NOT_IN_DEFAULTS:
+        del inherited[name]
+    for name in ("defaults", "jobs"):
+        schema["properties"][name].pop("default", None)
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "The configuration of atomtx",
+        **schema,
+    }
+
+
+def reference() -> str:
+    """Return the table of a job's keys for docs/configuration.md."""
+    rows = ["| key | value | without it | what it is |", "| --- | --- | --- | --- |"]
+    for name, each in keys(Job).items():
+        kind = _described(each.metadata["kind"])
+        without = default_text(each) if each.metadata["unset"] else f"`{default_text(each)}`"
+        rows.append(f"| `{name}` | {kind} | {without} | {each.metadata['what']} |")
+    return "\n".join(rows) + "\n"
+
+
+def _described(kind: Any) -> str:
+    if getattr(kind, "choices", ()):
+        return ", ".join(f'`"{word}"`' for word in kind.choices)
+    if isinstance(kind, Named):
+        inner = ", or ".join(f'`{{ {each.name} = "..." }}`' for each in fields(kind.of.of))
+        return f"a table of variables, each {inner}"
+    return str(kind.name)

@@ -1,0 +1,115 @@
+"""Whole commands on a job of the configuration, its pools played: `backup`, a crash, `recover`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from atomtx import cli, preparing, selection
+from atomtx.plan import Chosen, DatasetFacts, Pool, Selection
+from tests.scene import Ended, Scene
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
+SECRET = "open sesame"
+CONFIG = """
+[jobs.home]
+volumes = ["tank/a"]
+client = "command"
+command = ["{client}"]
+environment.MY_PATH = "/x"
+credentials.MY_WORD.file = "{password}"
+"""
+
+
+class Job:
+    """The job `home` of a scene: its configuration and its password."""
+
+    def __init__(self, scene: Scene) -> None:
+        self.scene = scene
+        self.file = scene.home / "atomtx.toml"
+        self.password = scene.home / "password"
+        self.keep(self.password)
+        scene.behave('echo "$MY_WORD $MY_PATH" > $home/got; echo "the word is $MY_WORD"')
+        scene.plan("tank/a")  # for its pool and its files
+        scene.changes += [self._play, lambda: os.environ.update(self.env)]
+        self.env = {"ATOMTX_CONFIG": str(self.file), "ATOMTX_STATE_DIR": str(scene.state)}
+
+    def keep(self, password: Path) -> None:
+        """Keep the password in a file, and write the configuration that names it."""
+        self.password.rename(password) if self.password.exists() else password.write_text(SECRET)
+        password.chmod(0o600)
+        self.password = password
+        self.file.write_text(CONFIG.format(client=self.scene.client, password=password))
+        self.file.chmod(0o600)
+
+    def _play(self) -> None:
+        live = str(self.scene.live("tank/a"))
+        guid = self.scene.pool["pools"]["tank"]
+        facts = DatasetFacts("tank/a", "filesystem", "guid of a", live, "on", True, "-")
+        made = Selection(("tank/a",), (Chosen(facts, live),), (), (), ())
+        preparing.inventory = lambda *_: ([Pool("tank", guid, "ONLINE")], [facts])
+        selection.select = lambda *_: made
+
+    def atomtx(self, *words: str, at: str = "", who: str = "front") -> Ended:
+        """Run a command in a front end of its own; its exit status is what it told."""
+
+        def work(journal: Any, tell: Any, interrupts: Any, ended: Ended) -> None:
+            ended.told.append(("status", cli.run(words)))
+
+        return self.scene._in_front_end(work, {"at": at, "who": who})
+
+    def runs(self) -> list[tuple[str, str, str]]:
+        rows = self.scene.rows("SELECT job, label, outcome FROM runs ORDER BY started_at")
+        return [(row["job"], row["label"], row["outcome"]) for row in rows]
+
+    def got(self) -> str:
+        return (self.scene.home / "got").read_text()
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Iterator[Job]:
+    scene = Scene(tmp_path)
+    yield Job(scene)
+    scene.close()
+
+
+def test_backup(job: Job, capfd: pytest.CaptureFixture[str]) -> None:
+    """A job by its name is backed up under its name, with its variables, the secret nowhere."""
+    assert job.atomtx("backup", "home").said("status") == [0]
+    assert job.runs() == [("job home", "home", "completed")]
+    assert job.got() == f"{SECRET} /x\n"
+    files = [path for path in job.scene.state.rglob("*") if path.is_file()]
+    assert not [path for path in files if SECRET.encode() in path.read_bytes()]
+    said = capfd.readouterr().err
+    assert "command reads" in said
+    assert SECRET not in said
+    assert job.scene.left() == []
+
+
+def test_recover(job: Job) -> None:
+    """After a crash `recover` finishes it without the configuration, in another environment."""
+    assert job.atomtx("backup", "home", at="journal:snapshotted#1", who="all").status == -9
+    job.file.unlink()
+    job.env = {"ATOMTX_STATE_DIR": str(job.scene.state)}
+    assert job.atomtx("recover").said("status") == [0]
+    assert job.runs() == [("job home", "home", "completed")]
+    assert job.got() == f"{SECRET} /x\n"
+    assert job.scene.left() == []
+
+
+@pytest.mark.parametrize("command", ["backup home", "recover --config {}"])
+def test_moved(job: Job, command: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Where the configuration names another place meanwhile, the interrupted run is finished."""
+    assert job.atomtx("backup", "home", at="journal:snapshotted#1", who="all").status == -9
+    job.keep(job.scene.home / "elsewhere")
+    assert job.atomtx("recover").said("status") == [6]
+    assert "cannot read the file of MY_WORD" in capfd.readouterr().err
+    assert job.atomtx(*command.format(job.file).split()).said("status") == [0]
+    again = 2 if command.startswith("backup") else 1
+    assert job.runs() == [("job home", "home", "completed")] * again
+    assert job.got() == f"{SECRET} /x\n"
+    assert job.scene.left() == []
