@@ -6,8 +6,10 @@ import json
 import os
 import pwd
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -262,22 +264,26 @@ def test_writes_nothing(state: State, atomtx_: Run) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 @pytest.mark.parametrize("is_open", [False, True])
-def test_other_user(state: State, atomtx_: Run, tmp_path: Path, is_open: bool) -> None:
+def test_other_user(state: State, is_open: bool) -> None:
     """Another user gets one clear line; an answer where the journal is for all to read."""
     add(state, 1, 3)
     add(state, 2, 3)
     if is_open:
         state.add_run(a_run(3, state="mounted", outcome=None))
     state.journal.close()
-    for folder in [tmp_path, *(p for p in tmp_path.parents if "pytest-" in str(p))]:
-        folder.chmod(0o755)
-    state.path.chmod(0o700)
-    status, line = check(_as_nobody(state.env))
-    assert status == 3
-    assert "permission denied" in line
-    state.path.chmod(0o755)
-    state.journal.path.chmod(0o644)
-    status, line = check(_as_nobody(state.env))
+    # Not below pytest's own folder, which each session closes to others again.
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        path = Path(folder) / "state"
+        shutil.copytree(state.path, path)
+        env = {**state.env, "ATOMTX_STATE_DIR": str(path)}
+        path.chmod(0o700)
+        status, line = check(_as_nobody(env))
+        assert status == 3
+        assert "permission denied" in line
+        path.chmod(0o755)
+        (path / "journal.db").chmod(0o644)
+        status, line = check(_as_nobody(env))
     assert (status, "permission denied" in line) == ((3, True) if is_open else (0, False)), line
 
 
