@@ -36,6 +36,7 @@ from .config_kinds import (
 from .credentials import Sources, clashes, thing_of
 from .errors import UserError
 from .intents import AFTER_FAILURE, AFTER_SUCCESS, AROUND_RUN, AROUND_SNAPSHOT, FINALLY, RunHook
+from .notices import TROUBLE, Event, NotifySettings, is_address
 from .plan import GRACE_S
 from .tomllines import Place
 
@@ -173,6 +174,45 @@ class Job:
         Span(), "A hook that takes longer is ended and has failed. 0: no limit.", 300
     )
 
+    notify_mail: tuple[str, ...] = key(
+        Words(), "Tell these addresses of trouble.", (), unset="none", example=["root"]
+    )
+    notify_mail_from: str = key(Text(), "The sender of these mails.", NotifySettings.mail_from)
+    notify_command: tuple[str, ...] = key(
+        Words(), "Tell this command of trouble.", (), unset="none", example=["/root/tell"]
+    )
+    notify_on: tuple[str, ...] = key(
+        Words(),
+        f"What mail and command are told of: {', '.join(Event)}.",
+        (),
+        unset="all but completed",
+        example=["failed", "parked"],
+    )
+    ping_url_file: str = key(
+        _PATH, "A file with the URL to ping.", "", unset="none", example="/etc/atomtx/home.ping"
+    )
+    ping_exit_status: bool = key(Flag(), "Ping URL/STATUS in place of URL/fail.", False)
+    apprise_file: str = key(
+        _PATH, "A file with URLs of apprise.", "", unset="none", example="/etc/atomtx/apprise"
+    )
+    notify_limit: int = key(
+        Span(), "How long all of telling may take.", int(NotifySettings.time_limit_s)
+    )
+
+    @property
+    def notices(self) -> NotifySettings:
+        """Return who is told of the job's runs."""
+        return NotifySettings(
+            on=frozenset(map(Event, self.notify_on)) or TROUBLE,
+            command=self.notify_command,
+            mail=self.notify_mail,
+            mail_from=self.notify_mail_from,
+            ping_url_file=self.ping_url_file,
+            ping_exit_status=self.ping_exit_status,
+            apprise_file=self.apprise_file,
+            time_limit_s=float(self.notify_limit),
+        )
+
     @property
     def hooks(self) -> tuple[RunHook, ...]:
         """Return the hooks; a post-hook without a pre-hook runs at the end of every run."""
@@ -204,7 +244,15 @@ class File:
     )
 
 
-_HOOKS = ("pre_hook", "post_hook", "quiesce", "thaw", "after_success", "after_failure")
+_HOOKS = (
+    "pre_hook",
+    "post_hook",
+    "quiesce",
+    "thaw",
+    "after_success",
+    "after_failure",
+    "notify_command",
+)
 # What cannot be the same for all jobs.
 NOT_IN_DEFAULTS = ("volumes", "all")
 _TABLES = ("environment", "credentials")
@@ -244,6 +292,12 @@ def problems(job: Job) -> Iterator[tuple[Place, str]]:
         if getattr(job, name) and job.layout != "tree":
             dashed = name.replace("_", "-")
             yield (dashed,), f'{dashed} is of no use without layout = "tree"'
+    for word in job.notify_on:
+        if word not in set(Event):
+            yield ("notify-on",), f"notify-on: {word!r} is none of {', '.join(Event)}"
+    for word in job.notify_mail:
+        if not is_address(word):
+            yield ("notify-mail",), f"notify-mail: {word!r} is no address"
     if job.thaw and not job.quiesce:
         yield ("thaw",), "thaw undoes quiesce, which is not there"
     if job.client == "command" and not job.command:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from enum import StrEnum
 
@@ -315,9 +315,25 @@ def _words_of(text: str) -> tuple[str, ...]:
 
 def _addresses(text: str, problems: list[str]) -> tuple[str, ...]:
     words = _words_of(text)
-    bad = [word for word in words if not _ADDRESS.fullmatch(word)]
+    bad = [word for word in words if not is_address(word)]
     problems += [f"ATOMTX_NOTIFY_MAIL: {word!r} is no address" for word in bad[:1]]
     return tuple(word for word in words if word not in bad)
+
+
+def is_address(word: str) -> bool:
+    """Tell whether a mail can be sent there: a user, with or without a host."""
+    return bool(_ADDRESS.fullmatch(word))
+
+
+def combined(general: NotifySettings, own: NotifySettings) -> NotifySettings:
+    """Return the *own* settings of a job, and the *general* ones where it has none."""
+    nothing = NotifySettings()
+    values = {
+        each.name: getattr(own, each.name)
+        for each in fields(NotifySettings)
+        if getattr(own, each.name) != getattr(nothing, each.name)
+    }
+    return replace(general, **values)
 
 
 def _command(text: str, problems: list[str]) -> tuple[str, ...]:

@@ -28,6 +28,8 @@ credentials.MY_WORD.file = "{password}"
 class Job:
     """The job `home` of a scene: its configuration and its password."""
 
+    more = ""  # of the configuration
+
     def __init__(self, scene: Scene) -> None:
         self.scene = scene
         self.file = scene.home / "atomtx.toml"
@@ -43,7 +45,8 @@ class Job:
         self.password.rename(password) if self.password.exists() else password.write_text(SECRET)
         password.chmod(0o600)
         self.password = password
-        self.file.write_text(CONFIG.format(client=self.scene.client, password=password))
+        told = CONFIG.format(client=self.scene.client, password=password)
+        self.file.write_text(told + self.more)
         self.file.chmod(0o600)
 
     def _play(self) -> None:
@@ -113,3 +116,41 @@ def test_moved(job: Job, command: str, capfd: pytest.CaptureFixture[str]) -> Non
     assert job.runs() == [("job home", "home", "completed")] * again
     assert job.got() == f"{SECRET} /x\n"
     assert job.scene.left() == []
+
+
+def told(job: Job, when: str, at: str = "") -> list[str]:
+    """Have a job with hooks and a notifier run, and return what they noted."""
+    note = job.scene._script(
+        "note", f"#!/bin/sh\necho $1 $ATOMTX_OUTCOME >> {job.scene.home}/noted\n"
+    )
+    keys = ("pre-hook", "post-hook", "quiesce", "thaw", "after-success", "after-failure")
+    lines = [f'{key} = ["{note}", "{key}"]' for key in (*keys, "notify-command")]
+    job.more = "".join(f"{line}\n" for line in lines)
+    job.keep(job.password)
+    job.scene.behave(when)
+    job.atomtx("backup", "home", at=at, who="all")
+    if at:
+        job.atomtx("recover")
+    assert job.scene.left() == []
+    return (job.scene.home / "noted").read_text().splitlines()
+
+
+def test_hooks_and_notice(job: Job) -> None:
+    """The hooks of a job run in their order; of a backup that completed nobody is told."""
+    assert told(job, "") == [
+        *("pre-hook", "quiesce", "thaw", "post-hook completed", "after-success completed"),
+    ]
+
+
+def test_notice_of_a_failure(job: Job) -> None:
+    """Of one that failed, the job's own notifier is told, after everything else."""
+    assert told(job, "exit 1")[-3:] == [
+        *("post-hook failed", "after-failure failed", "notify-command failed"),
+    ]
+
+
+def test_notice_of_an_interruption(job: Job) -> None:
+    """`recover` tells the notifier that the configuration names for the run's job."""
+    assert told(job, "", at="journal:snapshotted#1")[-3:] == [
+        *("post-hook completed", "after-success completed", "notify-command completed"),
+    ]

@@ -20,6 +20,7 @@ from atomtx.notices import (
     Facts,
     Notice,
     NotifySettings,
+    combined,
     events_of,
     notice,
     settings_of,
@@ -231,6 +232,15 @@ def test_no_settings() -> None:
     """Nobody is told of anything unless somebody asked for it."""
     assert settings_of({"HOME": "/root"}) == (NotifySettings(), [])
     assert NotifySettings().is_empty
+
+
+def test_combined() -> None:
+    """A job's own settings count, and the general ones where it has none."""
+    general = NotifySettings(mail=("root",), command=("tell",), time_limit_s=5)
+    own = NotifySettings(mail=("ben",), ping_url_file="/x")
+    found = combined(general, own)
+    assert found == replace(general, mail=("ben",), ping_url_file="/x")
+    assert combined(general, NotifySettings()) == general
 
 
 def test_settings() -> None:

@@ -186,7 +186,7 @@ class _Backup:
         self._tell = Tell(show.step, show.warn, show.progress)
         self._interrupts = Interrupts()
         self._noted: set[str] = set()
-        self._notifier = Notifier.of_environment(show.warn, statedir.find())
+        self._notifier = Notifier.of_environment(show.warn, statedir.find(), own=self._job.notices)
 
     def run(self) -> ExitStatus:
         state = statedir.find()

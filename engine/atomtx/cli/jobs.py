@@ -13,6 +13,7 @@ from .. import process
 from ..config_kinds import Kind, Words, default_text, keys, near
 from ..config_schema import Job
 from ..errors import UserError
+from ..notices import NotifySettings
 from ..plan import job_key
 from ..redact import check_arguments
 from ..volumes.zfs import Zfs
@@ -90,6 +91,25 @@ def sources(config_path: str | None) -> dict[str, dict[str, str]]:
 
     jobs = config.load(config.find(config_path)).jobs
     return {job_key(name): dict(job.sources) for name, job in jobs.items()}
+
+
+def notices(config_path: str | None, warn: Callable[[str], None]) -> dict[str, NotifySettings]:
+    """
+    Return who is told of each job's runs, by the job's key.
+
+    A configuration that is wrong is warned of: it must not keep anybody from recovering.
+    """
+    from .. import config
+
+    if not config.is_there(config_path):
+        return {}
+    try:
+        there = config.load(config.find(config_path))
+    except UserError as exc:
+        if config_path is None:  # else it is refused where it is read next
+            warn(f"nobody is told by it: {exc.message}")
+        return {}
+    return {job_key(name): job.notices for name, job in there.jobs.items()}
 
 
 def _named(names: Sequence[str], options: Mapping[str, Any]) -> tuple[Config | None, str]:

@@ -8,10 +8,11 @@ lock is held: `Notifier.delivering` is around all of the command's work.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,21 +29,39 @@ from .show import read_log
 class Notifier:
     """Notes what is to be told, and tells it at the end."""
 
-    def __init__(self, settings: NotifySettings, warn: Callable[[str], None], state: Path) -> None:
+    def __init__(
+        self,
+        settings: NotifySettings,
+        warn: Callable[[str], None],
+        state: Path,
+        by_job: Mapping[str, NotifySettings] | None = None,
+    ) -> None:
         self.job = ""  # what to call it until there is a run
         self._settings = settings
+        self._by_job = by_job or {}  # by the job's key
         self._warn = warn
         self._state = state
         self._run: str | None = None
-        self._facts: list[Facts] = []
+        self._facts: list[tuple[NotifySettings, Facts]] = []
 
     @classmethod
-    def of_environment(cls, warn: Callable[[str], None], state: Path) -> Notifier:
-        """Return one with the settings of the environment; what is wrong with them is warned of."""
+    def of_environment(
+        cls,
+        warn: Callable[[str], None],
+        state: Path,
+        own: NotifySettings | None = None,
+        by_job: Mapping[str, NotifySettings] | None = None,
+    ) -> Notifier:
+        """
+        Return one with the settings of the environment; what is wrong with them is warned of.
+
+        Those of a job, its *own* or *by_job*, count before them.
+        """
         settings, problems = notices.settings_of(os.environ)
         for problem in problems:
             warn(problem)
-        return cls(settings, warn, state)
+        jobs = {key: notices.combined(settings, of_job) for key, of_job in (by_job or {}).items()}
+        return cls(notices.combined(settings, own or NotifySettings()), warn, state, jobs)
 
     # -- what happened -------------------------------------------------------------------------
 
@@ -55,19 +74,19 @@ class Notifier:
 
     def ended(self, run: Run, status: ExitStatus) -> None:
         """Note how a run of this command ended."""
-        self._note(lambda: self._facts_of(run, status))
+        self._note(run.job, lambda: self._facts_of(run, status))
 
     def interrupted(self, run: Run, status: ExitStatus, *, pings: bool = True) -> None:
         """Note a run that was found unfinished, and what became of it."""
-        self._note(lambda: self._facts_of(run, status, found_unfinished=True, pings=pings))
+        self._note(run.job, lambda: self._facts_of(run, status, found_unfinished=True, pings=pings))
 
     def still_parked(self, run: Run, status: ExitStatus) -> None:
         """Note that a parked cleanup could not be done now either."""
-        self._note(lambda: self._facts_of(run, status, pings=False))
+        self._note(run.job, lambda: self._facts_of(run, status, pings=False))
 
     def unsettled(self, run: Run, exc: AtomtxError) -> None:
         """Note a run that was found unfinished and could not be settled."""
-        self._note(lambda: self._unsettled(run, exc))
+        self._note(run.job, lambda: self._unsettled(run, exc))
 
     def _unsettled(self, run: Run, exc: AtomtxError) -> Facts:
         cleanup = "unfinished" if run.outcome is not None else None
@@ -105,24 +124,22 @@ class Notifier:
             raise
         except Exception as exc:
             failure = exc
-            self._note(lambda: self._refused(failure))
+            self._note("", lambda: self._refused(failure))
             raise
         finally:
             self._deliver()
 
-    def _note(self, facts: Callable[[], Facts]) -> None:
-        if not self._settings.is_empty:
+    def _note(self, job: str, facts: Callable[[], Facts]) -> None:
+        settings = self._by_job.get(job, self._settings)
+        if not settings.is_empty:
             with self._harmless():
-                self._facts.append(facts())
+                self._facts.append((settings, facts()))
 
     def _deliver(self) -> None:
-        if self._facts:
-            redact = Redactor(os.environ).redact
-            self._tell(
-                lambda notifiers: notifiers.send(
-                    self._settings, [notices.notice(facts, redact) for facts in self._facts]
-                )
-            )
+        redact = Redactor(os.environ).redact
+        for settings in dict.fromkeys(settings for settings, _ in self._facts):
+            told = [notices.notice(facts, redact) for s, facts in self._facts if s == settings]
+            self._tell(partial(_send, settings=settings, told=told))
         self._facts.clear()
 
     def _tell(self, effect: Callable[[ModuleType], list[str]]) -> None:
@@ -174,6 +191,13 @@ class Notifier:
             return bool(self._run and history.run(self._state / journalfile.NAME, self._run))
         except AtomtxError:
             return False
+
+
+def _send(
+    notifiers: ModuleType, *, settings: NotifySettings, told: list[notices.Notice]
+) -> list[str]:
+    problems: list[str] = notifiers.send(settings, told)
+    return problems
 
 
 def _host() -> str:

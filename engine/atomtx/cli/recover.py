@@ -65,7 +65,9 @@ class _Recover:
         self._show = show
         self._options = options
         self._interrupts = Interrupts()
-        self._notifier = Notifier.of_environment(show.warn, statedir.find())
+        self._notifier = Notifier.of_environment(
+            show.warn, statedir.find(), by_job=jobs.notices(options["config_path"], show.warn)
+        )
         self._sources: dict[str, dict[str, str]] = {}
 
     def run(self) -> ExitStatus:
