@@ -66,6 +66,12 @@ class Played(Command):
     def reader(self, moment: Moment) -> CommandReader:
         return _Reader(moment)
 
+    def retention(
+        self, settings: Settings, moment: Moment, policy: tuple[str, ...]
+    ) -> tuple[tuple[str, ...], ...]:
+        forget = Path(settings.command[0]).with_name("forgetting").read_text()
+        return ((forget, *policy),) if moment.targets else ()
+
     def after_loss(self, settings: Settings, facts: Facts) -> tuple[str, ...]:
         return (f"mended {facts.repository} with {settings.command[0]}",)
 

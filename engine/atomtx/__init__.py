@@ -53,6 +53,8 @@ The modules, in reading order:
     errand.py       the front end's end of a runner
     preparing.py    ask the machine and the client, and make the plan; changes nothing
     probing.py      what the machine says about a run
+    launching.py    how the client of a run is run
+    sessions.py     a command of the user's in a session of its own
     hooks.py        the user's own commands around a run, and their undos
     cleaning.py     take everything of a run away again
     executor.py     journal the intent, make the effect, journal the outcome; and backwards

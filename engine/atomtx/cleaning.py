@@ -17,14 +17,13 @@ from . import errand, locks, states
 from .errors import EffectError, JournalFullError
 from .hooks import Hooks
 from .intents import (
+    Beside,
     DestroySnapshots,
     EndClient,
     KeepSnapshots,
     Mount,
     MountVolumes,
     ReleaseSnapshots,
-    RunHook,
-    UndoHook,
     UnmountVolumes,
 )
 from .journal import Change, Journal
@@ -214,8 +213,8 @@ class Cleaner:
         def record(change: Change) -> None:
             self._hooks.record(change, run)
             for step in run.steps:
-                is_hook = isinstance(step.intent, RunHook | UndoHook)
-                if step.outcome in (None, "parked") and not is_hook:
+                is_beside = isinstance(step.intent, Beside)
+                if step.outcome in (None, "parked") and not is_beside:
                     change.ended(step, *_outcome(step, verdicts, kept))
             change.set(cleanup=None)
             change.fire(Event.CLEANED_UP)

@@ -158,6 +158,13 @@ class Job:
         example="idle",
     )
 
+    retention: tuple[str, ...] = key(
+        Words(),
+        "After a backup that completed, forget older ones of the job that no rule keeps.",
+        (),
+        unset="all are kept",
+        example=["--keep-daily", "7", "--keep-weekly", "5"],
+    )
     pre_hook: tuple[str, ...] = _hook(
         "Run this first; if it fails, there is no backup.", ["systemctl", "stop", "app"]
     )

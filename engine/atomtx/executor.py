@@ -12,13 +12,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from . import clients, credentials, errand, locks, plan, states
+from . import clients, errand, locks, plan, states
 from .cleaning import Cleaner
-from .clients import Client, End, Facts, Launch, Moment, Progress, Settings
+from .clients import Client, End, Launch, Moment, Progress, Settings
 from .errors import (
     ClientError,
     EffectError,
@@ -32,6 +32,7 @@ from .intents import (
     AROUND_RUN,
     AROUND_SNAPSHOT,
     BEFORE,
+    ApplyRetention,
     EndClient,
     HoldSnapshots,
     KeepSnapshots,
@@ -42,9 +43,9 @@ from .intents import (
 )
 from .interrupts import Interrupts
 from .journal import Change, Journal
+from .launching import environment_of, facts_of, launch_of, retention_of, settings_of
 from .mounts import tree
 from .names import RunId
-from .plan import ClientPlan, Plan
 from .probing import end_survivors, same_moment
 from .records import Run, Step
 from .recovery import MAX_ATTEMPTS, within_patience
@@ -271,7 +272,7 @@ class Executor:
         self._tell.step(intent.describe())
         if intent.root:
             tree.make(intent.mounts, intent.directories)
-        env = _environment(run.plan.client)
+        env = environment_of(run.plan.client)
         self._errand = errand.Errand(task, self._folder, env=env, front=self._front)
         try:
             empty = self._errand.mounted()
@@ -470,6 +471,9 @@ class Executor:
 
     def _record_end(self, run: Run, end: End) -> Run:
         keeps = run.plan.keep_snapshots and end.outcome in _SAVED
+        # Of a partial backup too little is known: what it lacks may be in an older one alone.
+        whole = end.outcome is Outcome.COMPLETED
+        commands = retention_of(run.plan, self._moment(run)) if whole else ()
 
         def record(change: Change) -> None:
             failed = end.outcome is Outcome.FAILED
@@ -480,6 +484,8 @@ class Executor:
                 for take in run.steps:
                     if isinstance(take.intent, TakeSnapshots):
                         change.intend(kept(take.intent))
+            if commands:
+                change.intend(ApplyRetention(run.plan.client.name, commands, run.plan.client.cwd))
             for hook in plan.hooks_after(run.plan, end.outcome):
                 change.intend(hook)
             change.fire(Event.CLIENT_ENDED, reason=end.reason)
@@ -537,36 +543,6 @@ def _hold(intent: object) -> HoldSnapshots:
 def kept(intent: TakeSnapshots) -> KeepSnapshots:
     """Return the step that makes the snapshots the user's, in the place of their destruction."""
     return KeepSnapshots(intent.pool, intent.pool_guid, intent.snapshots, intent.run)
-
-
-def _environment(client: ClientPlan) -> dict[str, str]:
-    """
-    Return the client's environment: ours, what was journaled of the first attempt's, credentials.
-
-    Raises UserError for a credential that cannot be had, nor is in our environment.
-    """
-    values = credentials.read_or_inherit(client.credentials, os.environ)
-    journaled = dict(client.environment)
-    return credentials.overlaid(os.environ, {**journaled, **values}, keep=client.secrets)
-
-
-def settings_of(client: ClientPlan) -> Settings:
-    """Return how to run the client, at the plan and at a resume alike."""
-    env = _environment(client)
-    return Settings(client.command, client.extra, env, client.cwd, credentials=client.credentials)
-
-
-def launch_of(made: Plan, moment: Moment) -> Launch:
-    """Return the client's commands as they are run, with the plan's niceness."""
-    config = made.client
-    launch = clients.load(config.name).launch(settings_of(config), facts_of(config), moment)
-    commands = tuple(plan.prioritized(made, argv) for argv in launch.commands)
-    return replace(launch, commands=commands)
-
-
-def facts_of(client: ClientPlan) -> Facts:
-    """Return what was found when the run was planned."""
-    return Facts(client.version, client.repository)
 
 
 def _now_us() -> int:

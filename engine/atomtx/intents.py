@@ -240,6 +240,22 @@ class UndoHook(_Intent):
         return None
 
 
+@dataclass(frozen=True)
+class ApplyRetention(_Intent):
+    """The client's commands that forget older backups of the job; nothing brings them back."""
+
+    kind: ClassVar[str] = "apply-retention"
+    client: str
+    commands: tuple[tuple[str, ...], ...]
+    cwd: str
+
+    def describe(self) -> str:
+        return "forget older backups: " + " && ".join(map(_shown, self.commands))
+
+    def compensation(self) -> None:
+        return None
+
+
 _WHERE = {
     AROUND_RUN: "before the run",
     AROUND_SNAPSHOT: "before the snapshots",
@@ -268,7 +284,9 @@ Intent = (
     | EndClient
     | RunHook
     | UndoHook
+    | ApplyRetention
 )
+Beside = RunHook | UndoHook | ApplyRetention  # not of the backup itself
 KINDS: Mapping[str, type[Intent]] = {
     cls.kind: cls
     for cls in (
@@ -283,6 +301,7 @@ KINDS: Mapping[str, type[Intent]] = {
         EndClient,
         RunHook,
         UndoHook,
+        ApplyRetention,
     )
 }
 

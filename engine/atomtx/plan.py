@@ -145,6 +145,7 @@ class Plan:
     hooks: tuple[RunHook, ...] = ()  # in the user's order
     whole_root: bool = False
     leave_dirs: bool = False
+    retention: tuple[str, ...] = ()  # rules, each a word, as the client has them
     nice: int = 0
     io_class: str = ""  # such as "idle", "best-effort:7"; empty: as it is
 
@@ -167,6 +168,7 @@ def assemble(
     time_limit_s: int = 0,
     grace_s: int = GRACE_S,
     hooks: Sequence[RunHook] = (),
+    retention: tuple[str, ...] = (),
     nice: int = 0,
     io_class: str = "",
 ) -> Plan:
@@ -203,6 +205,7 @@ def assemble(
         time_limit_s=time_limit_s,
         grace_s=grace_s,
         hooks=tuple(hooks),
+        retention=retention,
         whole_root=request.whole_root,
         leave_dirs=request.leave_dirs,
         nice=nice,

@@ -105,6 +105,7 @@ def make_plan(
     time_limit_s: int = 0,
     grace_s: int = plan.GRACE_S,
     hooks: Sequence[RunHook] = (),
+    retention: Sequence[str] = (),
     nice: int = 0,
     io_class: str = "",
 ) -> Plan:
@@ -131,6 +132,7 @@ def make_plan(
         time_limit_s=time_limit_s,
         grace_s=grace_s,
         hooks=hooks,
+        retention=client.policy(tuple(retention)) if retention else (),
         nice=nice,
         io_class=io_class,
     )

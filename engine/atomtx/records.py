@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .intents import AFTER, Intent, RunHook, UndoHook
+from .intents import AFTER, ApplyRetention, Intent, RunHook, UndoHook
 from .plan import Plan
 
 
@@ -60,13 +60,13 @@ class Run:
 
     @property
     def failed_after(self) -> tuple[Step, ...]:
-        """The user's hooks that failed, of those that do not decide about the backup."""
+        """The hooks and other steps that failed, of those that do not decide about the backup."""
         return tuple(
             step
             for step in self.steps
             if step.outcome == "failed"
             and (
-                isinstance(step.intent, UndoHook)
+                isinstance(step.intent, UndoHook | ApplyRetention)
                 or (isinstance(step.intent, RunHook) and step.intent.when in AFTER)
             )
         )

@@ -25,9 +25,10 @@ from .errors import (
     UserError,
     WaitingError,
 )
-from .executor import Executor, Tell, settings_of
+from .executor import Executor, Tell
 from .interrupts import Interrupts
 from .journal import Journal, NoRunError
+from .launching import settings_of
 from .probing import end_survivors, pool_trouble, probe, survivors
 from .records import Run
 from .recovery import Decision, Probes, Wish

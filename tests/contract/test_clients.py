@@ -393,6 +393,29 @@ def test_restic_root(version: str, restic: Callable[[str], Settings], home: Path
     assert snapshots(settings)[0]["paths"] == ["/"]
 
 
+@Restics
+def test_restic_retention(
+    version: str, restic: Callable[[str], Settings], home: Path, srv: Path
+) -> None:
+    """By the job's rules older backups of its own are forgotten: those of others all stay."""
+    settings, client = restic(version), Restic()
+    others = moment_of(srv), moment_of(home, srv)
+    for moment in (*others, *(moment_of(home, at=AT + timedelta(days=n)) for n in range(4))):
+        assert back_up(client, settings, moment).end.outcome is Outcome.COMPLETED
+    back_up(client, replace(settings, extra=("--host=other",)), moment_of(home))
+    policy = client.policy(("--keep-last", "2"))
+    for argv in client.retention(settings, moment_of(home), policy):
+        call(settings, *argv[1:])
+    left = [
+        (each["paths"], each["time"][:10], each["hostname"] == "other")
+        for each in snapshots(settings)
+    ]
+    own = [str((AT + timedelta(days=n)).date()) for n in (2, 3)]
+    assert sorted(day for paths, day, other in left if paths == [str(home)] and not other) == own
+    assert len(left) == len(own) + len(others) + 1
+    call(settings, "check")
+
+
 @pytest.mark.parametrize("leaves", [True, False])
 def test_restic_stable_parents(
     restic: Callable[[str], Settings], tmp_path: Path, home: Path, leaves: bool
@@ -750,3 +773,21 @@ def test_command(home: Path, srv: Path, tmp_path: Path) -> None:
     failed = back_up(Command(), settings, moment_of(Path("/absent")))
     assert failed.end.outcome is Outcome.FAILED
     assert "exit status 2" in (failed.end.reason or "")
+
+
+def test_kopia_retention(kopia: Settings, home: Path, srv: Path) -> None:
+    """The job's rules are the policy of its own sources alone, and are applied at once."""
+    client = Kopia()
+    for n in range(4):
+        (home / "more").write_text(str(n))
+        for path in (home, srv):
+            moment = moment_of(path, at=AT + timedelta(days=n))
+            assert back_up(client, kopia, moment).end.outcome is Outcome.COMPLETED
+    spans = ("latest", "hourly", "daily", "weekly", "monthly", "annual")
+    policy = client.policy(tuple(f"--keep-{span}={2 * (span == 'latest')}" for span in spans))
+    for argv in client.retention(kopia, moment_of(home), policy):
+        call(kopia, *argv[1:])
+    listed = json.loads(call(kopia, "snapshot", "list", "--json", "--all", "--show-identical"))
+    left = [each["source"]["path"] for each in listed]
+    assert left.count(str(home)) == 2
+    assert left.count(str(srv)) == 4

@@ -52,6 +52,12 @@ def test_secret() -> None:
         Command().launch(settings("own", "--password=sesame"), FACTS, HOME)
 
 
+def test_retention() -> None:
+    """What an unknown program keeps cannot be said."""
+    with pytest.raises(UserError, match="cannot be told what to keep"):
+        Command().policy(("--keep-last", "3"))
+
+
 def test_inspect() -> None:
     """The program must be there; nothing is known about its repository, and that is said."""
     facts = Command().inspect(settings("sh"))

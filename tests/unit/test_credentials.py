@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from atomtx import credentials, executor, plan, preparing
+from atomtx import credentials, launching, plan, preparing
 from atomtx.clients import Facts
 from atomtx.clients.command import Command
 from atomtx.errors import UserError
@@ -95,11 +95,11 @@ def test_resumed_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     client = dataclasses.replace(
         a_bare_plan().client, environment=(("RESTIC_PASSWORD_FILE", "/p"),)
     )
-    env = executor.settings_of(client).env
+    env = launching.settings_of(client).env
     assert env["RESTIC_PASSWORD_FILE"] == "/p"
     assert not {"RESTIC_PASSWORD", "RESTIC_PASSWORD_COMMAND"} & set(env)
     both = dataclasses.replace(client, secrets=("RESTIC_PASSWORD",))
-    env = executor.settings_of(both).env
+    env = launching.settings_of(both).env
     assert (env["RESTIC_PASSWORD"], "RESTIC_PASSWORD_COMMAND" in env) == ("x", False)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from atomtx import hooks
+from atomtx import sessions
 from atomtx.errors import ExitStatus
 from atomtx.intents import (
     AFTER_FAILURE,
@@ -213,11 +213,11 @@ def test_over_its_limit(scene: Scene) -> None:
 
 
 def _short_grace() -> None:
-    hooks.GRACE_S = 1.0
+    sessions.GRACE_S = 1.0
 
 
 def session(scene: Scene) -> list[int]:
-    return hooks._session(int((scene.home / "pid").read_text()))
+    return sessions._session(int((scene.home / "pid").read_text()))
 
 
 def test_signal(scene: Scene) -> None:
@@ -246,6 +246,72 @@ def test_what_a_hook_leaves(scene: Scene) -> None:
     os.kill(int((scene.home / "daemon").read_text()), signal.SIGKILL)
     assert outcome(ended) == ("completed", None)
     assert [result for _, result, _ in hook_steps(scene)] == ["done", "done"]
+
+
+# -- retention -------------------------------------------------------------------------------
+
+
+def kept(scene: Scene, body: str = "") -> Plan:
+    """Return a plan whose client forgets older backups: by a script, in the place of its own."""
+    made = scene.plan(*SETS, client="played")
+    forget = script(scene, "forget", f"test -e in-run || exit 9\n{body}")
+    scene.behave(f"test -e {scene.home}/in-run || exit 1\n")
+    (scene.home / "forgetting").write_text(forget[0])
+    return replace(made, hooks=all_hooks(scene), retention=("--keep-last=3",))
+
+
+def test_retention(scene: Scene) -> None:
+    """After a backup that completed, while what a hook has mounted for it is still there."""
+    ended = scene.backup(kept(scene))
+    assert outcome(ended) == ("completed", None)
+    assert did(scene) == ["stop", "quiesce", "thaw", "forget", "start", "after-success", "finally"]
+    assert ended.run
+    assert status_of(ended.run) is ExitStatus.COMPLETED
+    assert scene.left() == []
+
+
+@pytest.mark.parametrize(("said", "result"), [("exit 3", "partial"), ("exit 1", "failed")])
+def test_nothing_is_forgotten(scene: Scene, said: str, result: str) -> None:
+    """What a backup lacks that did not complete may be in an older one alone."""
+    made = kept(scene)
+    scene.behave(f'cat "$1/file" > /dev/null; {said}\n')
+    assert outcome(scene.backup(made))[0] == result
+    assert "forget" not in did(scene)
+
+
+def test_retention_fails(scene: Scene) -> None:
+    """The backup stands; exit status 7, and the rest goes on."""
+    ended = scene.backup(kept(scene, "echo locked; exit 11"))
+    assert ended.run
+    assert outcome(ended) == ("completed", None)
+    assert status_of(ended.run) is ExitStatus.STEP_AFTER_FAILED
+    (said,) = ended.said("warn")
+    assert said.endswith("forget --keep-last=3: exit status 11: locked")
+    assert did(scene)[-3:] == ["start", "after-success", "finally"]
+
+
+@pytest.mark.parametrize("who", ["front", "all"])
+def test_killed_in_retention(scene: Scene, who: str) -> None:
+    """It is ended, what it left in the repository is mended, and it runs once more."""
+    made = kept(scene, "test -e twice && exit; touch twice; echo $$ > pid; sleep 1000")
+    killed = scene.backup(made, at="start:forget#1", who=who, delay_s=0.5)
+    assert killed.status == -signal.SIGKILL
+    ended = scene.recover()
+    assert outcome(ended) == ("completed", None)
+    assert did(scene).count("forget") == 2
+    assert any(str(words).startswith("mended repo") for words in ended.said("step"))
+    assert not session(scene)
+
+
+def test_retention_is_interrupted(scene: Scene) -> None:
+    """A signal ends it at once; the backup stands, and the hooks are undone."""
+    made = kept(scene, "echo $$ > pid; sleep 1000")
+    ended = scene.backup(made, at="start:forget#1", who=f"signal {signal.SIGINT:d}", delay_s=0.5)
+    assert outcome(ended) == ("completed", None)
+    assert ended.run
+    assert [step.intent.kind for step in ended.run.failed_after] == ["apply-retention"]
+    assert in_force(scene) == []
+    assert not session(scene)
 
 
 # -- crashes ---------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from atomtx.intents import (
     AFTER,
     BEFORE,
     KINDS,
+    ApplyRetention,
     DestroySnapshots,
     EndClient,
     HoldSnapshots,
@@ -44,6 +45,7 @@ PAIRS: list[tuple[Intent, Intent | None]] = [
         for when in BEFORE
     ),
     *((RunHook(when, ("tell",)), None) for when in AFTER),
+    (ApplyRetention("restic", (("restic", "forget", "--keep-last=3"),), "/"), None),
 ]
 ALL = [intent for pair in PAIRS for intent in pair if intent]
 each_intent = pytest.mark.parametrize("intent", ALL, ids=lambda intent: str(intent.kind))

@@ -215,6 +215,38 @@ def test_local_time(
     assert local_time(datetime(*at, tzinfo=UTC), {"TZ": zone}) == expected
 
 
+def test_retention() -> None:
+    """Only backups of the same host and paths are forgotten, whatever else the repository has."""
+    policy = Restic().policy(("--keep-daily", "7", "--keep-within=1y"))
+    given = settings("-r", "/repo", "--tag", "x", RESTIC_HOST="vm")
+    (argv,) = Restic().retention(given, HOME, policy)
+    assert argv == (
+        *("restic", "forget", "--host=vm", "--path=/home", "--path=/srv"),
+        *("--group-by=host,paths", "--keep-daily=7", "--keep-within=1y", "--prune"),
+        "--repo=/repo",
+    )
+    tree = Moment(("/home",), "/tree", AT)
+    assert "--path=/tree/home" in Restic().retention(given, tree, policy)[0]
+    assert "--host=own" in Restic().retention(settings("--host", "own"), HOME, policy)[0]
+
+
+@pytest.mark.parametrize(
+    ("rules", "said"),
+    [
+        (("--keep-daily",), "has no value"),
+        (("--keep-daily", "--prune"), "has no value"),
+        (("--keep-latest", "3"), "is no rule of retention for restic"),
+        (("latest",), "is no rule"),
+        (("--host=x",), "is no rule"),
+        (("--keep-daily=7", "4f3c1d2e"), "is no rule"),
+    ],
+)
+def test_wrong_policy(rules: tuple[str, ...], said: str) -> None:
+    """A bare word would be the name of a backup to forget: nothing but rules is taken."""
+    with pytest.raises(UserError, match=said):
+        Restic().policy(rules)
+
+
 def test_live_paths() -> None:
     """Cache, local repository, folder for temporary files and agent must be the live ones."""
     env = {"HOME": "/root", "TMPDIR": "/var/tmp", "SSH_AUTH_SOCK": "/run/a/sock"}

@@ -24,10 +24,11 @@ from ..errors import (
     UserError,
     worst,
 )
-from ..executor import Executor, Tell, kept, launch_of
-from ..intents import KeepSnapshots, RunClient, RunHook, TakeSnapshots
+from ..executor import Executor, Tell, kept
+from ..intents import ApplyRetention, KeepSnapshots, RunClient, RunHook, TakeSnapshots
 from ..interrupts import Interrupts
 from ..journal import ActiveRunError, Journal, NoRunError
+from ..launching import launch_of, retention_of
 from ..mounts import tree
 from ..plan import Plan, Request
 from ..preparing import choose_client, make_plan, settings
@@ -121,6 +122,9 @@ class _WithClientOptions(click.Command):
     show_default=jobs.without("grace"),
     help="How long a client that was stopped may take to end; then it is killed.",
 )
+@click.option(
+    "--retention", metavar="WORDS", help="Then forget older backups of the job: --keep-daily 7 ..."
+)
 @hook_options.add
 @click.option("--nice", type=click.IntRange(0, 19), help="Run the client with this niceness.")
 @click.option("--io-class", metavar="CLASS[:LEVEL]", help="Run it so; as ionice: idle, ...")
@@ -161,7 +165,7 @@ def backup(names: tuple[str, ...], as_json: bool, quiet: bool, **options: Any) -
       0 completed       3 partial: some files could not be read
       1 failed          4 backed up, cleanup parked: run `atomtx recover`
       2 usage           5 another run of this job is at work
-      6 waiting         7 backed up, a hook after it failed
+      6 waiting         7 backed up, a step after it failed
                         130, 143 interrupted and cleaned up
     """
     with reporter(as_json=as_json, quiet=quiet) as show:
@@ -251,6 +255,7 @@ class _Backup:
             time_limit_s=job.time_limit,
             grace_s=job.grace,
             hooks=job.hooks,
+            retention=job.retention,
             nice=job.nice,
             io_class=job.io_class,
         )
@@ -293,6 +298,7 @@ class _Backup:
             *plan.intents(made, self._directories(made)),
             client_step,
             *_keeping(made),
+            *_retention(made, moment),
             *plan.hooks_after(made, None),
         )
         lines = plan.describe(made, steps)
@@ -379,6 +385,11 @@ def _make(folder: RunFolder) -> RunFolder:
 def _keeping(made: Plan) -> list[KeepSnapshots]:
     taken = [step for step in plan.intents(made) if isinstance(step, TakeSnapshots)]
     return [kept(step) for step in taken] if made.keep_snapshots else []
+
+
+def _retention(made: Plan, moment: Moment) -> list[ApplyRetention]:
+    commands = retention_of(made, moment)
+    return [ApplyRetention(made.client.name, commands, made.client.cwd)] if commands else []
 
 
 def _resolved(name: str) -> str:

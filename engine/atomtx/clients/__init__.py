@@ -172,6 +172,16 @@ class Client(Protocol):
 
     def reader(self, moment: Moment) -> Reader: ...
 
+    def policy(self, words: tuple[str, ...]) -> tuple[str, ...]:
+        """Return rules of retention, one a word; UserError for what is none of this client's."""
+        ...
+
+    def retention(
+        self, settings: Settings, moment: Moment, policy: tuple[str, ...]
+    ) -> tuple[tuple[str, ...], ...]:
+        """Return the commands that forget backups of the same host and paths by *policy*.  Pure."""
+        ...
+
     def after_loss(self, settings: Settings, facts: Facts) -> tuple[str, ...]:
         """
         Mend the repository after our own run's client was killed; return what was done, in words.

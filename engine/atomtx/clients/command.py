@@ -82,6 +82,19 @@ class Command:
     def reader(self, moment: Moment) -> CommandReader:
         return CommandReader(moment)
 
+    def policy(self, words: tuple[str, ...]) -> tuple[str, ...]:
+        """Refuse: what such a program keeps is not known."""
+        raise UserError(
+            "a command of your own cannot be told what to keep",
+            hint="name the client that it wraps (--client restic), or use --after-success",
+        )
+
+    def retention(
+        self, settings: Settings, moment: Moment, policy: tuple[str, ...]
+    ) -> tuple[tuple[str, ...], ...]:
+        """Return nothing."""
+        return ()
+
     def after_loss(self, settings: Settings, facts: Facts) -> tuple[str, ...]:
         """Do nothing: what such a program leaves behind is not known."""
         return ()

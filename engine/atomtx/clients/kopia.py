@@ -33,6 +33,7 @@ from .program import (
     last_value,
     program,
     refuse,
+    rules,
 )
 
 _GLOBAL_VALUED = frozenset(
@@ -83,6 +84,9 @@ _NOTES = (
     "file capabilities or special files",
     "kopia leaves out what its policies ignore, and directories with a CACHEDIR.TAG",
     "kopia applies its retention policy after each backup, and its maintenance when that is due",
+)
+_RULES = frozenset(
+    f"--keep-{span}" for span in ("latest", "hourly", "daily", "weekly", "monthly", "annual")
 )
 
 
@@ -315,6 +319,21 @@ class Kopia:
 
     def reader(self, moment: Moment) -> KopiaReader:
         return KopiaReader(moment)
+
+    def policy(self, words: tuple[str, ...]) -> tuple[str, ...]:
+        """Return the rules of `kopia policy set`."""
+        return rules(words, _RULES, "kopia")
+
+    def retention(
+        self, settings: Settings, moment: Moment, policy: tuple[str, ...]
+    ) -> tuple[tuple[str, ...], ...]:
+        """Return what sets each source's policy and applies it; kopia keeps it from then on."""
+        argv, config = program(settings, "kopia"), _config(_config_file(settings))
+        own = _globals(_options(settings))
+        sources = [_source(path, config) for path in moment.sources]
+        set_ = [(*argv, "policy", "set", *policy, *own, source) for source in sources]
+        expire = (*argv, "snapshot", "expire", "--delete", *own, *sources)
+        return (*set_, expire)
 
     def after_loss(self, settings: Settings, facts: Facts) -> tuple[str, ...]:
         """Do nothing: kopia has no locks, and uses again what it finds."""

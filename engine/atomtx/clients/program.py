@@ -148,6 +148,28 @@ def program(settings: Settings, default: str) -> tuple[str, ...]:
     return argv
 
 
+def rules(words: Sequence[str], known: Collection[str], client: str) -> tuple[str, ...]:
+    """
+    Return rules of retention, each `--keep-...=value`; UserError for anything else.
+
+    Nothing else may be among them: a bare word would be the name of a backup to forget.
+    """
+    found, left = [], list(words)
+    while left:
+        name, equals, value = left.pop(0).partition("=")
+        if name not in known:
+            raise UserError(
+                f"{name} is no rule of retention for {client}",
+                hint=f"its rules: {', '.join(sorted(known))}",
+            )
+        if not equals:
+            value = left.pop(0) if left else ""
+        if not value or value.startswith("-"):
+            raise UserError(f"the rule {name} has no value", hint=f"such as {name} 7")
+        found.append(f"{name}={value}")
+    return tuple(found)
+
+
 def find(argv: Sequence[str], settings: Settings) -> None:
     """Raise a :class:`UserError` if the program is not installed."""
     if process.which(argv[0], settings.env) is None:

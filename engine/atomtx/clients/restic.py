@@ -31,6 +31,7 @@ from .program import (
     local_time,
     program,
     refuse,
+    rules,
 )
 from .restic_reader import ResticReader
 
@@ -42,6 +43,13 @@ _WITH_GROUP_BY: Version = (0, 16)  # and --retry-lock, and `repair index`
 _WITH_HARDLINK_FEATURE: tuple[Version, Version] = ((0, 17), (0, 19))
 _HARDLINK_FEATURE = "device-id-for-hardlinks"
 _RETRY_LOCK = "10m"
+_SPANS = ("last", "hourly", "daily", "weekly", "monthly", "yearly")
+_RULES = frozenset(
+    [
+        *(f"--keep-{span}" for span in (*_SPANS, "within", "tag")),
+        *(f"--keep-within-{span}" for span in _SPANS[1:]),
+    ]
+)
 
 _GLOBAL_VALUED = frozenset(
     [
@@ -357,6 +365,25 @@ class Restic:
 
     def reader(self, moment: Moment) -> ResticReader:
         return ResticReader(moment)
+
+    def policy(self, words: tuple[str, ...]) -> tuple[str, ...]:
+        """Return the rules of `restic forget`."""
+        return rules(words, _RULES, "restic")
+
+    def retention(
+        self, settings: Settings, moment: Moment, policy: tuple[str, ...]
+    ) -> tuple[tuple[str, ...], ...]:
+        """Return one `restic forget --prune` for this host and these paths alone."""
+        options = _options(settings)
+        host = last_value(options, "--host") or settings.env.get("RESTIC_HOST")
+        root = moment.root.rstrip("/")
+        paths = moment.sources if moment.whole else [(root + p) or "/" for p in moment.targets]
+        argv = (
+            *(*program(settings, "restic"), "forget", f"--host={host or os.uname().nodename}"),
+            *(f"--path={path}" for path in paths),
+            *("--group-by=host,paths", *policy, "--prune", *_globals(options)),
+        )
+        return (argv,)
 
     def after_loss(self, settings: Settings, facts: Facts) -> tuple[str, ...]:
         """

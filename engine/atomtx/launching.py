@@ -1,0 +1,51 @@
+"""How the client of a run is run: at the plan, at a resume, and for what follows a backup."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+from . import clients, credentials, plan
+from .clients import Facts, Launch, Moment, Settings
+from .plan import ClientPlan, Plan
+
+
+def environment_of(client: ClientPlan) -> dict[str, str]:
+    """
+    Return the client's environment: ours, what was journaled of the first attempt's, credentials.
+
+    Raises UserError for a credential that cannot be had, nor is in our environment.
+    """
+    values = credentials.read_or_inherit(client.credentials, os.environ)
+    journaled = dict(client.environment)
+    return credentials.overlaid(os.environ, {**journaled, **values}, keep=client.secrets)
+
+
+def settings_of(client: ClientPlan) -> Settings:
+    """Return how to run the client, at the plan and at a resume alike."""
+    env = environment_of(client)
+    return Settings(client.command, client.extra, env, client.cwd, credentials=client.credentials)
+
+
+def launch_of(made: Plan, moment: Moment) -> Launch:
+    """Return the client's commands as they are run, with the plan's niceness."""
+    config = made.client
+    launch = clients.load(config.name).launch(settings_of(config), facts_of(config), moment)
+    commands = tuple(plan.prioritized(made, argv) for argv in launch.commands)
+    return replace(launch, commands=commands)
+
+
+def facts_of(client: ClientPlan) -> Facts:
+    """Return what was found when the run was planned."""
+    return Facts(client.version, client.repository)
+
+
+def retention_of(made: Plan, moment: Moment) -> tuple[tuple[str, ...], ...]:
+    """Return the commands that apply the plan's retention to the job's own backups; maybe none."""
+    if not made.retention:
+        return ()
+    config = made.client
+    # They are journaled with the client's end, which must not wait for a credential.
+    env = {**os.environ, **dict(config.environment)}
+    known = Settings(config.command, config.extra, env, config.cwd)
+    return clients.load(config.name).retention(known, moment, made.retention)

@@ -1,0 +1,227 @@
+"""
+A command of the user's in a session of its own: started, limited, read, and ended with all of it.
+
+It holds none of our locks, so that one that hangs keeps no recovery out.  What is left of its
+session after a crash is found by its first process, or by a mark in the environment.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import signal
+import time
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from . import locks, process
+from .errors import Interrupted
+from .interrupts import Interrupts
+from .output import Lines, Log
+from .redact import Redactor
+from .statedir import RunFolder
+from .task import span
+
+if TYPE_CHECKING:
+    from subprocess import Popen
+
+GRACE_S = 10.0
+_LOOK_S = 0.2
+_READ_BYTES = 1 << 16
+_LAST_READS = 17  # a pipe holds 1 MiB at most (pipe(7))
+_MARK = "ATOMTX_HOOK_ID"
+
+
+class Sessions:
+    """Runs the commands of one run's steps."""
+
+    def __init__(self, folder: RunFolder, interrupts: Interrupts) -> None:
+        self._folder = folder
+        self._interrupts = interrupts
+
+    def run(
+        self,
+        step: int,
+        argv: tuple[str, ...],
+        *,
+        env: Mapping[str, str],
+        cwd: str,
+        limit_s: int = 0,
+        stops: bool,
+        secrets: Collection[str] = (),
+    ) -> str | None:
+        """
+        Run a step's command to its end; return what is wrong with it, if anything.
+
+        With *stops* a signal ends it, and Interrupted is raised.  *secrets* are the names of
+        further variables whose values must not be seen.
+        """
+        env = {**env, _MARK: self._mark(step)}
+        try:
+            child = process.spawn_hook(argv, env=env, cwd=cwd if os.path.isdir(cwd) else "/")
+        except OSError as exc:
+            return f"cannot start {argv[0]}: {exc.strerror}"
+        with suppress(OSError):  # a full disk: its mark tells as well which processes are its
+            self._folder.write_hook(step, _identity(child.pid))
+        log = _LastLine(self._folder, Redactor(env, secrets))
+        try:
+            in_time = self._watch(child, log, limit_s, stops=stops)
+        except Interrupted:
+            _end_session(child)
+            raise
+        finally:
+            log.close()
+        if not in_time:
+            _end_session(child)
+            return f"did not end within {span(limit_s)}"
+        return _trouble(child.wait(), log.last)
+
+    def _mark(self, step: int) -> str:
+        return f"{self._folder.path.name}:{step}"
+
+    def _watch(self, child: Popen[bytes], log: _LastLine, limit_s: int, *, stops: bool) -> bool:
+        """Read what it prints until it has ended; False where *limit_s* passed before."""
+        assert child.stdout
+        end = time.monotonic() + limit_s if limit_s else None
+        pidfd = os.pidfd_open(child.pid)
+        os.set_blocking(child.stdout.fileno(), False)
+        try:
+            with selectors.DefaultSelector() as selector:
+                selector.register(pidfd, selectors.EVENT_READ)
+                selector.register(child.stdout, selectors.EVENT_READ)
+                while True:
+                    ready = {key.fd for key, _ in selector.select(_LOOK_S)}
+                    if child.stdout.fileno() in ready and not log.read(child.stdout.fileno()):
+                        selector.unregister(child.stdout)
+                    if pidfd in ready:
+                        break
+                    if stops:
+                        self._interrupts.check()
+                    if end is not None and time.monotonic() >= end:
+                        return False
+            # What it left behind may keep the pipe open, and write, for ever.
+            for _ in range(_LAST_READS):
+                if not log.read(child.stdout.fileno()):
+                    break
+            return True
+        finally:
+            os.close(pidfd)
+            child.stdout.close()
+
+    def end_what_is_left(self, step: int) -> list[int]:
+        """
+        End what lives of a step's session, after a crash too; each process proven first.
+
+        Return what cannot be ended.
+        """
+        known = self._folder.read_hook(step)
+        mark = f"{_MARK}={self._mark(step)}"
+        proven: dict[int, dict[str, Any]] = {}
+
+        def is_proven(pid: int) -> bool:
+            return pid in proven and _identity(pid) == proven[pid] and _session_of(pid) is not None
+
+        def left() -> list[int]:
+            for sid in _sessions_of_hook(known, mark):
+                proven.update({pid: _identity(pid) for pid in _session(sid)})
+            return list(filter(is_proven, proven))
+
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            for pid in (alive := left()):
+                locks.send(pid, number, if_still=is_proven)
+            if not alive or locks.wait_until(lambda: not left(), GRACE_S):
+                return []
+        return left()
+
+
+class _LastLine:
+    """The log of the hooks, and the last line that one of them printed; redacted."""
+
+    def __init__(self, folder: RunFolder, redactor: Redactor) -> None:
+        self._redactor = redactor
+        self._lines = Lines()
+        self._log: Log | None = None
+        with suppress(OSError):  # a full disk loses the log, never the hook
+            self._log = Log(folder.hooks_log, self._redactor)
+        self.last = ""
+
+    def read(self, descriptor: int) -> bool:
+        """Take what is there; False at the end, or where there is nothing."""
+        try:
+            data = os.read(descriptor, _READ_BYTES)
+        except BlockingIOError:
+            return False
+        self._take(self._lines.feed(data) if data else self._lines.rest())
+        return bool(data)
+
+    def _take(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.last = self._redactor.redact(line.strip())[:300]
+            if self._log:
+                self._log.line(line)
+
+    def close(self) -> None:
+        self._take(self._lines.rest())
+        if self._log:
+            self._log.close()
+
+
+def _end_session(child: Popen[bytes]) -> None:
+    """End a hook that is our child, with all of its session, and wait for it."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for pid in _session(child.pid):  # which is not reused before the child is waited for
+            locks.send(pid, number, if_still=lambda p: _session_of(p) == child.pid)
+        if locks.wait_until(lambda: not _session(child.pid), GRACE_S):
+            break
+    child.wait()
+
+
+def _trouble(status: int, last: str) -> str | None:
+    if status == 0:
+        return None
+    how = f"exit status {status}" if status > 0 else f"killed by signal {-status}"
+    return f"{how}: {last}" if last else how
+
+
+def _stat(pid: int) -> list[str]:
+    """Return proc(5)'s stat of a process from its state on; nothing where it is gone."""
+    with suppress(OSError), open(f"/proc/{pid}/stat") as file:
+        return file.read().rpartition(")")[2].split()
+    return []
+
+
+def _identity(pid: int) -> dict[str, Any]:
+    """Return what tells a process from any other: its pid, its start, the boot."""
+    stat = _stat(pid)
+    return {"pid": pid, "start": stat[19] if stat else None, "boot_id": locks.boot_id()}
+
+
+def _session_of(pid: int) -> int | None:
+    """Return the session of a living process; one that only waits to be reaped is in none."""
+    stat = _stat(pid)
+    return int(stat[3]) if stat and stat[0] not in "ZX" else None
+
+
+def _session(sid: int) -> list[int]:
+    return [pid for pid in locks.pids() if _session_of(pid) == sid]
+
+
+def _sessions_of_hook(known: Mapping[str, Any] | None, mark: str) -> set[int]:
+    """
+    Return the sessions that are proven a hook's: by its first process, or by one with its mark.
+
+    Others of the session may have dropped their environment.  A number of a session is not used
+    again while it has a process.
+    """
+    if known is None:  # killed before it could note the process
+        return {sid for pid in locks.pids() if _has_mark(pid, mark) and (sid := _session_of(pid))}
+    sid = int(known["pid"])
+    is_its = _identity(sid) == known or any(_has_mark(pid, mark) for pid in _session(sid))
+    return {sid} if is_its else set()
+
+
+def _has_mark(pid: int, mark: str) -> bool:
+    with suppress(OSError), open(f"/proc/{pid}/environ", "rb") as file:
+        return mark.encode() in file.read().split(b"\0")
+    return False
