@@ -31,7 +31,7 @@ The modules, in reading order:
     locks.py        the kernel locks F, R and C, and who holds them
     process.py      the only module that starts programs
     interrupts.py   SIGINT and SIGTERM as a request to compensate
-    volumes/        zfs.py: find, snapshot, hold, probe, destroy
+    volumes/        kind.py, zfs.py, btrfs.py ...: find, snapshot, hold, probe, destroy
     mounts/         mountinfo.py, namespace.py, tree.py ...: mount, probe, unmount
     clients/        restic.py, kopia.py, command.py ...: the backup programs
     task.py         what a front end asks of a runner, and what that leaves

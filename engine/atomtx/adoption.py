@@ -15,7 +15,8 @@ from .intents import Intent, Mount, MountVolumes
 from .mounts import mountinfo
 from .names import RunId, Snapshot
 from .plan import ClientPlan, Plan, PlannedVolume, Pool, intents
-from .volumes.zfs import Identity, Zfs
+from .volumes.kind import Identity
+from .volumes.zfs import Zfs
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,6 @@ from .intents import (
 from .interrupts import Interrupts
 from .journal import Change, Journal
 from .mounts import tree
-from .names import RunId
 from .plan import ClientPlan
 from .probing import end_survivors, same_moment
 from .records import Run
@@ -47,7 +46,8 @@ from .recovery import MAX_ATTEMPTS, within_patience
 from .statedir import RunFolder
 from .states import Event, Outcome
 from .task import Task, end_from_json
-from .volumes.zfs import Identity, Zfs
+from .volumes.kind import Identity
+from .volumes.kinds import Kinds
 
 _RETRY_S = (10.0, 60.0, 300.0)
 _DEFAULT_TMP = "/tmp"
@@ -78,10 +78,10 @@ class Executor:
         self._journal = journal
         self._folder = folder
         self._front = front
-        self._zfs = Zfs(front)
+        self._kinds = Kinds.real(front)
         self._interrupts = interrupts
         self._tell = tell
-        self._cleaner = Cleaner(journal, folder, self._zfs, tell.warn)
+        self._cleaner = Cleaner(journal, folder, self._kinds, tell.warn)
         self._errand: errand.Errand | None = None
         self._unwritten: dict[str, Any] | None = None  # the end record that found no room
         self._taken = False  # the snapshots of a planned run are there already
@@ -184,14 +184,16 @@ class Executor:
         steps = run.pending(TakeSnapshots)
         complaints = [] if self._taken else [self._take_pool(step.intent) for step in steps]
         took = (datetime.now(UTC) - started).total_seconds()
-        found = self._zfs.identities([v.snapshot for v in run.volumes])
+        found = self._kinds.identities(run.plan.volumes)
         _check_taken(run, found, [c for c in complaints if c])
         self._found = found
         detail = f"one transaction group a pool; {len(steps)} pools within {took:.3f} s"
         with self._journal.change(run) as change:
             for step in steps:
                 change.ended(step, "done", detail if len(steps) > 1 else None)
-                change.intend(_hold(step.intent))
+                assert isinstance(step.intent, TakeSnapshots)
+                if hold := plan.hold_of(step.intent):
+                    change.intend(hold)
             change.identify({n: (i.guid, i.createtxg) for n, i in found.items()})
             moment = min(found[v.snapshot].creation_s for v in run.volumes)
             change.set(moment_at=moment * 1_000_000)
@@ -203,14 +205,15 @@ class Executor:
     def _take_pool(self, intent: object) -> EffectError | None:
         assert isinstance(intent, TakeSnapshots)
         self._tell.step(intent.describe())
-        return self._zfs.take(intent.snapshots, run=intent.run)
+        return self._kinds.of(intent.volume_kind).take(intent)
 
     # -- snapshotted -> mounted ------------------------------------------------------------
 
     def _hold_and_mount(self, run: Run) -> Run:
         for step in run.pending(HoldSnapshots):
             assert isinstance(step.intent, HoldSnapshots)
-            self._zfs.hold(step.intent.snapshots, tag=step.intent.tag)
+            kind = self._kinds.of(step.intent.volume_kind)
+            kind.hold(step.intent.snapshots, tag=step.intent.tag)
         self._cleaner.held = self._found
         intent = self._mount_intent(run)
         run = self._intend_mounts(run, intent)
@@ -469,15 +472,11 @@ def _check_taken(run: Run, found: dict[str, Identity], complaints: list[EffectEr
         raise EffectError("the snapshots are not of one moment: their createtxg differ")
 
 
-def _hold(intent: object) -> HoldSnapshots:
-    assert isinstance(intent, TakeSnapshots)
-    tag = RunId(intent.run).token
-    return HoldSnapshots(intent.pool, intent.pool_guid, intent.snapshots, tag)
-
-
 def kept(intent: TakeSnapshots) -> KeepSnapshots:
     """Return the step that makes the snapshots the user's, in the place of their destruction."""
-    return KeepSnapshots(intent.pool, intent.pool_guid, intent.snapshots, intent.run)
+    return KeepSnapshots(
+        intent.pool, intent.pool_guid, intent.snapshots, intent.run, intent.volume_kind
+    )
 
 
 def _environment(client: ClientPlan) -> dict[str, str]:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from .errors import UserError
-from .intents import HoldSnapshots, Intent, Mount, MountVolumes, TakeSnapshots
+from .intents import HoldSnapshots, Intent, Mount, MountVolumes, Source, TakeSnapshots
 from .names import Dataset, RunId, is_within
 
 SYSTEM_PATHS = ("/dev", "/proc", "/run", "/sys")  # always the live ones, in a set that holds "/"
@@ -80,15 +80,16 @@ class Selection:
 
 @dataclass(frozen=True)
 class PlannedVolume:
-    """A dataset of the set."""
+    """A volume of the set."""
 
-    kind: str  # "zfs"
-    pool: str
+    kind: str  # "zfs" or "btrfs"
+    pool: str  # of btrfs the file system, by its UUID
     pool_guid: str
     name: str
     guid: str
     mountpoint: str  # where it is mounted live
     snapshot: str  # the whole name of the snapshot to take
+    source: Source | None = None  # of btrfs
 
 
 @dataclass(frozen=True)
@@ -277,12 +278,28 @@ def intents(plan: Plan, directories: tuple[str, ...] = ()) -> tuple[Intent, ...]
 
     *directories* are those to be made for a tree, parents first.
     """
-    take = [
-        TakeSnapshots(pool, guid, snapshots, plan.run) for pool, guid, snapshots in _by_pool(plan)
-    ]
-    tag = RunId(plan.run).token
-    hold = [HoldSnapshots(pool, guid, snapshots, tag) for pool, guid, snapshots in _by_pool(plan)]
+    take = [_take(plan.run, volumes) for volumes in _by_pool(plan)]
+    hold = filter(None, map(hold_of, take))
     return (*take, *hold, MountVolumes(plan.root, mounts(plan), directories))
+
+
+def _take(run: str, volumes: Sequence[PlannedVolume]) -> TakeSnapshots:
+    first = volumes[0]
+    return TakeSnapshots(
+        pool=first.pool,
+        pool_guid=first.pool_guid,
+        snapshots=tuple(volume.snapshot for volume in volumes),
+        run=run,
+        volume_kind=first.kind,
+        sources=tuple(volume.source for volume in volumes if volume.source),
+    )
+
+
+def hold_of(take: TakeSnapshots) -> HoldSnapshots | None:
+    """Return the hold that follows on snapshots; btrfs knows no holds."""
+    if take.volume_kind != "zfs":
+        return None
+    return HoldSnapshots(take.pool, take.pool_guid, take.snapshots, RunId(take.run).token)
 
 
 def mounts(plan: Plan) -> tuple[Mount, ...]:
@@ -292,14 +309,13 @@ def mounts(plan: Plan) -> tuple[Mount, ...]:
 
 def namespace_mounts(plan: Plan) -> tuple[Mount, ...]:
     """Return each snapshot at its volume's own mountpoint."""
-    return tuple(Mount(volume.snapshot, volume.mountpoint) for volume in plan.volumes)
+    return tuple(Mount(v.snapshot, v.mountpoint, v.kind) for v in plan.volumes)
 
 
 def tree_mounts(plan: Plan) -> tuple[Mount, ...]:
     """Return each snapshot at its volume's mountpoint under the root."""
     return tuple(
-        Mount(volume.snapshot, (plan.root + volume.mountpoint).rstrip("/"))
-        for volume in plan.volumes
+        Mount(v.snapshot, (plan.root + v.mountpoint).rstrip("/"), v.kind) for v in plan.volumes
     )
 
 
@@ -323,12 +339,12 @@ def describe(plan: Plan, steps: Sequence[Intent] | None = None) -> tuple[str, ..
     return tuple(lines)
 
 
-def _by_pool(plan: Plan) -> list[tuple[str, str, tuple[str, ...]]]:
-    """Group the snapshots: those of one pool are taken in one transaction group (promise 8)."""
-    pools: dict[tuple[str, str], list[str]] = {}
+def _by_pool(plan: Plan) -> list[list[PlannedVolume]]:
+    """Group the volumes: those of one pool are taken in one transaction group (promise 8)."""
+    pools: dict[tuple[str, str, str], list[PlannedVolume]] = {}
     for volume in plan.volumes:
-        pools.setdefault((volume.pool, volume.pool_guid), []).append(volume.snapshot)
-    return [(pool, guid, tuple(snapshots)) for (pool, guid), snapshots in pools.items()]
+        pools.setdefault((volume.kind, volume.pool, volume.pool_guid), []).append(volume)
+    return list(pools.values())
 
 
 # -- storing a plan ----------------------------------------------------------------------------
@@ -337,15 +353,25 @@ def _by_pool(plan: Plan) -> list[tuple[str, str, tuple[str, ...]]]:
 def to_json(plan: Plan) -> str:
     """Return the text that :func:`from_json` reads back to an equal plan."""
     # In ASCII: a path that is not UTF-8 has surrogates, which SQLite could not store.
-    return json.dumps(asdict(plan), sort_keys=True)
+    return json.dumps(asdict(plan, dict_factory=_told), sort_keys=True)
+
+
+def _told(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """A volume without a source says nothing of it, as in older journals."""
+    return {name: value for name, value in pairs if name != "source" or value is not None}
 
 
 def from_json(text: str) -> Plan:
     """Read a plan back from the journal."""
     data = {name: _frozen(value) for name, value in json.loads(text).items()}
-    data["volumes"] = tuple(PlannedVolume(**volume) for volume in data["volumes"])
+    data["volumes"] = tuple(map(_planned_volume, data["volumes"]))
     client = {name: _frozen(value) for name, value in data["client"].items()}
     return Plan(**data | {"client": ClientPlan(**client)})
+
+
+def _planned_volume(data: dict[str, Any]) -> PlannedVolume:
+    source = data.get("source")
+    return PlannedVolume(**data | {"source": Source(**source) if source else None})
 
 
 def _frozen(value: Any) -> Any:

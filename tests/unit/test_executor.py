@@ -897,6 +897,6 @@ def test_busy(scene: Scene) -> None:
     assert run_of(scene)["outcome"] == "completed"
 
 
-def _destroy_once(self: Any, identities: Any, run: Any) -> dict[str, str]:
-    found: dict[str, str] = self._zfs.destroy(identities, run=run.id)
+def _destroy_once(self: Any, kind: Any, identities: Any, run: Any) -> dict[str, str]:
+    found: dict[str, str] = kind.destroy(identities, run=run.id)
     return found
