@@ -14,7 +14,8 @@ The modules, in reading order:
     intents.py      one frozen dataclass an effect, and what undoes it                 pure
     plan.py         what is there, what was asked for -> the plan                      pure
     inventory.py    datasets, pools and mounts, and where each can be read             pure
-    selection.py    which datasets a request means, and what is left out               pure
+    subvolumes.py   which btrfs subvolumes a request means, and what is left out       pure
+    selection.py    which volumes a request means, and what is left out                pure
     records.py      the journal's rows as plain values                                 pure
     recovery.py     journal and probes -> resume, roll forward, roll back, wait ...    pure
     redact.py       take secrets out of what is kept or shown                          pure
@@ -30,6 +31,7 @@ The modules, in reading order:
     statedir.py     the state directory, and the folder of each run in it
     locks.py        the kernel locks F, R and C, and who holds them
     process.py      the only module that starts programs
+    btrfsio.py      btrfs as the kernel shows it: ioctls, a mount that nobody else sees
     interrupts.py   SIGINT and SIGTERM as a request to compensate
     volumes/        kind.py, zfs.py, btrfs.py ...: find, snapshot, hold, probe, destroy
     mounts/         mountinfo.py, namespace.py, tree.py ...: mount, probe, unmount

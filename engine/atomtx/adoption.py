@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from .errors import UserError
 from .intents import Intent, Mount, MountVolumes
 from .mounts import mountinfo
-from .names import RunId, Snapshot
+from .names import RunId, Snapshot, mounted_as
 from .plan import ClientPlan, Plan, PlannedVolume, Pool, intents
 from .volumes.kind import Identity
 from .volumes.zfs import Zfs
@@ -48,7 +48,8 @@ def scan(zfs: Zfs, known: Iterable[str]) -> list[Stray]:
 
 def _stray(run: str, names: list[str], found: dict[str, Identity], table: mountinfo.Table) -> Stray:
     snapshots = tuple(found[name] for name in names if name in found)
-    mounts = tuple(e.mountpoint for e in table if e.source in names)
+    things = frozenset(map(mounted_as, names))
+    mounts = tuple(e.mountpoint for e in table if e.thing in things)
     return Stray(run, snapshots, mounts)
 
 
@@ -95,5 +96,5 @@ def intents_of(stray: Stray, the_plan: Plan) -> tuple[Intent, ...]:
 
 def _mounts_of(snapshot: Identity) -> Iterator[Mount]:
     for entry in mountinfo.read():
-        if entry.source == snapshot.name:
-            yield Mount(entry.source, entry.mountpoint)
+        if entry.thing == mounted_as(snapshot.name):
+            yield Mount(snapshot.name, entry.mountpoint)

@@ -26,7 +26,7 @@ from .intents import (
 )
 from .journal import Change, Journal
 from .mounts import inhabitants, mountinfo, tree
-from .names import RunId
+from .names import RunId, mounted_as
 from .probing import end_survivors, presence
 from .records import Run, Step
 from .recovery import Presence
@@ -80,6 +80,7 @@ class Cleaner:
             verdicts = {n: again[n] if v == "absent" else v for n, v in verdicts.items()}
         if "absent" in verdicts.values() and (trouble := self._kinds.trouble(run.plan.volumes)):
             raise EffectError(trouble)  # "not found" is then not "gone" (promise 2)
+        self._kinds.sweep(run.plan.volumes, run=run.id)
         return verdicts
 
     def _remove(self, run: Run, found: Mapping[str, Identity]) -> dict[str, str]:
@@ -217,7 +218,8 @@ class Cleaner:
 def _why_mount_is_busy(busy: Sequence[Mount]) -> str:
     below = mountinfo.visible_below(mountinfo.read(), busy[0].mountpoint)
     sources = [m.source for m in busy]
-    foreign = [f"{e.source} is mounted at {e.mountpoint}" for e in below if e.source not in sources]
+    ours = frozenset(map(mounted_as, sources))
+    foreign = [f"{e.source} is mounted at {e.mountpoint}" for e in below if e.thing not in ours]
     return _words([*inhabitants.users(sources), *foreign]) or "holder not found"
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -31,6 +31,7 @@ from .intents import (
     EndClient,
     HoldSnapshots,
     KeepSnapshots,
+    Mount,
     MountVolumes,
     RunClient,
     TakeSnapshots,
@@ -187,10 +188,13 @@ class Executor:
         found = self._kinds.identities(run.plan.volumes)
         _check_taken(run, found, [c for c in complaints if c])
         self._found = found
-        detail = f"one transaction group a pool; {len(steps)} pools within {took:.3f} s"
+        skew = _skew(run, f"within {took:.3f} s")
+        if self._taken:  # by a front end that was killed: nobody measured it
+            created = [identity.creation_s for identity in found.values()]
+            skew = _skew(run, f"within {max(created) - min(created) + 1} s")
         with self._journal.change(run) as change:
             for step in steps:
-                change.ended(step, "done", detail if len(steps) > 1 else None)
+                change.ended(step, "done", skew)
                 assert isinstance(step.intent, TakeSnapshots)
                 if hold := plan.hold_of(step.intent):
                     change.intend(hold)
@@ -198,8 +202,8 @@ class Executor:
             moment = min(found[v.snapshot].creation_s for v in run.volumes)
             change.set(moment_at=moment * 1_000_000)
             change.fire(Event.SNAPSHOTS_TAKEN)
-        if len(steps) > 1:
-            self._tell.step(f"the snapshots of {len(steps)} pools were taken within {took:.3f} s")
+        if skew:
+            self._tell.step(f"the snapshots are not of one moment: {skew}")
         return self._journal.load(run.id)
 
     def _take_pool(self, intent: object) -> EffectError | None:
@@ -248,7 +252,8 @@ class Executor:
         return self.resume(run)
 
     def _mount_intent(self, run: Run) -> MountVolumes:
-        mounts = plan.mounts(run.plan)
+        planned = plan.mounts(run.plan)
+        mounts = tuple(_proven(m, v.guid) for m, v in zip(planned, run.volumes, strict=True))
         if not run.plan.root:
             return MountVolumes("", mounts)
         tree.check_free(mounts)
@@ -459,6 +464,20 @@ class Executor:
                 self._folder.write_end(self._unwritten)
 
 
+def _skew(run: Run, within: str) -> str | None:
+    """Say how far the snapshots of a set lie apart; None where they are of one moment."""
+    pools = len({v.pool for v in run.volumes if v.kind == "zfs"})
+    subvolumes = sum(v.kind == "btrfs" for v in run.volumes)
+    if pools + subvolumes < 2:
+        return None
+    words = []
+    if pools:
+        words.append(f"one transaction group a pool; {pools} pools")
+    if subvolumes:
+        words.append(f"{subvolumes} subvolumes one after the other")
+    return f"{' and '.join(words)} {within}"
+
+
 def _check_taken(run: Run, found: dict[str, Identity], complaints: list[EffectError]) -> None:
     missing = [v.snapshot for v in run.volumes if v.snapshot not in found]
     if missing and complaints:
@@ -470,6 +489,11 @@ def _check_taken(run: Run, found: dict[str, Identity], complaints: list[EffectEr
         raise EffectError(f"{foreign[0]} exists and is not ours")
     if not same_moment(run.volumes, found):
         raise EffectError("the snapshots are not of one moment: their createtxg differ")
+
+
+def _proven(mount: Mount, guid: str | None) -> Mount:
+    """Return a mount with what proves its snapshot to the runner, where its kind has such."""
+    return mount if mount.volume_kind == "zfs" else replace(mount, guid=guid or "")
 
 
 def kept(intent: TakeSnapshots) -> KeepSnapshots:

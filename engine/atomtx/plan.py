@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from .errors import UserError
 from .intents import HoldSnapshots, Intent, Mount, MountVolumes, Source, TakeSnapshots
-from .names import Dataset, RunId, is_within
+from .names import BtrfsSnapshot, Dataset, RunId, is_within
 
 SYSTEM_PATHS = ("/dev", "/proc", "/run", "/sys")  # always the live ones, in a set that holds "/"
 GRACE_S = 60
@@ -39,6 +39,37 @@ class Pool:
 
 
 @dataclass(frozen=True)
+class Filesystem:
+    """A mounted btrfs file system."""
+
+    uuid: str
+    device: str  # "major:minor", as in the table of mounts
+    generation: int
+    subvolumes: tuple[Subvolume, ...]  # the top level first
+
+
+@dataclass(frozen=True)
+class Subvolume:
+    """A btrfs subvolume, as its file system lists it."""
+
+    id: int
+    path: str  # below the top level: "/@home"; "/" is the top level itself
+    uuid: str
+    parent_uuid: str  # of what it is a snapshot of; "" for none
+    is_readonly: bool
+
+
+@dataclass(frozen=True)
+class SubvolumeFacts:
+    """A btrfs subvolume where it is seen."""
+
+    name: str  # the path by which it is seen
+    guid: str
+    filesystem: str
+    source: Source
+
+
+@dataclass(frozen=True)
 class Request:
     """What the user asked for."""
 
@@ -51,9 +82,9 @@ class Request:
 
 
 class Chosen(NamedTuple):
-    """A dataset of the set, and where it is mounted live."""
+    """A volume of the set, and where it is seen live."""
 
-    facts: DatasetFacts
+    facts: DatasetFacts | SubvolumeFacts
     mountpoint: str
 
 
@@ -210,10 +241,29 @@ def _planned(
     volumes: Iterable[Chosen], pools: Sequence[Pool], run: RunId
 ) -> tuple[PlannedVolume, ...]:
     guids = {pool.name: pool.guid for pool in pools}
-    return tuple(_planned_one(facts, mountpoint, guids, run) for facts, mountpoint in volumes)
+    return tuple(
+        _planned_dataset(volume.facts, volume.mountpoint, guids, run)
+        if isinstance(volume.facts, DatasetFacts)
+        else _planned_subvolume(volume.facts, n, run)
+        for n, volume in enumerate(volumes)
+    )
 
 
-def _planned_one(
+def _planned_subvolume(facts: SubvolumeFacts, n: int, run: RunId) -> PlannedVolume:
+    is_top = facts.source.path == "/"
+    return PlannedVolume(
+        kind="btrfs",
+        pool=facts.filesystem,
+        pool_guid=facts.filesystem,
+        name=facts.name,
+        guid=facts.guid,
+        mountpoint=facts.name,
+        snapshot=str(BtrfsSnapshot.of(facts.filesystem, run, n, is_top=is_top)),
+        source=facts.source,
+    )
+
+
+def _planned_dataset(
     facts: DatasetFacts, mountpoint: str, guids: dict[str, str], run: RunId
 ) -> PlannedVolume:
     dataset = Dataset(facts.name)
@@ -285,6 +335,8 @@ def intents(plan: Plan, directories: tuple[str, ...] = ()) -> tuple[Intent, ...]
 
 def _take(run: str, volumes: Sequence[PlannedVolume]) -> TakeSnapshots:
     first = volumes[0]
+    # The top level of a btrfs first: its snapshot is not to have the others' directory in it.
+    volumes = sorted(volumes, key=lambda v: v.source is not None and v.source.path != "/")
     return TakeSnapshots(
         pool=first.pool,
         pool_guid=first.pool_guid,

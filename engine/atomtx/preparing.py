@@ -11,8 +11,10 @@ from .clients import Client, Facts, Settings
 from .errors import UserError
 from .mounts import mountinfo
 from .names import Dataset, RunId, is_within
-from .plan import ClientPlan, DatasetFacts, Plan, Pool, Request
+from .plan import ClientPlan, DatasetFacts, Filesystem, Plan, Pool, Request
 from .redact import check_arguments, journaled
+from .subvolumes import is_on_btrfs
+from .volumes import btrfs
 from .volumes.zfs import Zfs
 
 
@@ -53,16 +55,19 @@ def _cwd() -> str:
         ) from exc
 
 
-def inventory(request: Request, zfs: Zfs) -> tuple[list[Pool], list[DatasetFacts]]:
+def inventory(
+    request: Request, zfs: Zfs, table: mountinfo.Table
+) -> tuple[list[Pool], list[DatasetFacts]]:
     """List the imported pools, and the datasets of those that *request* needs: one `zfs` each."""
+    if request.names and all(is_on_btrfs(table, text) for text in request.names):
+        return [], []  # a machine without ZFS has no `zpool`
     pools = zfs.pools()
     healthy = {pool.name for pool in pools if pool.health != "SUSPENDED"}
-    wanted = healthy if request.all else _pools_of(request) & healthy
+    wanted = healthy if request.all else _pools_of(request, table) & healthy
     return pools, [facts for pool in sorted(wanted) for facts in zfs.datasets(pool)]
 
 
-def _pools_of(request: Request) -> set[str]:
-    table = mountinfo.read()
+def _pools_of(request: Request, table: mountinfo.Table) -> set[str]:
     names = set()
     for text in request.names:
         if text.startswith("/"):
@@ -73,6 +78,16 @@ def _pools_of(request: Request) -> set[str]:
         if source:
             names.add(Dataset(source).pool)
     return names
+
+
+def filesystems(request: Request, table: mountinfo.Table) -> list[Filesystem]:
+    """List the subvolumes of each btrfs on which something is named."""
+    paths: dict[str, str] = {}
+    for text in (*request.names, *request.exclude):
+        entry = table.containing(plan.normal(text)) if is_on_btrfs(table, text) else None
+        if entry:
+            paths.setdefault(entry.dev, entry.mountpoint)
+    return [btrfs.find(path, device) for device, path in paths.items()]
 
 
 def make_plan(
@@ -94,8 +109,10 @@ def make_plan(
     Raises UserError for what is wrong with the request, the datasets or the client.
     """
     client = clients.load(client_name)
-    pools, datasets = inventory(request, zfs)
-    chosen = selection.select(request, datasets, pools, mountinfo.read())
+    table = mountinfo.read()
+    pools, datasets = inventory(request, zfs, table)
+    found = filesystems(request, table)
+    chosen = selection.select(request, datasets, pools, table, found)
     facts = client.inspect(wanted)
     made = plan.assemble(
         request,

@@ -112,9 +112,9 @@ PRELUDE = """
     namespace.mount("scratch", top, "tmpfs", 0)
     root = top + "/root"
 
-    def mount(source, target, fstype="tmpfs"):
-        namespace.mount(source, target, fstype, 0)
-        if source == OURS[0].source:
+    def mount(each, target):
+        namespace.mount(each.source, target, "tmpfs", 0)
+        if each == OURS[0]:
             os.makedirs(target + "/b")  # as in the frozen parent
 
     def seen():
@@ -165,7 +165,7 @@ def test_crash_halfway(tmp_path: Path) -> None:
         assert os.listdir(top) == []
         for directory in MADE:
             os.mkdir(directory)
-        mount(OURS[0].source, OURS[0].mountpoint)
+        mount(OURS[0], OURS[0].mountpoint)
         tree.make(OURS, MADE)
         assert seen() == BOTH
         namespace.unmount(OURS[1].mountpoint)
@@ -229,7 +229,7 @@ def test_mounted_twice(tmp_path: Path) -> None:
         tmp_path,
         """
         tree.make(OURS[:1], MADE)
-        mount(OURS[0].source, OURS[0].mountpoint)
+        mount(OURS[0], OURS[0].mountpoint)
         assert len(seen()) == 2
         assert tree.remove(OURS[:1], MADE) == []
         assert seen() == []

@@ -227,11 +227,20 @@ class _Backup:
         )
 
     def _check_atomic(self, made: Plan) -> None:
+        if not self._options["require_atomic"]:
+            return
         pools = sorted({volume.pool for volume in made.volumes})
-        if len(pools) > 1 and self._options["require_atomic"]:
+        if len(pools) > 1:
             raise UserError(
                 f"the set spans the pools {', '.join(pools)}: its snapshots are not of one moment",
                 hint="make a job of each pool, or leave out --require-atomic",
+            )
+        subvolumes = [volume.name for volume in made.volumes if volume.kind == "btrfs"]
+        if len(subvolumes) > 1:
+            raise UserError(
+                f"btrfs snapshots {len(subvolumes)} subvolumes one after the other "
+                f"({', '.join(subvolumes[:3])}): they are not of one moment",
+                hint="make a job of each subvolume, or leave out --require-atomic",
             )
 
     def _print_plan(self, made: Plan) -> None:

@@ -59,7 +59,7 @@ class Kind(Protocol):
 
     def destroy(self, identities: Sequence[Identity], *, run: str) -> dict[str, str]:
         """
-        Destroy the snapshots of one pool that are still these, durably.
+        Destroy the snapshots of one pool that are still these.
 
         Returns a verdict a name: "done", "absent", "foreign" (another thing has the name),
         "unmarked", or "busy".
@@ -67,6 +67,13 @@ class Kind(Protocol):
 
     def keep(self, identities: Sequence[Identity], *, run: str) -> dict[str, str]:
         """Make the snapshots that are still these the user's; verdicts as of `destroy`."""
+
+    def sweep(self, volumes: Sequence[PlannedVolume], *, run: str) -> None:
+        """
+        Remove what else the run made for its snapshots; then all of its cleanup is durable.
+
+        Idempotent.  Raises EffectError where a pool cannot be asked.
+        """
 
     def links(self, snapshots: Collection[str]) -> Iterator[str]:
         """Say in words what but a process or a mount keeps snapshots from being destroyed."""

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from ..plan import PlannedVolume
 from ..records import Volume
+from .btrfs import Subvolumes
 from .datasets import Datasets
 from .kind import Identity, Kind
 from .zfs import Zfs
@@ -23,7 +24,7 @@ class Kinds:
     @classmethod
     def real(cls, lock: int | None = None) -> Kinds:
         """Return those of this machine; *lock* is the descriptor of F for the commands."""
-        return cls({"zfs": Datasets(Zfs(lock))})
+        return cls({"zfs": Datasets(Zfs(lock)), "btrfs": Subvolumes()})
 
     def of(self, kind: str) -> Kind:
         return self._kinds[kind]
@@ -49,6 +50,11 @@ class Kinds:
         for kind, part in self._parted(volumes):
             found |= kind.identities(part)
         return found
+
+    def sweep(self, volumes: Iterable[PlannedVolume], *, run: str) -> None:
+        """Remove what else the run made for its snapshots; then all of its cleanup is durable."""
+        for kind, part in self._parted(volumes):
+            kind.sweep(part, run=run)
 
     def renamed(self, run: str, lost: Iterable[Volume]) -> dict[str, Identity]:
         """Return those of the *lost* snapshots that have another name now, by their old one."""
