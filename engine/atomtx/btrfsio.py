@@ -5,9 +5,9 @@ No program is started: the answers of `btrfs` are text for people, and a killed 
 the middle of its work, where an ioctl is done or not.  The top level is reached through a mount
 that is attached nowhere, in no mount namespace: it cannot propagate, and goes with its descriptor.
 
-Sources: include/uapi/linux/btrfs.h, btrfs_tree.h; ioctl-btrfs(2); fsopen(2), fsmount(2), move_mount(2).  The
-numbers are those of asm-generic/ioctl.h: not of Alpha, MIPS, PowerPC and SPARC, where the kernel
-answers ENOTTY.
+Sources: include/uapi/linux/btrfs.h and btrfs_tree.h; fsopen(2), fsmount(2), move_mount(2).  The
+numbers of ioctls are those of asm-generic/ioctl.h: not of Alpha, MIPS, PowerPC and SPARC, where
+the kernel answers ENOTTY.
 """
 
 from __future__ import annotations

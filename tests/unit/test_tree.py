@@ -262,9 +262,10 @@ def test_automounts(tmp_path: Path) -> None:
         for name in ("idle", "used", "foreign"):
             places[name] = f"{top}/{name}/.zfs/snapshot/x"
             os.makedirs(places[name])
-            mount("tank/other@x" if name == "foreign" else f"tank/{name}@x", places[name])
+            source = "tank/other@x" if name == "foreign" else f"tank/{name}@x"
+            mount(Mount(source, places[name]), places[name])
         os.mkdir(top + "/plain")
-        mount("tank/idle@x", top + "/plain")
+        mount(Mount("tank/idle@x", top + "/plain"), top + "/plain")
         file = os.open(places["used"], os.O_RDONLY)
         tree.expire_automounts(["tank/idle@x", "tank/used@x"])
         left = {e.mountpoint for e in mountinfo.read() if e.source.startswith("tank/")}

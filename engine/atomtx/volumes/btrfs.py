@@ -109,8 +109,7 @@ class Subvolumes:
                 kept = {name for name, found in proven.items() if isinstance(found, btrfsio.Info)}
                 verdicts |= {n: f if isinstance(f, str) else "done" for n, f in proven.items()}
                 for name in sorted({BtrfsSnapshot.parse(n).path.split("/")[1] for n in kept}):
-                    with suppress(FileNotFoundError):
-                        os.rename(name, _kept_name(name), src_dir_fd=top, dst_dir_fd=top)
+                    _rename(top, name, _KEPT + name.removeprefix(".atomtx"))
         return verdicts
 
     def sweep(self, volumes: Sequence[PlannedVolume], *, run: str) -> None:
@@ -279,5 +278,6 @@ def _destroy(top: int, identity: Identity, run: str, mounted: bool) -> str:
     return "done"
 
 
-def _kept_name(name: str) -> str:
-    return _KEPT + name.removeprefix(".atomtx")
+def _rename(top: int, name: str, new: str) -> None:
+    with suppress(FileNotFoundError):
+        os.rename(name, new, src_dir_fd=top, dst_dir_fd=top)
