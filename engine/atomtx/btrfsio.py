@@ -15,15 +15,17 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
+import re
 import struct
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 TOP = 5  # the id of the top level: BTRFS_FS_TREE_OBJECTID
 _SYSFS = Path("/sys/fs/btrfs")
+_UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 _NONE, _WRITE, _READ = 0, 1, 2
 
@@ -87,6 +89,13 @@ class Row:
 
 
 # -- reaching a file system --------------------------------------------------------------------
+
+
+def mounted() -> list[str]:
+    """Return the UUIDs of the file systems that are mounted, in whatever namespace."""
+    with suppress(FileNotFoundError):
+        return sorted(name for name in os.listdir(_SYSFS) if _UUID.fullmatch(name))
+    return []
 
 
 def device(filesystem: str) -> str:

@@ -39,27 +39,6 @@ class Pool:
 
 
 @dataclass(frozen=True)
-class Filesystem:
-    """A mounted btrfs file system."""
-
-    uuid: str
-    device: str  # "major:minor", as in the table of mounts
-    generation: int
-    subvolumes: tuple[Subvolume, ...]  # the top level first
-
-
-@dataclass(frozen=True)
-class Subvolume:
-    """A btrfs subvolume, as its file system lists it."""
-
-    id: int
-    path: str  # below the top level: "/@home"; "/" is the top level itself
-    uuid: str
-    parent_uuid: str  # of what it is a snapshot of; "" for none
-    is_readonly: bool
-
-
-@dataclass(frozen=True)
 class SubvolumeFacts:
     """A btrfs subvolume where it is seen."""
 

@@ -11,9 +11,9 @@ from .clients import Client, Facts, Settings
 from .errors import UserError
 from .mounts import mountinfo
 from .names import Dataset, RunId, is_within
-from .plan import ClientPlan, DatasetFacts, Filesystem, Plan, Pool, Request
+from .plan import ClientPlan, DatasetFacts, Plan, Pool, Request
 from .redact import check_arguments, journaled
-from .subvolumes import is_on_btrfs
+from .subvolumes import Filesystem, is_on_btrfs
 from .volumes import btrfs
 from .volumes.zfs import Zfs
 

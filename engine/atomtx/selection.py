@@ -18,7 +18,6 @@ from .plan import (
     SYSTEM_PATHS,
     Chosen,
     DatasetFacts,
-    Filesystem,
     LeftOut,
     Pool,
     Request,
@@ -28,7 +27,7 @@ from .plan import (
     shown,
     targets,
 )
-from .subvolumes import Subvolumes, is_on_btrfs
+from .subvolumes import Filesystem, Subvolumes, is_on_btrfs
 
 
 def select(

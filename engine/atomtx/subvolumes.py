@@ -8,6 +8,7 @@ another one that is.  In the snapshot of that other one it would be an empty dir
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from .errors import UserError
 from .intents import Source
@@ -17,16 +18,35 @@ from .names import BtrfsSnapshot, is_within
 from .plan import (
     SYSTEM_PATHS,
     Chosen,
-    Filesystem,
     LeftOut,
     Request,
-    Subvolume,
     SubvolumeFacts,
     normal,
     path_order,
     shown,
     targets,
 )
+
+
+@dataclass(frozen=True)
+class Filesystem:
+    """A mounted btrfs file system."""
+
+    uuid: str
+    device: str  # "major:minor", as in the table of mounts
+    generation: int
+    subvolumes: tuple[Subvolume, ...]  # the top level first
+
+
+@dataclass(frozen=True)
+class Subvolume:
+    """A btrfs subvolume, as its file system lists it."""
+
+    id: int
+    path: str  # below the top level: "/@home"; "/" is the top level itself
+    uuid: str
+    parent_uuid: str  # of what it is a snapshot of; "" for none
+    is_readonly: bool
 
 
 def is_on_btrfs(mounts: Table, text: str) -> bool:

@@ -332,8 +332,7 @@ def test_foreign_before_it_is_known(stage: Stage, flat: Flat, how: str) -> None:
     else:
         source = "@home" if how == "writable" else "@"
         flags = [] if how == "writable" else ["-r"]
-        argv = ["btrfs", "-q", "subvolume", "snapshot", *flags, stage.disk.top / source, ours]
-        call(*argv)
+        call("btrfs", "-q", "subvolume", "snapshot", *flags, stage.disk.top / source, ours)
     (decision,) = stage.recover().decisions
     assert isinstance(decision, RollBack)
     assert ours.exists()

@@ -23,8 +23,9 @@ from ..errors import EffectError, UserError
 from ..intents import Source, TakeSnapshots
 from ..mounts import inhabitants
 from ..names import BtrfsSnapshot, RunId
-from ..plan import Filesystem, PlannedVolume, Subvolume
+from ..plan import PlannedVolume
 from ..records import Volume
+from ..subvolumes import Filesystem, Subvolume
 from .kind import Identity
 
 _IN_USE = (errno.EBUSY, errno.EPERM, errno.ETXTBSY)  # EPERM: it is being sent, or the default
@@ -36,15 +37,8 @@ class Subvolumes:
 
     def trouble(self, volumes: Collection[PlannedVolume]) -> str | None:
         """Tell which file system is not there."""
-        for filesystem in sorted({v.pool_guid for v in volumes}):
-            try:
-                with btrfsio.top_level(filesystem):
-                    pass
-            except FileNotFoundError:
-                return f"the btrfs file system {filesystem} is not mounted"
-            except OSError as exc:
-                return f"the btrfs file system {filesystem} cannot be used: {exc.strerror}"
-        return None
+        filesystems = sorted({v.pool_guid for v in volumes})
+        return next(filter(None, map(problem, filesystems)), None)
 
     def identities(self, volumes: Sequence[PlannedVolume]) -> dict[str, Identity]:
         """
@@ -139,6 +133,44 @@ def find(path: str, device: str) -> Filesystem:
         ) from exc
     found = (Subvolume(r.id, r.path, r.uuid, r.parent_uuid, r.is_readonly) for r in rows)
     return Filesystem(uuid, device, generation, tuple(found))
+
+
+def problem(filesystem: str) -> str | None:
+    """Tell why a file system cannot be reached; None where it can."""
+    try:
+        with btrfsio.top_level(filesystem):
+            return None
+    except FileNotFoundError:
+        return f"the btrfs file system {filesystem} is not mounted"
+    except OSError as exc:
+        return f"the btrfs file system {filesystem} cannot be used: {exc.strerror}"
+
+
+def mounted() -> list[str]:
+    """Return the UUIDs of the file systems that are mounted."""
+    return btrfsio.mounted()
+
+
+def marked() -> Iterator[tuple[PlannedVolume, Identity]]:
+    """
+    Yield what has our names on the file systems that are mounted and can be written to.
+
+    Each as the volume that a plan would have, of which the source is what the snapshot says.
+    """
+    for filesystem in mounted():
+        with suppress(OSError), btrfsio.top_level(filesystem) as top:
+            for row in btrfsio.subvolumes(top):
+                snapshot = BtrfsSnapshot(filesystem, row.path)
+                if row.is_readonly and snapshot.run and (info := _look(top, snapshot)):
+                    volume = _found(snapshot, info)
+                    yield volume, _identity(volume, info)
+
+
+def _found(snapshot: BtrfsSnapshot, info: btrfsio.Info) -> PlannedVolume:
+    filesystem, source = snapshot.filesystem, Source(0, info.parent_uuid, "", 0)
+    return PlannedVolume(
+        "btrfs", filesystem, filesystem, str(snapshot), "", "", str(snapshot), source
+    )
 
 
 @contextmanager
