@@ -103,6 +103,11 @@ def device(filesystem: str) -> str:
     names = sorted(os.listdir(_SYSFS / filesystem / "devices"))
     if not names:
         raise FileNotFoundError(2, "no device of the file system is there", filesystem)
+    # By the name that the kernel knows it by: some take over whichever is used last, for all to
+    # see in the table of mounts.
+    with suppress(FileNotFoundError):
+        mapped = (_SYSFS / filesystem / "devices" / names[0] / "dm" / "name").read_text()
+        return "/dev/mapper/" + mapped.strip()
     return "/dev/" + names[0].replace("!", "/")
 
 

@@ -472,9 +472,9 @@ def _skew(run: Run, within: str) -> str | None:
         return None
     words = []
     if pools:
-        words.append(f"one transaction group a pool; {pools} pools")
+        words.append(f"one transaction group a pool; {pools} pool" + "s" * (pools > 1))
     if subvolumes:
-        words.append(f"{subvolumes} subvolumes one after the other")
+        words.append(f"{subvolumes} subvolume" + "s one after the other" * (subvolumes > 1))
     return f"{' and '.join(words)} {within}"
 
 

@@ -95,7 +95,14 @@ class Stage(Scene):
         found = selection.select(request, (), (), table, filesystems(request, table))
         repository = "repo" if client == "played" else None
         command = ClientPlan(client, (self.client,), (), "/", "1.2", repository, (), ())
-        return assemble(request, found, pools=(), run=RunId.new(), client=command, **values)
+        return assemble(
+            request,
+            found,
+            pools=(),
+            run=values.pop("run", None) or RunId.new(),
+            client=command,
+            **values,
+        )
 
     def saved(self, path: Path, copy: int = -1) -> Path:
         """Return what a whole copy of the client, by default the newest, has of *path*."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -14,6 +16,7 @@ import pytest
 
 from atomtx import btrfsio
 from atomtx.errors import UserError, WaitingError
+from atomtx.names import RunId
 from atomtx.recovery import Resume, RollBack, RollForward
 from tests.btrfs.conftest import Flat, Nested
 from tests.btrfs.stage import Disk, Stage, call, tree
@@ -132,36 +135,86 @@ def test_keep(stage: Stage, flat: Flat) -> None:
     assert (kept / "1" / "file").read_text() == "frozen @home"
 
 
-def test_restic(stage: Stage, flat: Flat, tmp_path: Path) -> None:
-    """restic, by the program itself: what it restores is equal byte for byte to the moment."""
-    (flat.home / "random").write_bytes(os.urandom(3_000_000))
-    before = tree(flat.root)
-    restic = os.environ.get("RESTIC") or shutil.which("restic") or _cached_restic()
-    env = {
-        "PATH": f"{Path(restic).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": os.pathsep.join(filter(None, map(os.path.abspath, sys.path))),
-        "HOME": str(tmp_path),
-        "ATOMTX_STATE_DIR": str(tmp_path / "state"),
-        "RESTIC_REPOSITORY": str(tmp_path / "repository"),
-        "RESTIC_PASSWORD": "secret",
-        "RESTIC_CACHE_DIR": str(tmp_path / "cache"),
-    }
+class Typed:
+    """`atomtx` and restic as a person types them, with a repository of their own."""
 
-    def run(*argv: str) -> str:
-        done = subprocess.run(argv, env=env, capture_output=True, text=True, cwd=tmp_path)
-        assert done.returncode == 0, (argv, done.stdout, done.stderr)
+    def __init__(self, home: Path) -> None:
+        self.restic = os.environ.get("RESTIC") or shutil.which("restic") or _cached_restic()
+        self.env = {
+            "PATH": f"{Path(self.restic).parent}:{os.environ['PATH']}",
+            "PYTHONPATH": os.pathsep.join(filter(None, map(os.path.abspath, sys.path))),
+            "HOME": str(home),
+            "ATOMTX_STATE_DIR": str(home / "state"),
+            "RESTIC_REPOSITORY": str(home / "repository"),
+            "RESTIC_PASSWORD": "secret",
+            "RESTIC_CACHE_DIR": str(home / "cache"),
+        }
+
+    def run(self, *argv: str, status: int = 0) -> str:
+        done = subprocess.run(argv, env=self.env, capture_output=True, text=True, cwd="/")
+        assert done.returncode == status, (argv, done.stdout, done.stderr)
         return done.stdout + done.stderr
 
-    run(restic, "init")
-    said = run(
-        sys.executable, "-m", "atomtx", "backup", "-r", str(flat.root),
-        "--client", "restic", "--command", restic,
-    )  # fmt: skip
-    assert "2 subvolumes" in said
+    def atomtx(self, *words: str, status: int = 0) -> str:
+        return self.run(sys.executable, "-m", "atomtx", *words, status=status)
+
+
+@pytest.fixture
+def typed(tmp_path: Path) -> Typed:
+    (tmp_path / "home").mkdir()
+    return Typed(tmp_path / "home")
+
+
+def test_restic(disk: Disk, flat: Flat, typed: Typed) -> None:
+    """What restic restores is equal byte for byte to the moment."""
+    (flat.home / "random").write_bytes(os.urandom(3_000_000))
+    before = tree(flat.root)
+    typed.run(typed.restic, "init")
+    words = ("--client", "restic", "--command", typed.restic)
+    assert "2 subvolumes" in typed.atomtx("backup", "-r", str(flat.root), *words)
     (flat.home / "random").write_bytes(b"later")
-    run(restic, "restore", "latest", "--target", str(tmp_path / "restored"))
-    assert tree(Path(f"{tmp_path}/restored{flat.root}")) == before
-    assert stage.disk.left() == []
+    restored = f"{typed.env['HOME']}/restored"
+    typed.run(typed.restic, "restore", "latest", "--target", restored)
+    assert tree(Path(f"{restored}{flat.root}")) == before
+    assert disk.left() == []
+
+
+def test_require_atomic(disk: Disk, flat: Flat, typed: Typed) -> None:
+    """Promise 8: what is not of one moment is refused where that is asked for."""
+    words = ("backup", "--require-atomic", "--command", "true")
+    said = typed.atomtx(*words, str(flat.root), str(flat.home), status=2)
+    assert "btrfs snapshots 2 subvolumes one after the other" in said
+    typed.atomtx(*words, str(flat.home))
+
+
+def test_dry_run(disk: Disk, flat: Flat, typed: Typed) -> None:
+    """Promise 12: the plan says what would be done, and nothing is."""
+    said = typed.atomtx("backup", "--dry-run", "--command", "true", "-r", str(flat.root))
+    where = f"of the btrfs file system {disk.uuid}"
+    assert f"1. snapshot 2 subvolumes {where}, one after the other\n" in said
+    assert f"   undo: destroy 2 snapshots {where}\n" in said
+    assert disk.left() == []
+
+
+def test_adopt(stage: Stage, disk: Disk, nested: Nested, typed: Typed) -> None:
+    """Snapshots of a journal that was lost are listed, and destroyed once they are named."""
+    the_plan = stage.plan_of(nested.data, recursive=True)
+    stage.backup(the_plan, at="journal:snapshotted#1")
+    other = stage.plan_of(nested.data / "photos")
+    stage.backup(other, at="journal:snapshotted#1")
+    said = typed.atomtx("recover", "--scan")
+    for volume in (*the_plan.volumes, *other.volumes):
+        assert f"  snapshot {volume.snapshot}\n" in said
+    typed.atomtx("recover", "--adopt", the_plan.run)
+    assert [row.path for row in disk.snapshots()] == [f"/.atomtx-{other.run}/0"]
+
+
+def test_doctor(disk: Disk, typed: Typed) -> None:
+    """The doctor says whether a file system can be used."""
+    said = subprocess.run(
+        [sys.executable, "-m", "atomtx", "doctor"], env=typed.env, capture_output=True, text=True
+    ).stdout
+    assert re.search(f"^ok +btrfs +{disk.uuid} is usable$", said, re.MULTILINE)
 
 
 def _cached_restic() -> str:
@@ -199,6 +252,25 @@ def test_readonly(stage: Stage, flat: Flat) -> None:
     where = stage.disk.mount(flat.root, options="ro,loop,subvol=@", device=stage.disk.image)
     assert "mounted read-only: no snapshot can be taken" in refusal(stage, where)
     assert "rw" not in call("findmnt", "-no", "FS-OPTIONS", where).split(",")
+
+
+def test_mixed(stage: Stage, flat: Flat) -> None:
+    """A set over ZFS (played) and btrfs: both are taken, what lies between them is said."""
+    on_zfs = stage.plan("tank/a", "tank/b")
+    on_btrfs = stage.plan_of(flat.root, flat.home, run=RunId(on_zfs.run))
+    both = replace(
+        on_btrfs,
+        volumes=(*on_zfs.volumes, *on_btrfs.volumes),
+        targets=(*on_zfs.targets, *on_btrfs.targets),
+    )
+    check_completed(stage, stage.backup(both))
+    details = [detail for kind, detail in steps(stage) if kind == "take-snapshots"]
+    assert len(details) == 2
+    assert all(
+        str(d).startswith("one transaction group a pool; 1 pool and 2 subvolumes") for d in details
+    )
+    assert stage.saved(flat.home / "file").read_text() == "frozen @home"
+    assert stage.saved(stage.live("tank/b") / "file").read_text() == "frozen"
 
 
 # -- kills -----------------------------------------------------------------------------------
