@@ -325,7 +325,7 @@ class Executor:
         """Promise 7: an empty set, or a volume that was not empty before, is no backup."""
         if empty and len(empty) == len(run.volumes):
             raise EffectError(
-                "there is nothing to back up: every dataset of the set is empty",
+                "there is nothing to back up: every volume of the set is empty",
                 hint="is what belongs there mounted?",
             )
         last = self._journal.last_completed(run.job)

@@ -253,9 +253,9 @@ def front(folder: RunFolder) -> Iterator[int | None]:
 
 def abandon(journal: Journal, run: Run) -> None:
     """
-    Close a run whose pool will never return, touching nothing on the machine.
+    Close a run whose pool or file system will never return, touching nothing on the machine.
 
-    Refused where its pool is imported: then `recover` can settle it.
+    Refused where all of them are there: then `recover` can settle it.
     """
     folder = RunFolder.of(journal.state, run.id).make()
     with front(folder) as lock:

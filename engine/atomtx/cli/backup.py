@@ -55,10 +55,10 @@ class _WithClientOptions(click.Command):
 
 
 @click.command(cls=_WithClientOptions)
-@click.argument("names", nargs=-1, metavar="[DATASET]... [-- CLIENT OPTIONS]")
-@click.option("-r", "--recursive", is_flag=True, help="Include the children of each dataset.")
-@click.option("-a", "--all", "every", is_flag=True, help="All mounted datasets of all pools.")
-@click.option("--exclude", multiple=True, metavar="DATASET", help="Leave out, with its children.")
+@click.argument("names", nargs=-1, metavar="[VOLUME]... [-- CLIENT OPTIONS]")
+@click.option("-r", "--recursive", is_flag=True, help="Include what lies below each volume.")
+@click.option("-a", "--all", "every", is_flag=True, help="All mounted datasets of all ZFS pools.")
+@click.option("--exclude", multiple=True, metavar="VOLUME", help="Leave out, with what is below.")
 @click.option("--client", type=click.Choice(tuple(clients.KNOWN)), help="The backup program.")
 @click.option("-c", "--command", metavar="WORDS", help="Run this, with the paths appended.")
 @click.option(
@@ -110,20 +110,23 @@ class _WithClientOptions(click.Command):
 @json_option
 def backup(names: tuple[str, ...], as_json: bool, quiet: bool, **options: Any) -> ExitStatus:
     """
-    Back up the named datasets as they are at one moment.
+    Back up the named volumes as they are at one moment.
 
-    Takes a snapshot of each dataset, all of a pool in one transaction; shows the frozen files
-    to the backup client at their live paths, in a mount namespace of its own; and takes mounts,
-    holds and snapshots away again. Everything is journaled first: after a crash, `atomtx
-    recover` finishes the backup of the same moment, or undoes it.
+    Takes a snapshot of each ZFS dataset, all of a pool in one transaction, or of each btrfs
+    subvolume; shows the frozen files to the backup client at their live paths, in a mount
+    namespace of its own; and takes mounts, holds and snapshots away again. Everything is
+    journaled first: after a crash, `atomtx recover` finishes the backup of the same moment, or
+    undoes it.
 
-    A dataset is given by its name or by its mountpoint. What follows `--` goes to the client.
-    Without --client, the environment decides: RESTIC_REPOSITORY, or a connected kopia.
+    A dataset is given by its name or by its mountpoint, a subvolume by the path at which it is
+    seen. What follows `--` goes to the client. Without --client, the environment decides:
+    RESTIC_REPOSITORY, or a connected kopia.
 
     \b
     Examples:
       atomtx backup zroot/usr/home zroot/usr/src
       atomtx backup -r zroot/usr/home -- --tag nightly
+      atomtx backup /home /srv/photos
       atomtx backup -a --command 'my-wrapper backup'
 
     \b
