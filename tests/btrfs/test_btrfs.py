@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -483,3 +484,58 @@ def test_durable(stage: Stage, flat: Flat, disk: Disk, committed: bool) -> None:
     disk.unmount_all()
     disk.mount(disk.top, device=disk.home / "after the cut", options="loop")
     assert disk.left() == ([] if committed else [f".atomtx-{the_plan.run}"])
+
+
+# -- faults ----------------------------------------------------------------------------------
+
+
+def fail(stage: Stage, name: str, number: int, call_: int = 1) -> None:
+    """Have the *call_*-th call of an ioctl fail, in each front end to come."""
+
+    def change() -> None:
+        real, calls = getattr(btrfsio, name), [0]
+
+        def failing(*args: Any) -> Any:
+            calls[0] += 1
+            if calls[0] == call_:
+                raise OSError(number, os.strerror(number))
+            return real(*args)
+
+        setattr(btrfsio, name, failing)
+
+    stage.changes.append(change)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT])
+def test_second_snapshot_fails(stage: Stage, flat: Flat, number: int) -> None:
+    """A set is whole or nothing: where its second snapshot fails, the first one is removed."""
+    fail(stage, "snapshot", number, call_=2)
+    ended = stage.backup(stage.plan_of(flat.root, flat.home))
+    assert ended.run
+    assert (ended.run.state, ended.run.outcome) == ("destroyed", "failed")
+    assert os.strerror(number) in str(ended.run.reason)
+    assert stage.left() == []
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EBUSY, errno.EPERM])
+def test_destroy_fails(
+    stage: Stage, flat: Flat, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What cannot be destroyed now is parked: the result stands, and the next try does it."""
+    monkeypatch.setattr("atomtx.cleaning.PAUSES_S", ())
+    fail(stage, "destroy", number)
+    ended = stage.backup(stage.plan_of(flat.root, flat.home))
+    assert ended.run
+    assert (ended.run.outcome, ended.run.cleanup) == ("completed", "parked")
+    stage.changes.clear()
+    assert stage.recover().decisions == [RollForward()]
+    assert stage.left() == []
+
+
+def test_commit_fails(stage: Stage, flat: Flat) -> None:
+    """Promise 10: a cleanup that is not known to be durable is not called done."""
+    fail(stage, "commit", errno.EIO)
+    ended = stage.backup(stage.plan_of(flat.home))
+    assert ended.run
+    assert (ended.run.outcome, ended.run.cleanup) == ("completed", "parked")
+    assert stage.recover().decisions == [RollForward()]
