@@ -393,6 +393,22 @@ def test_foreign(stage: Stage, flat: Flat) -> None:
     call("btrfs", "-q", "subvolume", "delete", ours)
 
 
+def test_replaced(stage: Stage, flat: Flat) -> None:
+    """Promise 2: so it is between the proof and the destroy: each is looked at once more."""
+    the_plan = stage.plan_of(flat.home)
+    ours = stage.disk.top / f".atomtx-{the_plan.run}" / "0"
+    live = quote(str(stage.disk.top / "@home"))
+    stage.behave(
+        f"btrfs -q subvolume delete {quote(str(ours))}\n"
+        f"btrfs -q subvolume snapshot -r {live} {quote(str(ours))}\n"
+    )
+    ended = stage.backup(the_plan)
+    assert ended.run
+    assert (ended.run.state, ended.run.outcome) == ("destroyed", "failed")
+    assert (ours / "file").read_text() == "frozen @home"
+    call("btrfs", "-q", "subvolume", "delete", ours)
+
+
 @pytest.mark.parametrize("how", ["writable", "of another", "a directory"])
 def test_foreign_before_it_is_known(stage: Stage, flat: Flat, how: str) -> None:
     """Promise 2: before a UUID is journaled, parent, path and read-only must agree."""
