@@ -257,7 +257,7 @@ class Executor:
         if not run.plan.root:
             return MountVolumes("", mounts)
         tree.check_free(mounts)
-        tops = tuple(t.rstrip("/") for t in run.plan.targets)
+        tops = tuple(t.rstrip("/") for t in plan.tops(run.plan))
         return MountVolumes(run.plan.root, mounts, tree.directories_to_make(run.plan.root, tops))
 
     def _intend_mounts(self, run: Run, intent: MountVolumes) -> Run:

@@ -86,6 +86,7 @@ class Selection:
     skipped: tuple[LeftOut, ...]  # what -a or -r would have taken, and cannot
     uncovered: tuple[LeftOut, ...]  # what lies below the volumes and was not asked for
     notes: tuple[str, ...]
+    parts: tuple[str, ...] = ()  # paths that were named inside a volume, in place of all of it
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class Plan:
     job: str  # the key
     label: str
     volumes: tuple[PlannedVolume, ...]  # parents before children
-    targets: tuple[str, ...]  # the topmost mountpoints, given to the client
+    targets: tuple[str, ...]  # the topmost mountpoints, or what was named in them, for the client
     layout: str
     root: str
     live_paths: tuple[str, ...]  # bound back over the frozen files
@@ -168,18 +169,19 @@ def assemble(
     needed = _live_inside(live_paths, tops, system)
     chosen, lost = _part(selection, needed)
     tops = targets(mountpoint for _, mountpoint in chosen)
+    read = paths_to_read((mountpoint for _, mountpoint in chosen), selection.parts)
     live = tuple(path for path in needed if _inside(path, tops))
     root = normal(request.root) if request.root else ""
     return Plan(
         run=str(run),
-        job=_job_key((facts.guid for facts, _ in chosen), client, root),
+        job=_job_key((facts.guid for facts, _ in chosen), client, root, selection.parts),
         label=_label(request, selection.asked),
         volumes=_planned(chosen, pools, run),
-        targets=tops,
+        targets=read,
         layout=request.layout,
         root=root,
         live_paths=live,
-        excludes=targets([*live, *system]),
+        excludes=targets(path for path in (*live, *system) if _inside(path, read)),
         notes=(*_notes(selection, lost, live, system), *notes),
         client=client,
         keep_snapshots=keep_snapshots,
@@ -205,7 +207,7 @@ def _part(
         if path is None:
             chosen.append(volume)
             continue
-        if name in selection.asked:
+        if name in selection.asked or any(_parent_in(p, [name]) for p in selection.parts):
             raise UserError(
                 f"{name} cannot be backed up as it was: the client needs {path} as it is now",
                 hint="move the client's cache, repository or temporary files elsewhere",
@@ -257,8 +259,9 @@ def _planned_dataset(
     )
 
 
-def _job_key(guids: Iterable[str], client: ClientPlan, root: str) -> str:
+def _job_key(guids: Iterable[str], client: ClientPlan, root: str, parts: Iterable[str]) -> str:
     words = [sorted(guids), client.name, client.repository, client.command, root]
+    words += [sorted(parts)] if parts else []
     return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:32]
 
 
@@ -350,10 +353,16 @@ def tree_mounts(plan: Plan) -> tuple[Mount, ...]:
     )
 
 
+def tops(plan: Plan) -> tuple[str, ...]:
+    """Return the topmost mountpoints of the set: what lies below them is frozen."""
+    return targets(volume.mountpoint for volume in plan.volumes)
+
+
 def is_frozen(plan: Plan, path: str) -> bool:
     """Tell whether the client finds *path* as it was at the moment, and read-only."""
-    live = (*plan.live_paths, *(SYSTEM_PATHS if "/" in plan.targets else ()))
-    return not plan.root and _inside(path, plan.targets) and not _inside(path, live)
+    frozen = tops(plan)
+    live = (*plan.live_paths, *(SYSTEM_PATHS if "/" in frozen else ()))
+    return not plan.root and _inside(path, frozen) and not _inside(path, live)
 
 
 def describe(plan: Plan, steps: Sequence[Intent] | None = None) -> tuple[str, ...]:
@@ -419,6 +428,14 @@ def targets(mountpoints: Iterable[str]) -> tuple[str, ...]:
         if not tops or not is_within(path, tops[-1]):
             tops.append(path)
     return tuple(tops)
+
+
+def paths_to_read(mountpoints: Iterable[str], parts: Iterable[str]) -> tuple[str, ...]:
+    """Return what the client reads of some volumes: *parts* of those that have any, else all."""
+    points = tuple(mountpoints)
+    holders = {part: [m for m in points if is_within(part, m)] for part in parts}
+    held = {part: max(above, key=len) for part, above in holders.items() if above}
+    return targets([*held, *(m for m in points if m not in held.values())])
 
 
 def path_order(path: str) -> list[str]:

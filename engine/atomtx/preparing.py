@@ -113,6 +113,7 @@ def make_plan(
     pools, datasets = inventory(request, zfs, table)
     found = filesystems(request, table)
     chosen = selection.select(request, datasets, pools, table, found)
+    _check_there(chosen.parts)
     facts = client.inspect(wanted)
     made = plan.assemble(
         request,
@@ -145,6 +146,14 @@ def _client_plan(client: Client, wanted: Settings, facts: Facts) -> ClientPlan:
         environment=environment,
         secrets=secrets,
     )
+
+
+def _check_there(paths: Sequence[str]) -> None:
+    for path in paths:
+        if not os.path.lexists(path):
+            raise UserError(
+                f"there is no {plan.shown(path)}", hint="is what belongs there mounted?"
+            )
 
 
 def _check_cwd(made: Plan) -> None:

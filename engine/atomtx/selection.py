@@ -24,8 +24,8 @@ from .plan import (
     Selection,
     normal,
     path_order,
+    paths_to_read,
     shown,
-    targets,
 )
 from .subvolumes import Filesystem, Subvolumes, is_on_btrfs
 
@@ -49,7 +49,7 @@ def select(
     request, on_btrfs = _parted(request, mounts)
     there = Inventory(datasets, pools, mounts)
     subvolumes = Subvolumes(filesystems, mounts)
-    paths, chosen, left = subvolumes.select(on_btrfs)
+    found = subvolumes.select(on_btrfs)
     named = _named(request, there)
     excluded = _excluded(request, there, named)
     judged = {
@@ -58,29 +58,32 @@ def select(
         if facts.name not in excluded
     }
     _check_named(request, named, judged)
-    volumes = _in_mount_order(there, judged, chosen)
-    skipped = (*_suspended(request, there, excluded), *_skipped(judged), *left)
+    volumes = _in_mount_order(there, judged, found.volumes)
+    skipped = (*_suspended(request, there, excluded), *_skipped(judged), *found.skipped)
     if not volumes:
         raise _nothing(skipped)
     _check_gaps(there, volumes)
     if request.layout == "tree":
         _check_root(normal(request.root), volumes)
     known = there.facts if request.all else {*judged, *excluded}
-    told = {*subvolumes.at(on_btrfs.exclude), *(subvolumes.at(paths) if request.recursive else ())}
+    tops = paths_to_read((mountpoint for _, mountpoint in volumes), found.parts)
+    told = {*subvolumes.at(on_btrfs.exclude)}
+    told |= {*subvolumes.at(found.named)} if request.recursive else set()
     return Selection(
-        asked=_in_order(order, named, paths),
+        asked=_in_order(order, named, found.named),
         volumes=volumes,
         skipped=skipped,
         uncovered=(
-            *_other_datasets(there, volumes, known),
-            *subvolumes.uncovered(volumes, told),
-            *_other_mounts(there, volumes, subvolumes),
+            *_other_datasets(there, volumes, known, tops),
+            *subvolumes.uncovered(volumes, told, tops),
+            *_other_mounts(there, volumes, subvolumes, tops),
         ),
         notes=(
             *_exclusions(request, there),
             *subvolumes.exclusions(on_btrfs),
             *_choices(there, volumes),
         ),
+        parts=found.parts,
     )
 
 
@@ -305,11 +308,11 @@ def _check_root(root: str, volumes: Iterable[Chosen]) -> None:
 
 
 def _other_datasets(
-    there: Inventory, volumes: Iterable[Chosen], known: Collection[str]
+    there: Inventory, volumes: Iterable[Chosen], known: Collection[str], tops: Collection[str]
 ) -> Iterator[LeftOut]:
     """Yield the datasets below the volumes, by name or by mountpoint, that are not in the set."""
     chosen = {volume.facts.name for volume in volumes}
-    below = {entry.source for entry in _below(there, volumes) if is_whole_dataset(entry)}
+    below = {entry.source for entry in _below(there, tops) if is_whole_dataset(entry)}
     for name, facts in there.facts.items():
         if name in known or not (name in below or any(a in chosen for a in ancestors(name))):
             continue
@@ -321,11 +324,11 @@ def _other_datasets(
 
 
 def _other_mounts(
-    there: Inventory, volumes: Sequence[Chosen], subvolumes: Subvolumes
+    there: Inventory, volumes: Sequence[Chosen], subvolumes: Subvolumes, tops: Collection[str]
 ) -> Iterator[LeftOut]:
     """Yield the mounts below the volumes that are not datasets, or datasets once more."""
     chosen = {volume.facts.name: volume.mountpoint for volume in volumes}
-    for entry in _below(there, volumes):
+    for entry in _below(there, tops):
         if subvolumes.shows(entry):
             continue  # it is in the set, or told already
         if not is_whole_dataset(entry) or entry.source not in there.facts:
@@ -334,8 +337,7 @@ def _other_mounts(
             yield LeftOut(entry.mountpoint, f"it is a second mount of {entry.source}")
 
 
-def _below(there: Inventory, volumes: Iterable[Chosen]) -> Iterator[Entry]:
-    tops = targets(volume.mountpoint for volume in volumes)
+def _below(there: Inventory, tops: Collection[str]) -> Iterator[Entry]:
     ignored = SYSTEM_PATHS if "/" in tops else ()  # said once for the plan as a whole
     for top in tops:
         for entry in there.mounts.visible_below(top):

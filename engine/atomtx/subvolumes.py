@@ -24,7 +24,6 @@ from .plan import (
     normal,
     path_order,
     shown,
-    targets,
 )
 
 
@@ -47,6 +46,16 @@ class Subvolume:
     uuid: str
     parent_uuid: str  # of what it is a snapshot of; "" for none
     is_readonly: bool
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a request comes to on btrfs."""
+
+    named: tuple[str, ...]  # in the user's order
+    parts: tuple[str, ...]  # those of them that are inside a subvolume
+    volumes: tuple[Chosen, ...]
+    skipped: tuple[LeftOut, ...]  # by -r
 
 
 def is_on_btrfs(mounts: Table, text: str) -> bool:
@@ -78,14 +87,15 @@ class Subvolumes:
                     found[path] = (filesystem, subvolume, entry)
         return found
 
-    def select(self, request: Request) -> tuple[list[str], list[Chosen], list[LeftOut]]:
+    def select(self, request: Request) -> Found:
         """
-        Return the paths that *request* names, the volumes that it comes to, and what -r leaves out.
+        Return what *request*, which has names and exclusions on btrfs alone, comes to.
 
-        *request* has names and exclusions on btrfs alone.  Raises UserError for a path that is
-        not a subvolume's, or cannot be backed up.
+        Raises UserError for a path that is on no subvolume, or cannot be backed up.
         """
         named = self._named(request)
+        holders = {path: self._holder(path) for path in named}
+        parts = tuple(path for path, holder in holders.items() if holder != path)
         excluded = [self._resolve(text) for text in request.exclude]
         for path in named:
             if any(is_within(path, other) for other in excluded):
@@ -94,21 +104,22 @@ class Subvolumes:
         wanted = [p for p in below if not any(is_within(p, other) for other in excluded)]
         snapshots = [path for path in wanted if self._is_snapshot(path)]
         bad = [path for path in wanted if not is_utf8(path)]
-        paths = [*named, *(p for p in wanted if p not in snapshots and p not in bad)]
+        paths = [*holders.values(), *(p for p in wanted if p not in snapshots and p not in bad)]
         volumes = [self._chosen(path) for path in self._once(paths)]
         self._check_gaps([volume.mountpoint for volume in volumes])
         skipped = [LeftOut(path, "its name is not UTF-8") for path in bad]
-        return named, volumes, [*skipped, *_of_snapshots(snapshots)]
+        skipped += _of_snapshots(snapshots)
+        return Found(tuple(named), parts, tuple(volumes), tuple(skipped))
 
     def _named(self, request: Request) -> list[str]:
         named: list[str] = []
         for text in request.names:
-            path = self._resolve(text)
+            path = normal(text)
             if path in named:
                 raise UserError(f"{shown(path)} is given twice", hint="name it once")
             if not is_utf8(path):  # neither the journal nor the clients' JSON could hold it
                 raise UserError(f"the name of {shown(path)} is not UTF-8", hint="rename it")
-            _, _, entry = self._at[path]
+            _, _, entry = self._at[self._holder(path)]
             if "ro" in entry.super_options.split(","):
                 raise UserError(
                     f"{path} is on a file system that is mounted read-only: "
@@ -116,13 +127,27 @@ class Subvolumes:
                     hint=command("mount", "-o", "remount,rw", entry.mountpoint),
                 )
             named.append(path)
-        for path in named if request.recursive else ():
-            above = next((a for a in ancestors(path) if a in named), None)
-            if above:
-                raise UserError(
-                    f"{path} is already included by {above} with -r", hint=f"leave out {path}"
-                )
+        self._check_disjoint(named, recursive=request.recursive)
         return named
+
+    def _check_disjoint(self, named: Collection[str], *, recursive: bool) -> None:
+        for path in named:
+            above = next((a for a in ancestors(path) if a in named), None)
+            if above and (recursive or self._holder(path) == self._holder(above)):
+                how = f"{above} with -r" if recursive else above
+                raise UserError(f"{path} is already included by {how}", hint=f"leave out {path}")
+
+    def _holder(self, path: str) -> str:
+        """Return where the subvolume is seen that a path is in."""
+        entry = self._mounts.containing(path)
+        above = next((a for a in (path, *ancestors(path)) if a in self._at), None)
+        if above is None or self._at[above][2] is not entry:
+            where = f"below {shown(entry.mountpoint)}" if entry else "there"
+            raise UserError(
+                f"{shown(path)} is in a subvolume of which only a part is mounted {where}",
+                hint="mount the whole subvolume, and name it where that is",
+            )
+        return above
 
     def _resolve(self, text: str) -> str:
         path = normal(text)
@@ -181,12 +206,14 @@ class Subvolumes:
                     break
                 between = above if above in self._at else between
 
-    def uncovered(self, volumes: Sequence[Chosen], known: Collection[str]) -> Iterator[LeftOut]:
-        """Yield the subvolumes below the volumes that are not in the set, but those *known*."""
+    def uncovered(
+        self, volumes: Sequence[Chosen], known: Collection[str], tops: Collection[str]
+    ) -> Iterator[LeftOut]:
+        """Yield the subvolumes below *tops* that are not in the set, but those *known*."""
         chosen = {volume.mountpoint for volume in volumes}
         keys = {self._key(path): path for path in chosen if path in self._at}
         snapshots = []
-        for path in (p for p in self._below(targets(chosen)) if p not in chosen):
+        for path in (p for p in self._below(tops) if p not in chosen):
             if other := keys.get(self._key(path)):
                 yield LeftOut(path, f"it is the subvolume at {other} once more")
             elif path in known:

@@ -19,7 +19,7 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
     assert "btrfs" in Path("/proc/filesystems").read_text() or not os.system("modprobe btrfs")
     made = Disk(tmp_path / "disk")
     yield made
-    made.unmount_all()
+    made.close()
 
 
 @pytest.fixture

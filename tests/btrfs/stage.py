@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
@@ -33,8 +32,12 @@ class Disk:
         self.home = home
         self.image = home / "image"
         self.top = home / "top level"
-        for folder in (home, self.top):
-            folder.mkdir()
+        home.mkdir()
+        # Shared, as systemd has all mounts: the namespaces of runs that other tests make at the
+        # same time would pin private ones.
+        call("mount", "--bind", home, home)
+        call("mount", "--make-shared", home)
+        self.top.mkdir()
         with open(self.image, "wb") as file:
             file.truncate(SIZE_BYTES)
         call("mkfs.btrfs", "--quiet", self.image)
@@ -62,6 +65,10 @@ class Disk:
             subprocess.run(["umount", "-l", where], capture_output=True, check=False)
         return mounted
 
+    def close(self) -> None:
+        self.unmount_all()
+        call("umount", "-R", "-l", self.home)
+
     def left(self) -> list[str]:
         """Return what lies at the top level under a name of ours."""
         return sorted(name for name in os.listdir(self.top) if name.startswith(".atomtx"))
@@ -83,13 +90,13 @@ class Stage(Scene):
         self, *paths: Path, recursive: bool = False, exclude: Iterable[Path] = (), **values: Any
     ) -> Plan:
         """Return the plan that `atomtx backup` would make, for a client that copies."""
-        client = values.pop("client", "command")
+        client, root = values.pop("client", "command"), values.pop("root", "")
         request = Request(
             tuple(map(str, paths)),
             recursive=recursive,
             exclude=tuple(map(str, exclude)),
-            layout="tree" if "root" in values else "namespace",
-            root=values.pop("root", ""),
+            layout="tree" if root else "namespace",
+            root=root,
         )
         table = mountinfo.read()
         found = selection.select(request, (), (), table, filesystems(request, table))
@@ -111,11 +118,6 @@ class Stage(Scene):
 
     def left(self) -> list[str]:
         return [*super().left(), *self.disk.left(), *(row.path for row in self.disk.snapshots())]
-
-    def close(self) -> None:
-        super().close()
-        self.disk.unmount_all()
-        shutil.rmtree(self.disk.home, ignore_errors=True)
 
 
 def tree(root: Path) -> dict[str, bytes | None]:

@@ -291,7 +291,7 @@ def test_empty_set(scene: Scene) -> None:
     for name in SETS:
         (scene.live(name) / "file").unlink()
     ended = scene.backup(the_plan)
-    reason = "there is nothing to back up: every dataset of the set is empty"
+    reason = "there is nothing to back up: every volume of the set is empty"
     check_failed(scene, ended, f"{reason} (is what belongs there mounted?)")
     assert scene.calls() == []
     assert [words for words in ended.said("warn") if reason in words]

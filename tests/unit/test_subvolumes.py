@@ -10,7 +10,17 @@ from atomtx.errors import UserError
 from atomtx.intents import MountVolumes, TakeSnapshots
 from atomtx.mounts.mountinfo import Entry, Table
 from atomtx.names import BtrfsSnapshot, RunId, mounted_as
-from atomtx.plan import ClientPlan, Request, Selection, SubvolumeFacts, assemble, intents
+from atomtx.plan import (
+    ClientPlan,
+    Plan,
+    Request,
+    Selection,
+    SubvolumeFacts,
+    assemble,
+    intents,
+    is_frozen,
+    tops,
+)
 from atomtx.selection import select
 from atomtx.subvolumes import Filesystem, Subvolume
 
@@ -115,7 +125,8 @@ def test_bind_mount() -> None:
     mounts = table(("/data/plain", "/bind"))
     subvolumes = [subvolume("/data"), subvolume("/data/plain/deep")]
     assert places(choose(mounts, subvolumes, "/bind/deep")) == ["/bind/deep"]
-    assert "/bind is not a subvolume" in refusal(mounts, subvolumes, "/bind")
+    said = refusal(mounts, subvolumes, "/bind/file")
+    assert "/bind/file is in a subvolume of which only a part is mounted below /bind" in said
 
 
 def test_twice() -> None:
@@ -172,7 +183,11 @@ def test_gap() -> None:
 
 def test_refused() -> None:
     """What makes no sense is refused, with what to do instead."""
-    assert "it is a directory or file in /m (name /m;" in refusal(NESTED_TABLE, NESTED, "/m/file")
+    assert "it is a directory or file in /m (name /m;" in refusal(
+        NESTED_TABLE, NESTED, "/m", exclude=("/m/file",)
+    )
+    assert "already included by /m" in refusal(NESTED_TABLE, NESTED, "/m", "/m/file")
+    assert "already included by /m/a" in refusal(NESTED_TABLE, NESTED, "/m/a/b", "/m/a")
     assert "is given twice" in refusal(NESTED_TABLE, NESTED, "/m", "/m/")
     assert "both named and left out" in refusal(NESTED_TABLE, NESTED, "/m/data", exclude=("/m",))
     said = refusal(NESTED_TABLE, NESTED, "/m", "/m/data", recursive=True)
@@ -184,6 +199,45 @@ def test_refused() -> None:
     assert told(choose(NESTED_TABLE, odd, "/m", recursive=True)) == [
         "'/m/\\udcff' is not in the backup: its name is not UTF-8"
     ]
+
+
+def plan_of(chosen: Selection, *names: str, **options: Any) -> Plan:
+    return assemble(Request(names), chosen, pools=(), run=RUN, client=CLIENT, **options)
+
+
+def test_part() -> None:
+    """A path inside a subvolume stands for it: all of it is frozen, the client reads the path."""
+    names = ("/m/data/x/y", "/m/data/z", "/m/data/a")
+    chosen = choose(NESTED_TABLE, NESTED, *names)
+    assert places(chosen) == ["/m/data", "/m/data/a"]
+    assert chosen.asked == names
+    assert told(chosen) == [
+        "/m/data/a/b c is not in the backup: it is a subvolume of its own; name it as well, "
+        "or use -r"
+    ]
+    made = plan_of(chosen, *names, live_paths=("/m/data/x/y/cache", "/m/data/cache"))
+    assert made.targets == ("/m/data/a", "/m/data/x/y", "/m/data/z")
+    assert made.live_paths == ("/m/data/cache", "/m/data/x/y/cache")
+    assert made.excludes == ("/m/data/x/y/cache",)
+    assert tops(made) == ("/m/data",)
+    assert is_frozen(made, "/m/data/other")
+    whole = plan_of(choose(NESTED_TABLE, NESTED, "/m/data", "/m/data/a"), "/m/data", "/m/data/a")
+    assert made.job != whole.job
+
+
+def test_recursive_part() -> None:
+    """-r takes what lies below the path, and names nothing of what lies beside it."""
+    chosen = choose(NESTED_TABLE, [*NESTED, subvolume("/data/x/deep")], "/m/data/x", recursive=True)
+    assert places(chosen) == ["/m/data", "/m/data/x/deep"]
+    assert told(chosen) == []
+    assert plan_of(chosen, "/m/data/x").targets == ("/m/data/x",)
+
+
+def test_part_that_is_needed() -> None:
+    """A volume of which a part was named is not left out in silence."""
+    chosen = choose(NESTED_TABLE, NESTED, "/m/data/x")
+    with pytest.raises(UserError, match="the client needs /m/data as it"):
+        plan_of(chosen, "/m/data/x", live_paths=("/m/data",))
 
 
 def test_plan() -> None:

@@ -119,8 +119,8 @@ def backup(names: tuple[str, ...], as_json: bool, quiet: bool, **options: Any) -
     undoes it.
 
     A dataset is given by its name or by its mountpoint, a subvolume by the path at which it is
-    seen. What follows `--` goes to the client. Without --client, the environment decides:
-    RESTIC_REPOSITORY, or a connected kopia.
+    seen, or one inside it. What follows `--` goes to the client. Without --client, the
+    environment decides: RESTIC_REPOSITORY, or a connected kopia.
 
     \b
     Examples:
@@ -259,7 +259,7 @@ class _Backup:
             click.echo("\n".join(lines))
 
     def _directories(self, made: Plan) -> tuple[str, ...]:
-        return tree.directories_to_make(made.root, made.targets) if made.root else ()
+        return tree.directories_to_make(made.root, plan.tops(made)) if made.root else ()
 
     def _settle(self, journal: Journal, job: str) -> ExitStatus:
         """Finish or undo this job's interrupted run; try to clear a parked one; name the others."""
