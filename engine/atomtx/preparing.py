@@ -59,11 +59,12 @@ def inventory(
     request: Request, zfs: Zfs, table: mountinfo.Table
 ) -> tuple[list[Pool], list[DatasetFacts]]:
     """List the imported pools, and the datasets of those that *request* needs: one `zfs` each."""
-    if request.names and all(is_on_btrfs(table, text) for text in request.names):
+    named = _pools_of(request, table)
+    if request.names and not named:
         return [], []  # a machine without ZFS has no `zpool`
     pools = zfs.pools()
     healthy = {pool.name for pool in pools if pool.health != "SUSPENDED"}
-    wanted = healthy if request.all else _pools_of(request, table) & healthy
+    wanted = healthy if request.all else named & healthy
     return pools, [facts for pool in sorted(wanted) for facts in zfs.datasets(pool)]
 
 

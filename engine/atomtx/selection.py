@@ -172,7 +172,8 @@ def _dataset_at(mounts: Table, path: str) -> str:
     if entry is None or entry.fstype != "zfs":
         what = f"{entry.fstype} at {shown(entry.mountpoint)}" if entry else "no mount"
         raise UserError(
-            f"{shown(path)} is not on ZFS, but on {what}", hint="`zfs list` shows the datasets"
+            f"{shown(path)} is neither on ZFS nor on btrfs, but on {what}",
+            hint="`zfs list` shows the datasets",
         )
     if "@" in entry.source:
         raise UserError(

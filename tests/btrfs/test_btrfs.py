@@ -203,6 +203,14 @@ def test_require_atomic(disk: Disk, flat: Flat, typed: Typed) -> None:
     typed.atomtx(*words, str(flat.home))
 
 
+def test_no_zfs(disk: Disk, flat: Flat, typed: Typed, tmp_path: Path) -> None:
+    """On a machine without ZFS a path that is nowhere near it is refused for what it is."""
+    typed.env["PATH"] = "/nonexistent"
+    said = typed.atomtx("backup", "-n", "--command", "/bin/true", str(tmp_path), status=2)
+    assert "is neither on ZFS nor on btrfs, but on" in said
+    typed.atomtx("backup", "-n", "--command", "/bin/true", str(flat.home))
+
+
 def test_dry_run(disk: Disk, flat: Flat, typed: Typed) -> None:
     """Promise 12: the plan says what would be done, and nothing is."""
     said = typed.atomtx("backup", "--dry-run", "--command", "true", "-r", str(flat.root))
