@@ -33,7 +33,7 @@ lint: $(READY)
 	$(BIN)/lint-imports --no-logo
 
 unit: $(READY)
-	$(BIN)/pytest -m 'not vm' --ignore tests/platform
+	$(BIN)/pytest -m 'not vm' --ignore tests/platform --ignore tests/btrfs
 
 vm: $(READY)
 	$(BIN)/python tests/vm/machine.py start
