@@ -49,6 +49,7 @@ def test_flat(stage: Stage, flat: Flat) -> None:
     check_completed(stage, ended)
     assert tree(stage.saved(flat.root)) == before
     assert (flat.home / "file").read_text() == "changed\n"
+    assert not (stage.home / "zfs.log").exists()  # no program of ZFS was started
     assert [kind for kind, _ in steps(stage)] == [
         "take-snapshots",
         "destroy-snapshots",
