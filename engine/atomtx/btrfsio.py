@@ -13,6 +13,7 @@ the kernel answers ENOTTY.
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import os
 import re
@@ -57,7 +58,7 @@ _MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT = (
     432,
 )  # the same on all of these architectures
 _FSOPEN_CLOEXEC, _FSMOUNT_CLOEXEC = 1, 1
-_SET_STRING, _CREATE = 1, 6
+_SET_FLAG, _SET_STRING, _CREATE = 0, 1, 6
 _RDONLY, _NOSUID_NODEV = 0x1, 0x2 | 0x4  # MOUNT_ATTR_*
 _AT_FDCWD, _FROM_EMPTY_PATH = -100, 0x4
 
@@ -124,6 +125,8 @@ def top_level(filesystem: str) -> Iterator[int]:
         try:
             if identify(directory)[0] != filesystem:
                 raise FileNotFoundError(2, "another file system is on its device", filesystem)
+            if os.fstatvfs(directory).f_flag & os.ST_RDONLY:
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS), filesystem)
             yield directory
         finally:
             os.close(directory)
@@ -159,7 +162,9 @@ def _detached(filesystem: str, path: str, flags: int) -> int:
         options = {"source": device(filesystem), "subvol": path}
         for key, value in options.items():
             _call(_FSCONFIG, context, _SET_STRING, key.encode(), os.fsencode(value), 0)
-        # Not "ro": that would be of the whole file system.
+        # A mount that asks for writing makes a file system writable that somebody made read-only,
+        # for all its mounts.  One that asks for "ro" leaves it as it is; *flags* are the mount's.
+        _call(_FSCONFIG, context, _SET_FLAG, b"ro", None, 0)
         _call(_FSCONFIG, context, _CREATE, None, None, 0)
         return _call(_FSMOUNT, context, _FSMOUNT_CLOEXEC, flags)
     finally:

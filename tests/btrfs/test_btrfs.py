@@ -483,6 +483,20 @@ def test_not_mounted(stage: Stage, flat: Flat) -> None:
     assert stage.left() == []
 
 
+def test_made_readonly(stage: Stage, flat: Flat) -> None:
+    """A file system that was made read-only stays so: recovery waits, and says for what."""
+    stage.backup(stage.plan_of(flat.root), at="journal:backing-up#1", who="all")
+    for where in (flat.home, flat.root, stage.disk.top):
+        call("mount", "-o", "remount,ro", where)
+    ended = stage.recover()
+    assert isinstance(ended.raised, WaitingError)
+    assert "cannot be used: Read-only file system" in ended.raised.message
+    assert "ro" in call("findmnt", "-no", "FS-OPTIONS", flat.root).strip().split(",")
+    call("mount", "-o", "remount,rw", stage.disk.top)
+    assert stage.recover().decisions == [Resume()]
+    assert stage.left() == []
+
+
 def test_never_seen(stage: Stage, flat: Flat) -> None:
     """The mounts of a run, and that of the top level, are in no other mount namespace."""
     table = f"cat /proc/{os.getpid()}/mountinfo > {stage.home}/seen\n"
