@@ -16,7 +16,8 @@ help:
 	@echo 'make lint      ruff, mypy, import-linter'
 	@echo 'make unit      the tests that take seconds'
 	@echo 'make vm        start the virtual machine for work by hand'
-	@echo 'make demo      a backup, a kill, a recovery and a restore, with real ZFS and restic'
+	@echo 'make demo      a backup, a kill, a recovery and a restore, with ZFS or btrfs, and restic'
+	@echo 'make demo ZFS=vm   the same with real ZFS in the virtual machine'
 	@echo 'make bench     measure a run beside the bare commands (SIZES="1 20" ROUNDS=1: less of it)'
 	@echo 'make crash-full  every crash point, pair and system call, power cuts: hours; it resumes'
 	@echo 'make mutants   put defects into the engine and see that the tests find them (hours, root)'
@@ -32,26 +33,26 @@ lint: $(READY)
 	$(BIN)/lint-imports --no-logo
 
 unit: $(READY)
-	$(BIN)/pytest -m 'not vm' --ignore tests/platform
+	$(BIN)/pytest -m 'not vm' --ignore tests/platform --ignore tests/btrfs
 
 vm: $(READY)
 	$(BIN)/python tests/vm/machine.py start
 
 demo: $(READY)
-	@PYTHON=$(CURDIR)/$(BIN)/python demo/run.sh
+	@PYTHON=$(CURDIR)/$(BIN)/python ZFS=$(ZFS) demo/run.sh
 
 bench: $(READY)
 	$(BIN)/python tests/bench/bench.py
 
 crash-full: $(READY)
 	$(BIN)/python -m tests.crash.full
-	ATOMTX_CRASH=full $(BIN)/pytest tests/crash tests/vm/test_power_cut.py tests/vm/test_power_cut_run.py
+	ATOMTX_CRASH=full $(BIN)/pytest tests/crash tests/btrfs/test_sweep.py tests/vm/test_power_cut.py tests/vm/test_power_cut_run.py
 
 mutants: $(READY)
 	nice $(BIN)/python -m tests.mutants.run $(MUTANTS)
 
 $(READY): pyproject.toml
-	@PYTHON=$(PYTHON) tests/vm/needs.sh $(PYTHON) venv strace
+	@PYTHON=$(PYTHON) tests/vm/needs.sh $(PYTHON) venv strace mkfs.btrfs
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, this is " + sys.version)'
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'

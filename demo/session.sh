@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
-# Back up, kill a second backup in the middle, recover, look back, restore and compare.
-# Everything is in one folder and one pool, which are removed at the end.
+# Back up, kill a second backup in the middle, recover, look back, restore and compare: on ZFS, or,
+# with the argument "btrfs", on btrfs.  Everything is in one folder and one pool or file system,
+# which are removed at the end.
 set -euo pipefail
 
+kind=${1:-zfs}
 pool=atomtx-demo
 work=$(mktemp -d /var/tmp/atomtx-demo.XXXXXX)
 cleanup() {
   cd /
-  if zpool list "$pool" >/dev/null 2>&1; then zpool destroy "$pool"; fi
+  if [ "$kind" = zfs ] && zpool list "$pool" >/dev/null 2>&1; then zpool destroy "$pool"; fi
+  if mountpoint --quiet "$work/home"; then umount "$work/home"; fi
   rm -rf "$work"
 }
 trap cleanup EXIT
@@ -25,23 +28,38 @@ run() { # COMMAND LINE: show it as typed, and run it
   eval "$1"
 }
 
-note 'A pool on a file, two datasets, some files, and a restic repository.'
-run 'truncate -s 1G disk'
-run "zpool create -m \$PWD/pool $pool \$PWD/disk"
-run "zfs create $pool/home && zfs create $pool/home/ann"
-run 'head -c 8M /dev/urandom | split -b 64K - pool/home/file-'
-run 'head -c 8M /dev/urandom | split -b 64K - pool/home/ann/file-'
+if [ "$kind" = zfs ]; then
+  volume=$pool/home files=pool/home list="zfs list -H -t snapshot -o name -r $pool"
+  note 'A pool on a file, two datasets, some files, and a restic repository.'
+  run 'truncate -s 1G disk'
+  run "zpool create -m \$PWD/pool $pool \$PWD/disk"
+  run "zfs create $pool/home && zfs create $pool/home/ann"
+else
+  # shellcheck disable=SC2016  # shown as it is
+  volume='$PWD/home' files=home list='btrfs subvolume list -s home'
+  note 'A file system on a file, a subvolume in it, some files, and a restic repository.'
+  run 'truncate -s 1G disk'
+  run 'mkfs.btrfs --quiet disk 2>/dev/null'
+  run 'mkdir home && mount -o loop disk home'
+  run 'btrfs subvolume create home/ann'
+fi
+run "head -c 8M /dev/urandom | split -b 64K - $files/file-"
+run "head -c 8M /dev/urandom | split -b 64K - $files/ann/file-"
 run 'restic init --quiet'
 
-note 'The first backup: both datasets, at the same moment.'
-run "atomtx backup --recursive $pool/home"
+if [ "$kind" = zfs ]; then
+  note 'The first backup: both datasets, at the same moment.'
+else
+  note 'The first backup: the file system, and the subvolume in it.'
+fi
+run "atomtx backup --recursive $volume"
 
 note 'More files.  The second backup is slowed down, and killed in the middle: atomtx, its' \
   'runner and restic, all with SIGKILL.'
-run 'head -c 24M /dev/urandom | split -b 128K - pool/home/ann/new-'
-run 'cp -a pool/home expected    # to compare with later'
-printf '$ %s\n' "atomtx backup --recursive $pool/home -- --limit-upload 4096 >log 2>&1 &"
-atomtx backup --recursive "$pool/home" -- --limit-upload 4096 >log 2>&1 &
+run "head -c 24M /dev/urandom | split -b 128K - $files/ann/new-"
+run "cp -a $files expected    # to compare with later"
+printf '$ %s\n' "atomtx backup --recursive $volume -- --limit-upload 4096 >log 2>&1 &"
+atomtx backup --recursive "$(eval "echo $volume")" -- --limit-upload 4096 >log 2>&1 &
 backup=$!
 repository_size() { du -s repository | cut -f1; }
 before=$(repository_size)
@@ -53,16 +71,16 @@ runner=$(pgrep -P $backup | tr '\n' ' ')
 client=$(for pid in $runner; do pgrep -P "$pid"; done | tr '\n' ' ')
 run "kill -9 $backup $runner${client% }"
 wait $backup 2>/dev/null || true
-run "zfs list -H -t snapshot -o name -r $pool"
+run "$list"
 
 note 'Life goes on: a file changes after the moment of that backup.'
-run 'echo changed >pool/home/ann/new-aa'
+run "echo changed >$files/ann/new-aa"
 
 note 'The interrupted backup is finished, of the same moment.'
 run 'atomtx recover'
 run 'atomtx history'
-run "zfs list -t snapshot -r $pool"
+if [ "$kind" = zfs ]; then run "zfs list -t snapshot -r $pool"; else run "$list"; fi
 
 note 'What restic restores is the moment of the second backup.'
 run 'restic restore latest --quiet --target restored'
-run 'diff -r expected "restored$PWD/pool/home" && echo identical'
+run "diff -r expected \"restored\$PWD/$files\" && echo identical"

@@ -77,6 +77,7 @@ def a_run(the_plan: Plan | None = None, *, proven: bool = True, **values: Any) -
 def _volume(n: int, planned: PlannedVolume, proven: bool) -> Volume:
     return Volume(
         n=n,
+        kind=planned.kind,
         pool=planned.pool,
         pool_guid=planned.pool_guid,
         name=planned.name,

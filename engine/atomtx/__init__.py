@@ -15,7 +15,8 @@ The modules, in reading order:
     intents.py      one frozen dataclass an effect, and what undoes it                 pure
     plan.py         what is there, what was asked for -> the plan                      pure
     inventory.py    datasets, pools and mounts, and where each can be read             pure
-    selection.py    which datasets a request means, and what is left out               pure
+    subvolumes.py   which btrfs subvolumes a request means, and what is left out       pure
+    selection.py    which volumes a request means, and what is left out                pure
     records.py      the journal's rows as plain values                                 pure
     recovery.py     journal and probes -> resume, roll forward, roll back, wait ...    pure
     redact.py       take secrets out of what is kept or shown                          pure
@@ -36,10 +37,11 @@ The modules, in reading order:
     statedir.py     the state directory, and the folder of each run in it
     locks.py        the kernel locks F, R and C, and who holds them
     process.py      the only module that starts programs
+    btrfsio.py      btrfs as the kernel shows it: ioctls, a mount that nobody else sees
     interrupts.py   SIGINT and SIGTERM as a request to compensate
     delivery.py     give one message to a server: a program of its own
     notifiers.py    tell somebody of a run: command, mail, pings, apprise
-    volumes/        zfs.py: find, snapshot, hold, probe, destroy
+    volumes/        kind.py, zfs.py, btrfs.py ...: find, snapshot, hold, probe, destroy
     mounts/         mountinfo.py, namespace.py, tree.py ...: mount, probe, unmount
     clients/        restic.py, kopia.py, command.py ...: the backup programs
     config_kinds.py  the kinds of values that a configuration holds                    pure

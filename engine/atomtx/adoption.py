@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from .errors import UserError
 from .intents import Intent, Mount, MountVolumes
 from .mounts import mountinfo
-from .names import RunId, Snapshot
+from .names import RunId, Snapshot, mounted_as
 from .plan import ClientPlan, Plan, PlannedVolume, Pool, intents
-from .volumes.zfs import Identity, Zfs
+from .volumes.kind import Identity
+from .volumes.zfs import Zfs
 
 
 @dataclass(frozen=True)
@@ -25,30 +26,58 @@ class Stray:
     run: str
     snapshots: tuple[Identity, ...]
     mounts: tuple[str, ...]
+    subvolumes: tuple[PlannedVolume, ...] = ()  # those of btrfs, as a plan would have them
 
     @property
     def created_s(self) -> int:
         return min(s.creation_s for s in self.snapshots)
 
 
-def scan(zfs: Zfs, known: Iterable[str]) -> list[Stray]:
-    """Return what carries our marks, mark and name agreeing, of runs that are not *known*."""
-    healthy = [pool.name for pool in zfs.pools() if pool.health != "SUSPENDED"]
+def scan(
+    zfs: Zfs | None, known: Iterable[str], on_btrfs: Iterable[tuple[PlannedVolume, Identity]] = ()
+) -> list[Stray]:
+    """
+    Return what carries our marks, mark and name agreeing, of runs that are not *known*.
+
+    *zfs* is None on a machine that has none; *on_btrfs* is what `btrfs.marked` found.
+    """
     known = frozenset(known)
     names: dict[str, list[str]] = {}
-    for name, run in zfs.marked(healthy):
+    for name, run in _marked(zfs):
         if run not in known and RunId.from_token(Snapshot.parse(name).name) == run:
             names.setdefault(run, []).append(name)
-    found = zfs.identities([name for group in names.values() for name in group])
+    found = zfs.identities([n for group in names.values() for n in group]) if zfs else {}
+    volumes: dict[str, list[PlannedVolume]] = {}
+    for volume, identity in on_btrfs:
+        if identity.mark and identity.mark not in known:
+            volumes.setdefault(identity.mark, []).append(volume)
+            names.setdefault(identity.mark, []).append(identity.name)
+            found[identity.name] = identity
     table = mountinfo.read()
-    strays = [_stray(run, group, found, table) for run, group in sorted(names.items())]
+    strays = [
+        _stray(run, group, found, table, volumes.get(run, ()))
+        for run, group in sorted(names.items())
+    ]
     return [stray for stray in strays if stray.snapshots]  # not what was destroyed meanwhile
 
 
-def _stray(run: str, names: list[str], found: dict[str, Identity], table: mountinfo.Table) -> Stray:
+def _marked(zfs: Zfs | None) -> list[tuple[str, str]]:
+    if zfs is None:
+        return []
+    return zfs.marked([pool.name for pool in zfs.pools() if pool.health != "SUSPENDED"])
+
+
+def _stray(
+    run: str,
+    names: list[str],
+    found: dict[str, Identity],
+    table: mountinfo.Table,
+    volumes: Iterable[PlannedVolume],
+) -> Stray:
     snapshots = tuple(found[name] for name in names if name in found)
-    mounts = tuple(e.mountpoint for e in table if e.source in names)
-    return Stray(run, snapshots, mounts)
+    things = frozenset(map(mounted_as, names))
+    mounts = tuple(e.mountpoint for e in table if e.thing in things)
+    return Stray(run, snapshots, mounts, tuple(volumes))
 
 
 def pick(strays: Iterable[Stray], prefix: str) -> Stray:
@@ -63,13 +92,19 @@ def pick(strays: Iterable[Stray], prefix: str) -> Stray:
 def plan_of(stray: Stray, pools: Iterable[Pool]) -> Plan:
     """Return the plan under which a stray run is journaled, only to be undone."""
     guids = {pool.name: pool.guid for pool in pools}
-    names = [Snapshot.parse(s.name) for s in stray.snapshots]
-    volumes = tuple(
-        PlannedVolume("zfs", n.dataset.pool, guids[n.dataset.pool], str(n.dataset), "", "", str(n))
-        for n in names
+    others = {volume.snapshot for volume in stray.subvolumes}
+    names = [Snapshot.parse(s.name) for s in stray.snapshots if s.name not in others]
+    volumes = (
+        *(
+            PlannedVolume(
+                "zfs", n.dataset.pool, guids[n.dataset.pool], str(n.dataset), "", "", str(n)
+            )
+            for n in names
+        ),
+        *stray.subvolumes,
     )
     client = ClientPlan("command", (), (), "/", "", None, (), ())
-    label = ", ".join(str(n.dataset) for n in names[:2]) + (" and more" if names[2:] else "")
+    label = ", ".join(v.name for v in volumes[:2]) + (" and more" if volumes[2:] else "")
     return Plan(
         run=stray.run,
         job=f"adopted-{stray.run}",
@@ -94,5 +129,5 @@ def intents_of(stray: Stray, the_plan: Plan) -> tuple[Intent, ...]:
 
 def _mounts_of(snapshot: Identity) -> Iterator[Mount]:
     for entry in mountinfo.read():
-        if entry.source == snapshot.name:
-            yield Mount(entry.source, entry.mountpoint)
+        if entry.thing == mounted_as(snapshot.name):
+            yield Mount(snapshot.name, entry.mountpoint)

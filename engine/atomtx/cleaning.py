@@ -28,13 +28,14 @@ from .intents import (
 )
 from .journal import Change, Journal
 from .mounts import inhabitants, mountinfo, tree
-from .names import RunId
-from .probing import end_survivors, pool_trouble, presence
-from .records import Run, Step, Volume
+from .names import RunId, mounted_as
+from .probing import end_survivors, presence
+from .records import Run, Step
 from .recovery import Presence
 from .statedir import RunFolder
 from .states import Event
-from .volumes.zfs import Identity, Zfs
+from .volumes.kind import Identity, Kind
+from .volumes.kinds import Kinds
 
 PAUSES_S = (0.2, 0.5, 1.0, 2.0, 4.0)
 _RUNNER_END_S = 30.0
@@ -48,13 +49,13 @@ class Cleaner:
         self,
         journal: Journal,
         folder: RunFolder,
-        zfs: Zfs,
+        kinds: Kinds,
         hooks: Hooks,
         warn: Callable[[str], None],
     ) -> None:
         self._journal = journal
         self._folder = folder
-        self._zfs = zfs
+        self._kinds = kinds
         self._hooks = hooks
         self._warn = warn
         # Proven by this process and held ever since: nobody can have put others in their place.
@@ -71,7 +72,7 @@ class Cleaner:
             run = self._identify(run)
             verdicts = self.remove_traces(run)
             left = [name for name, verdict in verdicts.items() if verdict == "busy"]
-            trouble = self._why_busy(left) if left else None
+            trouble = self._why_busy(run, left) if left else None
         except EffectError as exc:
             verdicts, trouble = {}, str(exc)
         self._hooks.at_end(run)
@@ -89,27 +90,36 @@ class Cleaner:
         if held and "absent" in verdicts.values():  # renamed meanwhile, or destroyed
             again = self._remove(run, self._identities(run))
             verdicts = {n: again[n] if v == "absent" else v for n, v in verdicts.items()}
-        if "absent" in verdicts.values() and (trouble := pool_trouble(run, self._zfs.pools())):
+        if "absent" in verdicts.values() and (trouble := self._kinds.trouble(run.plan.volumes)):
             raise EffectError(trouble)  # "not found" is then not "gone" (promise 2)
+        self._kinds.sweep(run.plan.volumes, run=run.id)
         return verdicts
 
     def _remove(self, run: Run, found: Mapping[str, Identity]) -> dict[str, str]:
         """Release, then keep or destroy, what was found; return a verdict for each snapshot."""
-        self._zfs.release(sorted(i.name for i in found.values()), tag=RunId(run.id).token)
+        self._release(run, found)
         kept = {n for step in run.pending(KeepSnapshots) for n in _names(step)}
         now: dict[str, str] = {}
-        for pool in sorted({v.pool for v in run.volumes}):
+        for kind, pool in sorted({(v.kind, v.pool) for v in run.volumes}):
             of_pool = {
                 v.snapshot: found[v.snapshot]
                 for v in run.volumes
-                if v.pool == pool and v.snapshot in found
+                if (v.kind, v.pool) == (kind, pool) and v.snapshot in found
             }
-            now |= self._zfs.keep([i for n, i in of_pool.items() if n in kept], run=run.id)
-            now |= self._destroy([i for n, i in of_pool.items() if n not in kept], run)
+            of_kind = self._kinds.of(kind)
+            now |= of_kind.keep([i for n, i in of_pool.items() if n in kept], run=run.id)
+            now |= self._destroy(of_kind, [i for n, i in of_pool.items() if n not in kept], run)
         return {
             v.snapshot: now[found[v.snapshot].name] if v.snapshot in found else "absent"
             for v in run.volumes
         }
+
+    def _release(self, run: Run, found: Mapping[str, Identity]) -> None:
+        """Release what the run holds, of all pools of a kind at once."""
+        held = [v for v in run.volumes if v.snapshot in found]
+        for kind in sorted({v.kind for v in held}):
+            names = sorted(found[v.snapshot].name for v in held if v.kind == kind)
+            self._kinds.of(kind).release(names, tag=RunId(run.id).token)
 
     def _identify(self, run: Run) -> Run:
         """Journal the identities that a crash kept out of it, before anything is destroyed."""
@@ -125,39 +135,20 @@ class Cleaner:
 
     def _identities(self, run: Run) -> dict[str, Identity]:
         """Return those snapshots of the run that are proven ours, under the names they have now."""
-        found = self._zfs.identities([v.snapshot for v in run.volumes])
+        found = self._kinds.identities(run.plan.volumes)
         ours = {
             v.snapshot: found[v.snapshot]
             for v in run.volumes
             if presence(run, v, found.get(v.snapshot)) is Presence.OURS
         }
-        return ours | self._renamed(run, [v for v in run.volumes if v.snapshot not in found])
+        lost = [v for v in run.volumes if v.snapshot not in found]
+        return ours | self._kinds.renamed(run.id, lost)
 
-    def _renamed(self, run: Run, lost: list[Volume]) -> dict[str, Identity]:
-        """
-        Find snapshots whose dataset was renamed meanwhile, by guid, createtxg and their own mark.
-
-        The whole pool is searched, which is slow: only where a name is not found.
-        """
-        wanted = {(v.guid, v.createtxg): v.snapshot for v in lost if v.guid}
-        if not wanted:
-            return {}
-        if trouble := pool_trouble(run, self._zfs.pools()):
-            raise EffectError(trouble)
-        marked = self._zfs.marked({v.pool for v in lost})
-        found = self._zfs.identities([name for name, mark in marked if mark == run.id])
-        keys = ((identity.guid, identity.createtxg) for identity in found.values())
-        return {
-            wanted[key]: identity
-            for key, identity in zip(keys, found.values(), strict=True)
-            if key in wanted
-        }
-
-    def _destroy(self, identities: list[Identity], run: Run) -> dict[str, str]:
+    def _destroy(self, kind: Kind, identities: list[Identity], run: Run) -> dict[str, str]:
         verdicts: dict[str, str] = {}
         left = identities
         for pause in (*PAUSES_S, None):
-            verdicts |= self._zfs.destroy(left, run=run.id)
+            verdicts |= kind.destroy(left, run=run.id)
             left = [identity for identity in left if verdicts[identity.name] == "busy"]
             if not left or pause is None:
                 break
@@ -188,22 +179,17 @@ class Cleaner:
                 )
             time.sleep(pause)
 
-    def _why_busy(self, names: Collection[str]) -> str:
+    def _why_busy(self, run: Run, names: Collection[str]) -> str:
         """Name what uses the snapshots: processes, mounts, holds and clones."""
         mounted = [f"mounted at {m}" for m in inhabitants.mounted(names)]
-        where = _words([*inhabitants.users(names), *mounted, *self._links(names)])
+        where = _words([*inhabitants.users(names), *mounted, *self._links(run, names)])
         more = f" and {len(names) - 1} more are" if len(names) > 1 else " is"
         return f"{sorted(names)[0]}{more} busy: {where or 'holder not found'}"
 
-    def _links(self, names: Collection[str]) -> Iterator[str]:
-        """Name holds and clones; where they cannot be read, say why: it is busy all the same."""
-        try:
-            for name, tags in self._zfs.holders(names).items():
-                yield from (f"hold {tag} on {name}" for tag in tags)
-            for clones in self._zfs.clones(names).values():
-                yield from (f"cloned as {clone}" for clone in clones)
-        except EffectError as exc:
-            yield exc.message
+    def _links(self, run: Run, names: Collection[str]) -> Iterator[str]:
+        for kind in sorted({v.kind for v in run.volumes if v.snapshot in names}):
+            of_kind = [v.snapshot for v in run.volumes if v.kind == kind and v.snapshot in names]
+            yield from self._kinds.of(kind).links(of_kind)
 
     # -- recording -------------------------------------------------------------------------
 
@@ -247,7 +233,8 @@ class Cleaner:
 def _why_mount_is_busy(busy: Sequence[Mount]) -> str:
     below = mountinfo.visible_below(mountinfo.read(), busy[0].mountpoint)
     sources = [m.source for m in busy]
-    foreign = [f"{e.source} is mounted at {e.mountpoint}" for e in below if e.source not in sources]
+    ours = frozenset(map(mounted_as, sources))
+    foreign = [f"{e.source} is mounted at {e.mountpoint}" for e in below if e.thing not in ours]
     return _words([*inhabitants.users(sources), *foreign]) or "holder not found"
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -36,6 +36,7 @@ from .intents import (
     EndClient,
     HoldSnapshots,
     KeepSnapshots,
+    Mount,
     MountVolumes,
     RunClient,
     TakeSnapshots,
@@ -45,14 +46,14 @@ from .interrupts import Interrupts
 from .journal import Change, Journal
 from .launching import environment_of, facts_of, launch_of, retention_of, settings_of
 from .mounts import tree
-from .names import RunId
 from .probing import end_survivors, same_moment
 from .records import Run, Step
 from .recovery import MAX_ATTEMPTS, within_patience
 from .statedir import RunFolder
 from .states import Event, Outcome
 from .task import Task, end_from_json
-from .volumes.zfs import Identity, Zfs
+from .volumes.kind import Identity
+from .volumes.kinds import Kinds
 
 _RETRY_S = (10.0, 60.0, 300.0)
 _DEFAULT_TMP = "/tmp"
@@ -83,11 +84,11 @@ class Executor:
         self._journal = journal
         self._folder = folder
         self._front = front
-        self._zfs = Zfs(front)
+        self._kinds = Kinds.real(front)
         self._interrupts = interrupts
         self._tell = tell
         self._hooks = Hooks(folder, interrupts, step=tell.step, warn=tell.warn)
-        self._cleaner = Cleaner(journal, folder, self._zfs, self._hooks, tell.warn)
+        self._cleaner = Cleaner(journal, folder, self._kinds, self._hooks, tell.warn)
         self._errand: errand.Errand | None = None
         self._unwritten: dict[str, Any] | None = None  # the end record that found no room
         self._taken = False  # the snapshots of a planned run are there already
@@ -224,21 +225,26 @@ class Executor:
         self._hooks.before(run, AROUND_RUN)
         steps = run.pending(TakeSnapshots)
         complaints, took = ([], 0.0) if self._taken else self._take_all(run, steps)
-        found = self._zfs.identities([v.snapshot for v in run.volumes])
+        found = self._kinds.identities(run.plan.volumes)
         _check_taken(run, found, [c for c in complaints if c])
         self._found = found
-        detail = f"one transaction group a pool; {len(steps)} pools within {took:.3f} s"
+        skew = _skew(run, f"within {took:.3f} s")
+        if self._taken:  # by a front end that was killed: nobody measured it
+            created = [identity.creation_s for identity in found.values()]
+            skew = _skew(run, f"within {max(created) - min(created) + 1} s")
         with self._journal.change(run) as change:
             for step in steps:
-                change.ended(step, "done", detail if len(steps) > 1 else None)
-                change.intend(_hold(step.intent))
+                change.ended(step, "done", skew)
+                assert isinstance(step.intent, TakeSnapshots)
+                if hold := plan.hold_of(step.intent):
+                    change.intend(hold)
             change.identify({n: (i.guid, i.createtxg) for n, i in found.items()})
             moment = min(found[v.snapshot].creation_s for v in run.volumes)
             change.set(moment_at=moment * 1_000_000)
             self._hooks.record(change, run)
             change.fire(Event.SNAPSHOTS_TAKEN)
-        if len(steps) > 1:
-            self._tell.step(f"the snapshots of {len(steps)} pools were taken within {took:.3f} s")
+        if skew:
+            self._tell.step(f"the snapshots are not of one moment: {skew}")
         return self._journal.load(run.id)
 
     def _take_all(
@@ -256,7 +262,7 @@ class Executor:
     def _take_pool(self, intent: object) -> EffectError | None:
         assert isinstance(intent, TakeSnapshots)
         self._tell.step(intent.describe())
-        return self._zfs.take(intent.snapshots, run=intent.run)
+        return self._kinds.of(intent.volume_kind).take(intent)
 
     # -- snapshotted -> mounted ------------------------------------------------------------
 
@@ -264,7 +270,8 @@ class Executor:
         self._hooks.before(run, AROUND_RUN)
         for step in run.pending(HoldSnapshots):
             assert isinstance(step.intent, HoldSnapshots)
-            self._zfs.hold(step.intent.snapshots, tag=step.intent.tag)
+            kind = self._kinds.of(step.intent.volume_kind)
+            kind.hold(step.intent.snapshots, tag=step.intent.tag)
         self._cleaner.held = self._found
         intent = self._mount_intent(run)
         run = self._intend_mounts(run, intent)
@@ -299,11 +306,12 @@ class Executor:
         return self.resume(run)
 
     def _mount_intent(self, run: Run) -> MountVolumes:
-        mounts = plan.mounts(run.plan)
+        planned = plan.mounts(run.plan)
+        mounts = tuple(_proven(m, v.guid) for m, v in zip(planned, run.volumes, strict=True))
         if not run.plan.root:
             return MountVolumes("", mounts)
         tree.check_free(mounts)
-        tops = tuple(t.rstrip("/") for t in run.plan.targets)
+        tops = tuple(t.rstrip("/") for t in plan.tops(run.plan))
         directories = tree.directories_to_make(run.plan.root, tops)
         return MountVolumes(run.plan.root, mounts, directories, run.plan.leave_dirs)
 
@@ -375,7 +383,7 @@ class Executor:
         """Promise 7: an empty set, or a volume that was not empty before, is no backup."""
         if empty and len(empty) == len(run.volumes):
             raise EffectError(
-                "there is nothing to back up: every dataset of the set is empty",
+                "there is nothing to back up: every volume of the set is empty",
                 hint="is what belongs there mounted?",
             )
         last = self._journal.last_completed(run.job)
@@ -521,6 +529,20 @@ class Executor:
                 self._folder.write_end(self._unwritten)
 
 
+def _skew(run: Run, within: str) -> str | None:
+    """Say how far the snapshots of a set lie apart; None where they are of one moment."""
+    pools = len({v.pool for v in run.volumes if v.kind == "zfs"})
+    subvolumes = sum(v.kind == "btrfs" for v in run.volumes)
+    if pools + subvolumes < 2:
+        return None
+    words = []
+    if pools:
+        words.append(f"one transaction group a pool; {pools} pool" + "s" * (pools > 1))
+    if subvolumes:
+        words.append(f"{subvolumes} subvolume" + "s one after the other" * (subvolumes > 1))
+    return f"{' and '.join(words)} {within}"
+
+
 def _check_taken(run: Run, found: dict[str, Identity], complaints: list[EffectError]) -> None:
     missing = [v.snapshot for v in run.volumes if v.snapshot not in found]
     if missing and complaints:
@@ -534,15 +556,16 @@ def _check_taken(run: Run, found: dict[str, Identity], complaints: list[EffectEr
         raise EffectError("the snapshots are not of one moment: their createtxg differ")
 
 
-def _hold(intent: object) -> HoldSnapshots:
-    assert isinstance(intent, TakeSnapshots)
-    tag = RunId(intent.run).token
-    return HoldSnapshots(intent.pool, intent.pool_guid, intent.snapshots, tag)
+def _proven(mount: Mount, guid: str | None) -> Mount:
+    """Return a mount with what proves its snapshot to the runner, where its kind has such."""
+    return mount if mount.volume_kind == "zfs" else replace(mount, guid=guid or "")
 
 
 def kept(intent: TakeSnapshots) -> KeepSnapshots:
     """Return the step that makes the snapshots the user's, in the place of their destruction."""
-    return KeepSnapshots(intent.pool, intent.pool_guid, intent.snapshots, intent.run)
+    return KeepSnapshots(
+        intent.pool, intent.pool_guid, intent.snapshots, intent.run, intent.volume_kind
+    )
 
 
 def _now_us() -> int:

@@ -8,9 +8,17 @@ never needs room for a new row.  ``executor.py`` carries them out.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, ClassVar
+
+# Not written, and read back all the same: older journals do not tell them, and a thousand mounts
+# would tell them a thousand times.
+_UNTOLD: Mapping[str, Any] = {"volume_kind": "zfs", "sources": (), "guid": ""}
+
+
+def _told(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: value for name, value in pairs if name not in _UNTOLD or value != _UNTOLD[name]}
 
 
 @dataclass(frozen=True)
@@ -20,26 +28,48 @@ class _Intent:
     def to_json(self) -> str:
         """Return the payload that :func:`from_json` reads back to an equal intent."""
         # In ASCII: a path that is not UTF-8 has surrogates, which SQLite could not store.
-        return json.dumps(asdict(self), sort_keys=True)
+        return json.dumps(asdict(self, dict_factory=_told), sort_keys=True)
+
+
+@dataclass(frozen=True)
+class Source:
+    """The btrfs subvolume that is snapshotted: it is looked at again before it is."""
+
+    id: int
+    uuid: str
+    path: str  # below the top level of its file system: "/@home"
+    generation: int  # of the file system, when the intent was made
 
 
 @dataclass(frozen=True)
 class TakeSnapshots(_Intent):
-    """All snapshots of one pool, in one command and so in one transaction group."""
+    """
+    All snapshots of one pool, or of one btrfs file system.
+
+    Those of a pool are taken in one command and so in one transaction group.  Those of a file
+    system are taken one after the other, of *sources* in the same order.
+    """
 
     kind: ClassVar[str] = "take-snapshots"
     pool: str
     pool_guid: str
     snapshots: tuple[str, ...]
     run: str
+    volume_kind: str = "zfs"
+    sources: tuple[Source, ...] = ()
 
     def describe(self) -> str:
-        return (
-            f"snapshot {_count(self.snapshots, 'dataset')} of pool {self.pool} in one transaction"
-        )
+        count = _count(self.snapshots, "dataset" if self.volume_kind == "zfs" else "subvolume")
+        if self.volume_kind == "zfs":
+            how = " in one transaction"
+        else:
+            how = ", one after the other" if len(self.snapshots) > 1 else ""
+        return f"snapshot {count} of {_where(self)}{how}"
 
     def compensation(self) -> DestroySnapshots:
-        return DestroySnapshots(self.pool, self.pool_guid, self.snapshots, self.run)
+        return DestroySnapshots(
+            self.pool, self.pool_guid, self.snapshots, self.run, self.volume_kind
+        )
 
 
 @dataclass(frozen=True)
@@ -51,9 +81,10 @@ class DestroySnapshots(_Intent):
     pool_guid: str
     snapshots: tuple[str, ...]
     run: str
+    volume_kind: str = "zfs"
 
     def describe(self) -> str:
-        return f"destroy {_count(self.snapshots, 'snapshot')} of pool {self.pool}"
+        return f"destroy {_count(self.snapshots, 'snapshot')} of {_where(self)}"
 
     def compensation(self) -> None:
         return None
@@ -61,16 +92,17 @@ class DestroySnapshots(_Intent):
 
 @dataclass(frozen=True)
 class KeepSnapshots(_Intent):
-    """Change the mark from `atomtx:run` to `atomtx:kept`: from then on they are the user's."""
+    """Change the mark from the run's to one that says kept: from then on they are the user's."""
 
     kind: ClassVar[str] = "keep-snapshots"
     pool: str
     pool_guid: str
     snapshots: tuple[str, ...]
     run: str
+    volume_kind: str = "zfs"
 
     def describe(self) -> str:
-        return f"keep {_count(self.snapshots, 'snapshot')} of pool {self.pool}"
+        return f"keep {_count(self.snapshots, 'snapshot')} of {_where(self)}"
 
     def compensation(self) -> None:
         return None
@@ -85,12 +117,15 @@ class HoldSnapshots(_Intent):
     pool_guid: str
     snapshots: tuple[str, ...]
     tag: str
+    volume_kind: str = "zfs"
 
     def describe(self) -> str:
-        return f"hold {_count(self.snapshots, 'snapshot')} of pool {self.pool}"
+        return f"hold {_count(self.snapshots, 'snapshot')} of {_where(self)}"
 
     def compensation(self) -> ReleaseSnapshots:
-        return ReleaseSnapshots(self.pool, self.pool_guid, self.snapshots, self.tag)
+        return ReleaseSnapshots(
+            self.pool, self.pool_guid, self.snapshots, self.tag, self.volume_kind
+        )
 
 
 @dataclass(frozen=True)
@@ -100,9 +135,10 @@ class ReleaseSnapshots(_Intent):
     pool_guid: str
     snapshots: tuple[str, ...]
     tag: str
+    volume_kind: str = "zfs"
 
     def describe(self) -> str:
-        return f"release {_count(self.snapshots, 'hold')} of pool {self.pool}"
+        return f"release {_count(self.snapshots, 'hold')} of {_where(self)}"
 
     def compensation(self) -> None:
         return None
@@ -110,10 +146,12 @@ class ReleaseSnapshots(_Intent):
 
 @dataclass(frozen=True)
 class Mount:
-    """One snapshot, read-only, at *mountpoint*."""
+    """One snapshot, read-only, at *mountpoint*; *guid* is its own where its kind is btrfs."""
 
     source: str
     mountpoint: str
+    volume_kind: str = "zfs"
+    guid: str = ""
 
 
 @dataclass(frozen=True)
@@ -310,15 +348,23 @@ def from_json(kind: str, payload: str) -> Intent:
     """Read an intent back from the journal; a KeyError for a kind that this release lacks."""
     cls = KINDS[kind]
     data: dict[str, Any] = json.loads(payload)
-    return cls(**{field.name: _frozen(field.name, data[field.name]) for field in fields(cls)})
+    known = {f.name: data[f.name] for f in fields(cls) if f.name in data or f.default is MISSING}
+    return cls(**{name: _frozen(name, value) for name, value in known.items()})
 
 
 def _frozen(name: str, value: Any) -> Any:
     if name == "mounts":
         return tuple(Mount(**mount) for mount in value)
+    if name == "sources":
+        return tuple(Source(**source) for source in value)
     if isinstance(value, list):
         return tuple(_frozen("", item) for item in value)
     return value
+
+
+def _where(step: Any) -> str:
+    what = "pool" if step.volume_kind == "zfs" else f"the {step.volume_kind} file system"
+    return f"{what} {step.pool}"
 
 
 def _count(things: tuple[Any, ...], noun: str) -> str:

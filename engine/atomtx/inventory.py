@@ -51,7 +51,7 @@ class Inventory:
             return self._unfit(facts)
         best = [path for path in (wish, facts.mountpoint) if path in visible]
         mountpoint = (best + visible)[0]
-        if not _is_utf8(mountpoint):  # neither the journal nor the clients' JSON could hold it
+        if not is_utf8(mountpoint):  # neither the journal nor the clients' JSON could hold it
             return Unfit(
                 f"the name of its mountpoint {shown(mountpoint)} is not UTF-8",
                 command("zfs", "set", "mountpoint=/PATH", facts.name),
@@ -113,7 +113,7 @@ def is_whole_dataset(entry: Entry) -> bool:
     return entry.fstype == "zfs" and entry.root == "/" and "@" not in entry.source
 
 
-def _is_utf8(path: str) -> bool:
+def is_utf8(path: str) -> bool:
     return not any("\ud800" <= char <= "\udfff" for char in path)
 
 

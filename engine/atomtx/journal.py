@@ -495,6 +495,7 @@ def _total(numbers: Iterator[int | None]) -> int | None:
 def _volume(row: Row[Any]) -> Volume:
     return Volume(
         n=row.n,
+        kind=row.kind,
         pool=row.pool,
         pool_guid=row.pool_guid,
         name=row.name,

@@ -15,7 +15,7 @@ from .errors import AtomtxError, JournalDamagedError, JournalError, JournalNewer
 
 NAME = "journal.db"
 LOCK = "journal.lock"
-SCHEMA_VERSION = 1  # PRAGMA user_version; the ordinal of the newest file in migrations/versions
+SCHEMA_VERSION = 2  # PRAGMA user_version; the ordinal of the newest file in migrations/versions
 APPLICATION_ID = 0x61746F6D  # "atom", PRAGMA application_id
 SQLITE_NEEDED = (3, 37, 0)  # it brought STRICT tables; an older one calls ours malformed
 # Of every connection that writes: an acknowledged commit survives a power cut (promise 10).

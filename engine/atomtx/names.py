@@ -13,6 +13,8 @@ MARK = "atomtx:run"  # the user property that a snapshot of ours carries, source
 KEPT_MARK = "atomtx:kept"
 _PREFIX = "atomtx-"
 _RUN_ID = re.compile(r"[0-9a-f]{16}")
+_BTRFS_SNAPSHOT = re.compile(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}):(/.+)", re.DOTALL)
+_BTRFS_OWN = re.compile(r"/\.(atomtx-[0-9a-f]{16})[/-][0-9]+")
 _COMPONENT = re.compile(r"[A-Za-z0-9_.:-][A-Za-z0-9_.: -]*")
 
 
@@ -115,6 +117,52 @@ class Snapshot:
 
     def __str__(self) -> str:
         return f"{self.dataset}@{self.name}"
+
+
+@dataclass(frozen=True, order=True)
+class BtrfsSnapshot:
+    """
+    ``UUID:/PATH``: a snapshot by its file system, and its path below the top level of that.
+
+    The path is below the run's own directory, ``/.atomtx-RUN/0``.  Only a snapshot of the top
+    level itself lies beside it, because it would have the directory in it.
+    """
+
+    filesystem: str
+    path: str
+
+    @classmethod
+    def of(cls, filesystem: str, run: RunId, n: int, *, is_top: bool) -> BtrfsSnapshot:
+        """Return the snapshot that *run* takes of its volume number *n*."""
+        return cls(filesystem, f"/.{run.token}{'-' if is_top else '/'}{n}")
+
+    @classmethod
+    def parse(cls, text: str) -> BtrfsSnapshot:
+        """Read back what :meth:`__str__` printed."""
+        match = _BTRFS_SNAPSHOT.fullmatch(text)
+        if not match:
+            raise ValueError(f"{text!r} is not a snapshot")
+        return cls(match[1], match[2])
+
+    @property
+    def run(self) -> RunId | None:
+        """Return the run whose token the path has; None where it is somebody else's."""
+        match = _BTRFS_OWN.fullmatch(self.path)
+        return RunId.from_token(match[1]) if match else None
+
+    @property
+    def directory(self) -> str:
+        """Return the name of the run's directory; "" for a snapshot that lies beside it."""
+        return self.path.rpartition("/")[0].lstrip("/")
+
+    def __str__(self) -> str:
+        return f"{self.filesystem}:{self.path}"
+
+
+def mounted_as(snapshot: str) -> str:
+    """Return what a table of mounts calls a snapshot: of btrfs the path in its file system."""
+    match = _BTRFS_SNAPSHOT.fullmatch(snapshot)
+    return match[2] if match else snapshot
 
 
 def is_within(path: str, parent: str) -> bool:

@@ -20,9 +20,10 @@ from .intents import (
     Mount,
     MountVolumes,
     RunHook,
+    Source,
     TakeSnapshots,
 )
-from .names import Dataset, RunId, is_within
+from .names import BtrfsSnapshot, Dataset, RunId, is_within
 from .states import Outcome
 
 SYSTEM_PATHS = ("/dev", "/proc", "/run", "/sys")  # always the live ones, in a set that holds "/"
@@ -51,6 +52,16 @@ class Pool:
 
 
 @dataclass(frozen=True)
+class SubvolumeFacts:
+    """A btrfs subvolume where it is seen."""
+
+    name: str  # the path by which it is seen
+    guid: str
+    filesystem: str
+    source: Source
+
+
+@dataclass(frozen=True)
 class Request:
     """What the user asked for."""
 
@@ -66,9 +77,9 @@ class Request:
 
 
 class Chosen(NamedTuple):
-    """A dataset of the set, and where it is mounted live."""
+    """A volume of the set, and where it is seen live."""
 
-    facts: DatasetFacts
+    facts: DatasetFacts | SubvolumeFacts
     mountpoint: str
 
 
@@ -91,19 +102,21 @@ class Selection:
     skipped: tuple[LeftOut, ...]  # what -a or -r would have taken, and cannot
     uncovered: tuple[LeftOut, ...]  # what lies below the volumes and was not asked for
     notes: tuple[str, ...]
+    parts: tuple[str, ...] = ()  # paths that were named inside a volume, in place of all of it
 
 
 @dataclass(frozen=True)
 class PlannedVolume:
-    """A dataset of the set."""
+    """A volume of the set."""
 
-    kind: str  # "zfs"
-    pool: str
+    kind: str  # "zfs" or "btrfs"
+    pool: str  # of btrfs the file system, by its UUID
     pool_guid: str
     name: str
     guid: str
     mountpoint: str  # where it is mounted live
     snapshot: str  # the whole name of the snapshot to take
+    source: Source | None = None  # of btrfs
 
 
 @dataclass(frozen=True)
@@ -129,7 +142,7 @@ class Plan:
     job: str  # the key
     label: str
     volumes: tuple[PlannedVolume, ...]  # parents before children
-    targets: tuple[str, ...]  # the topmost mountpoints, given to the client
+    targets: tuple[str, ...]  # the topmost mountpoints, or what was named in them, for the client
     layout: str
     root: str
     live_paths: tuple[str, ...]  # bound back over the frozen files
@@ -183,20 +196,21 @@ def assemble(
     needed = _live_inside(live_paths, tops, system)
     chosen, lost = _part(selection, needed)
     tops = targets(mountpoint for _, mountpoint in chosen)
+    read = paths_to_read((mountpoint for _, mountpoint in chosen), selection.parts)
     live = tuple(path for path in needed if _inside(path, tops))
     root = normal(request.root) if request.root else ""
     return Plan(
         run=str(run),
         job=job_key(request.job)
         if request.job
-        else _unnamed_key((facts.guid for facts, _ in chosen), client, root),
+        else _unnamed_key((facts.guid for facts, _ in chosen), client, root, selection.parts),
         label=request.job or _label(request, selection.asked),
         volumes=_planned(chosen, pools, run),
-        targets=tops,
+        targets=read,
         layout=request.layout,
         root=root,
         live_paths=live,
-        excludes=targets([*live, *system]),
+        excludes=targets(path for path in (*live, *system) if _inside(path, read)),
         notes=(*_notes(selection, lost, live, system), *notes),
         client=client,
         keep_snapshots=keep_snapshots,
@@ -228,7 +242,7 @@ def _part(
         if path is None:
             chosen.append(volume)
             continue
-        if name in selection.asked:
+        if name in selection.asked or any(_parent_in(p, [name]) for p in selection.parts):
             raise UserError(
                 f"{name} cannot be backed up as it was: the client needs {path} as it is now",
                 hint="move the client's cache, repository or temporary files elsewhere",
@@ -243,10 +257,29 @@ def _planned(
     volumes: Iterable[Chosen], pools: Sequence[Pool], run: RunId
 ) -> tuple[PlannedVolume, ...]:
     guids = {pool.name: pool.guid for pool in pools}
-    return tuple(_planned_one(facts, mountpoint, guids, run) for facts, mountpoint in volumes)
+    return tuple(
+        _planned_dataset(volume.facts, volume.mountpoint, guids, run)
+        if isinstance(volume.facts, DatasetFacts)
+        else _planned_subvolume(volume.facts, n, run)
+        for n, volume in enumerate(volumes)
+    )
 
 
-def _planned_one(
+def _planned_subvolume(facts: SubvolumeFacts, n: int, run: RunId) -> PlannedVolume:
+    is_top = facts.source.path == "/"
+    return PlannedVolume(
+        kind="btrfs",
+        pool=facts.filesystem,
+        pool_guid=facts.filesystem,
+        name=facts.name,
+        guid=facts.guid,
+        mountpoint=facts.name,
+        snapshot=str(BtrfsSnapshot.of(facts.filesystem, run, n, is_top=is_top)),
+        source=facts.source,
+    )
+
+
+def _planned_dataset(
     facts: DatasetFacts, mountpoint: str, guids: dict[str, str], run: RunId
 ) -> PlannedVolume:
     dataset = Dataset(facts.name)
@@ -270,8 +303,9 @@ def job_key(name: str) -> str:
     return f"job {name}"
 
 
-def _unnamed_key(guids: Iterable[str], client: ClientPlan, root: str) -> str:
+def _unnamed_key(guids: Iterable[str], client: ClientPlan, root: str, parts: Iterable[str]) -> str:
     words = [sorted(guids), client.name, client.repository, client.command, root]
+    words += [sorted(parts)] if parts else []
     return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:32]
 
 
@@ -320,11 +354,8 @@ def intents(plan: Plan, directories: tuple[str, ...] = ()) -> tuple[Intent, ...]
 
     *directories* are those to be made for a tree, parents first.
     """
-    take = [
-        TakeSnapshots(pool, guid, snapshots, plan.run) for pool, guid, snapshots in _by_pool(plan)
-    ]
-    tag = RunId(plan.run).token
-    hold = [HoldSnapshots(pool, guid, snapshots, tag) for pool, guid, snapshots in _by_pool(plan)]
+    take = [_take(plan.run, volumes) for volumes in _by_pool(plan)]
+    hold = filter(None, map(hold_of, take))
     return (*take, *hold, MountVolumes(plan.root, mounts(plan), directories, plan.leave_dirs))
 
 
@@ -341,6 +372,27 @@ def hooks_after(plan: Plan, outcome: Outcome | None) -> tuple[RunHook, ...]:
     return tuple(hook for when in ends for hook in plan.hooks if hook.when == when and ends[when])
 
 
+def _take(run: str, volumes: Sequence[PlannedVolume]) -> TakeSnapshots:
+    first = volumes[0]
+    # The top level of a btrfs first: its snapshot is not to have the others' directory in it.
+    volumes = sorted(volumes, key=lambda v: v.source is not None and v.source.path != "/")
+    return TakeSnapshots(
+        pool=first.pool,
+        pool_guid=first.pool_guid,
+        snapshots=tuple(volume.snapshot for volume in volumes),
+        run=run,
+        volume_kind=first.kind,
+        sources=tuple(volume.source for volume in volumes if volume.source),
+    )
+
+
+def hold_of(take: TakeSnapshots) -> HoldSnapshots | None:
+    """Return the hold that follows on snapshots; btrfs knows no holds."""
+    if take.volume_kind != "zfs":
+        return None
+    return HoldSnapshots(take.pool, take.pool_guid, take.snapshots, RunId(take.run).token)
+
+
 def mounts(plan: Plan) -> tuple[Mount, ...]:
     """Return the mounts of the plan in its layout, parents first."""
     return tree_mounts(plan) if plan.root else namespace_mounts(plan)
@@ -348,14 +400,13 @@ def mounts(plan: Plan) -> tuple[Mount, ...]:
 
 def namespace_mounts(plan: Plan) -> tuple[Mount, ...]:
     """Return each snapshot at its volume's own mountpoint."""
-    return tuple(Mount(volume.snapshot, volume.mountpoint) for volume in plan.volumes)
+    return tuple(Mount(v.snapshot, v.mountpoint, v.kind) for v in plan.volumes)
 
 
 def tree_mounts(plan: Plan) -> tuple[Mount, ...]:
     """Return each snapshot at its volume's mountpoint under the root."""
     return tuple(
-        Mount(volume.snapshot, (plan.root + volume.mountpoint).rstrip("/"))
-        for volume in plan.volumes
+        Mount(v.snapshot, (plan.root + v.mountpoint).rstrip("/"), v.kind) for v in plan.volumes
     )
 
 
@@ -368,10 +419,16 @@ def prioritized(plan: Plan, argv: tuple[str, ...]) -> tuple[str, ...]:
     return ("nice", "-n", str(plan.nice), *argv) if plan.nice else argv
 
 
+def tops(plan: Plan) -> tuple[str, ...]:
+    """Return the topmost mountpoints of the set: what lies below them is frozen."""
+    return targets(volume.mountpoint for volume in plan.volumes)
+
+
 def is_frozen(plan: Plan, path: str) -> bool:
     """Tell whether the client finds *path* as it was at the moment, and read-only."""
-    live = (*plan.live_paths, *(SYSTEM_PATHS if "/" in plan.targets else ()))
-    return not plan.root and _inside(path, plan.targets) and not _inside(path, live)
+    frozen = tops(plan)
+    live = (*plan.live_paths, *(SYSTEM_PATHS if "/" in frozen else ()))
+    return not plan.root and _inside(path, frozen) and not _inside(path, live)
 
 
 def describe(plan: Plan, steps: Sequence[Intent] | None = None) -> tuple[str, ...]:
@@ -388,12 +445,12 @@ def describe(plan: Plan, steps: Sequence[Intent] | None = None) -> tuple[str, ..
     return tuple(lines)
 
 
-def _by_pool(plan: Plan) -> list[tuple[str, str, tuple[str, ...]]]:
-    """Group the snapshots: those of one pool are taken in one transaction group (promise 8)."""
-    pools: dict[tuple[str, str], list[str]] = {}
+def _by_pool(plan: Plan) -> list[list[PlannedVolume]]:
+    """Group the volumes: those of one pool are taken in one transaction group (promise 8)."""
+    pools: dict[tuple[str, str, str], list[PlannedVolume]] = {}
     for volume in plan.volumes:
-        pools.setdefault((volume.pool, volume.pool_guid), []).append(volume.snapshot)
-    return [(pool, guid, tuple(snapshots)) for (pool, guid), snapshots in pools.items()]
+        pools.setdefault((volume.kind, volume.pool, volume.pool_guid), []).append(volume)
+    return list(pools.values())
 
 
 # -- storing a plan ----------------------------------------------------------------------------
@@ -402,13 +459,18 @@ def _by_pool(plan: Plan) -> list[tuple[str, str, tuple[str, ...]]]:
 def to_json(plan: Plan) -> str:
     """Return the text that :func:`from_json` reads back to an equal plan."""
     # In ASCII: a path that is not UTF-8 has surrogates, which SQLite could not store.
-    return json.dumps(asdict(plan), sort_keys=True)
+    return json.dumps(asdict(plan, dict_factory=_told), sort_keys=True)
+
+
+def _told(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """A volume without a source says nothing of it, as in older journals."""
+    return {name: value for name, value in pairs if name != "source" or value is not None}
 
 
 def from_json(text: str) -> Plan:
     """Read a plan back from the journal."""
     data = {name: _frozen(value) for name, value in json.loads(text).items()}
-    data["volumes"] = tuple(PlannedVolume(**volume) for volume in data["volumes"])
+    data["volumes"] = tuple(map(_planned_volume, data["volumes"]))
     client = {name: _frozen(value) for name, value in data["client"].items()}
     hooks = tuple(_hook(hook) for hook in data.get("hooks", ()))
     return Plan(**data | {"client": ClientPlan(**client), "hooks": hooks})
@@ -416,6 +478,11 @@ def from_json(text: str) -> Plan:
 
 def _hook(data: dict[str, Any]) -> RunHook:
     return RunHook(**{name: _frozen(value) for name, value in data.items()})
+
+
+def _planned_volume(data: dict[str, Any]) -> PlannedVolume:
+    source = data.get("source")
+    return PlannedVolume(**data | {"source": Source(**source) if source else None})
 
 
 def _frozen(value: Any) -> Any:
@@ -432,6 +499,14 @@ def targets(mountpoints: Iterable[str]) -> tuple[str, ...]:
         if not tops or not is_within(path, tops[-1]):
             tops.append(path)
     return tuple(tops)
+
+
+def paths_to_read(mountpoints: Iterable[str], parts: Iterable[str]) -> tuple[str, ...]:
+    """Return what the client reads of some volumes: *parts* of those that have any, else all."""
+    points = tuple(mountpoints)
+    holders = {part: [m for m in points if is_within(part, m)] for part in parts}
+    held = {part: max(above, key=len) for part, above in holders.items() if above}
+    return targets([*held, *(m for m in points if m not in held.values())])
 
 
 def path_order(path: str) -> list[str]:

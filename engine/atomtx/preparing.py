@@ -14,6 +14,8 @@ from .mounts import mountinfo
 from .names import Dataset, RunId, is_within
 from .plan import ClientPlan, DatasetFacts, Plan, Pool, Request
 from .redact import check_arguments, journaled
+from .subvolumes import Filesystem, is_on_btrfs
+from .volumes import btrfs
 from .volumes.zfs import Zfs
 
 
@@ -70,16 +72,20 @@ def _cwd() -> str:
         ) from exc
 
 
-def inventory(request: Request, zfs: Zfs) -> tuple[list[Pool], list[DatasetFacts]]:
+def inventory(
+    request: Request, zfs: Zfs, table: mountinfo.Table
+) -> tuple[list[Pool], list[DatasetFacts]]:
     """List the imported pools, and the datasets of those that *request* needs: one `zfs` each."""
+    named = _pools_of(request, table)
+    if request.names and not named:
+        return [], []  # a machine without ZFS has no `zpool`
     pools = zfs.pools()
     healthy = {pool.name for pool in pools if pool.health != "SUSPENDED"}
-    wanted = healthy if request.all else _pools_of(request) & healthy
+    wanted = healthy if request.all else named & healthy
     return pools, [facts for pool in sorted(wanted) for facts in zfs.datasets(pool)]
 
 
-def _pools_of(request: Request) -> set[str]:
-    table = mountinfo.read()
+def _pools_of(request: Request, table: mountinfo.Table) -> set[str]:
     names = set()
     for text in request.names:
         if text.startswith("/"):
@@ -90,6 +96,16 @@ def _pools_of(request: Request) -> set[str]:
         if source:
             names.add(Dataset(source).pool)
     return names
+
+
+def filesystems(request: Request, table: mountinfo.Table) -> list[Filesystem]:
+    """List the subvolumes of each btrfs on which something is named."""
+    paths: dict[str, str] = {}
+    for text in (*request.names, *request.exclude):
+        entry = table.containing(plan.normal(text)) if is_on_btrfs(table, text) else None
+        if entry:
+            paths.setdefault(entry.dev, entry.mountpoint)
+    return [btrfs.find(path, device) for device, path in paths.items()]
 
 
 def make_plan(
@@ -115,8 +131,11 @@ def make_plan(
     Raises UserError for what is wrong with the request, the datasets or the client.
     """
     client = clients.load(client_name)
-    pools, datasets = inventory(request, zfs)
-    chosen = selection.select(request, datasets, pools, mountinfo.read())
+    table = mountinfo.read()
+    pools, datasets = inventory(request, zfs, table)
+    found = filesystems(request, table)
+    chosen = selection.select(request, datasets, pools, table, found)
+    _check_there(chosen.parts)
     facts = client.inspect(wanted)
     made = plan.assemble(
         request,
@@ -157,6 +176,14 @@ def _client_plan(client: Client, wanted: Settings, facts: Facts) -> ClientPlan:
         secrets=secrets,
         credentials=wanted.credentials,
     )
+
+
+def _check_there(paths: Sequence[str]) -> None:
+    for path in paths:
+        if not os.path.lexists(path):
+            raise UserError(
+                f"there is no {plan.shown(path)}", hint="is what belongs there mounted?"
+            )
 
 
 def _check_cwd(made: Plan) -> None:

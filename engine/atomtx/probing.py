@@ -10,25 +10,24 @@ from . import errand, locks
 from .errors import EffectError
 from .mounts import inhabitants
 from .names import RunId
-from .plan import Pool
 from .records import Run, Volume
 from .recovery import Ended, Presence, Probes
 from .statedir import RunFolder
-from .volumes.zfs import Identity, Zfs
+from .volumes.kind import Identity
+from .volumes.kinds import Kinds
 
 _END_S = 10.0
 
 
-def probe(run: Run, folder: RunFolder, zfs: Zfs) -> tuple[Probes, dict[str, Identity]]:
+def probe(run: Run, folder: RunFolder, kinds: Kinds) -> tuple[Probes, dict[str, Identity]]:
     """Look at everything that the decision about *run* needs; the caller holds lock F."""
     if locks.is_held(folder.runner_lock):
         return Probes(runner_alive=True), {}
     if survivors(run, folder):
         return Probes(client_alive=True), {}
-    trouble = pool_trouble(run, zfs.pools())
-    if trouble:
+    if trouble := kinds.trouble(run.plan.volumes):
         return Probes(ended=_ended(run, folder), trouble=trouble), {}
-    found = zfs.identities([v.snapshot for v in run.volumes])
+    found = kinds.identities(run.plan.volumes)
     return (
         Probes(
             ended=_ended(run, folder),
@@ -47,23 +46,6 @@ def _ended(run: Run, folder: RunFolder) -> Ended | None:
     return Ended(end.outcome, end.reason, end.retriable, stopped == signal.SIGTERM)
 
 
-def pool_trouble(run: Run, pools: Iterable[Pool]) -> str | None:
-    """Tell why a pool of the run cannot be asked; "not found" there would not mean "gone"."""
-    by_name = {pool.name: pool for pool in pools}
-    names = {pool.guid: pool.name for pool in by_name.values()}
-    for name, guid in {(v.pool, v.pool_guid) for v in run.volumes}:
-        pool = by_name.get(name)
-        if guid in names and names[guid] != name:
-            return f"pool {name} is imported under the name {names[guid]}"
-        if pool is None:
-            return f"pool {name} is not imported"
-        if pool.guid != guid:
-            return f"the pool {name} that is imported is another one"
-        if pool.health == "SUSPENDED":
-            return f"pool {name} is suspended: `zpool clear {name}`"
-    return None
-
-
 def presence(run: Run, volume: Volume, found: Identity | None) -> Presence:
     """Judge one snapshot: by mark alone only as long as its identity is not journaled."""
     if found is None:
@@ -77,10 +59,14 @@ def presence(run: Run, volume: Volume, found: Identity | None) -> Presence:
 
 
 def same_moment(volumes: Iterable[Volume], found: dict[str, Identity]) -> bool:
-    """Tell whether the snapshots of each pool were taken in one transaction group."""
+    """
+    Tell whether the snapshots of each pool were taken in one transaction group.
+
+    Those of btrfs never are: what lies between them was measured when they were taken.
+    """
     groups: dict[str, set[str]] = {}
     for volume in volumes:
-        if volume.snapshot in found:
+        if volume.kind == "zfs" and volume.snapshot in found:
             groups.setdefault(volume.pool, set()).add(found[volume.snapshot].createtxg)
     return all(len(group) == 1 for group in groups.values())
 

@@ -13,6 +13,7 @@ class Volume:
     """A volume of a run; *guid* and *createtxg* are None until they were read back."""
 
     n: int
+    kind: str
     pool: str
     pool_guid: str
     name: str

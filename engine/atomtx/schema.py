@@ -107,7 +107,7 @@ volumes = Table(
     Column("createtxg", Text),  # likewise
     Column("is_empty", Integer),  # 1 where the snapshot's root has no entry; NULL until mounted
     UniqueConstraint("run", "n"),
-    CheckConstraint(_one_of("kind", ("zfs",)), name="kind"),
+    CheckConstraint(_one_of("kind", ("zfs", "btrfs")), name="kind"),
     CheckConstraint("(snapshot_guid IS NULL) = (createtxg IS NULL)", name="identity"),
     sqlite_strict=True,
 )

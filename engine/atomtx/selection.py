@@ -8,6 +8,7 @@ cannot take, and what lies below the volumes and is not in the set, is reported 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from .errors import UserError
 from .inventory import Inventory, Unfit, ancestors, command, is_whole_dataset
@@ -23,22 +24,32 @@ from .plan import (
     Selection,
     normal,
     path_order,
+    paths_to_read,
     shown,
-    targets,
 )
+from .subvolumes import Filesystem, Subvolumes, is_on_btrfs
 
 
 def select(
-    request: Request, datasets: Sequence[DatasetFacts], pools: Sequence[Pool], mounts: Table
+    request: Request,
+    datasets: Sequence[DatasetFacts],
+    pools: Sequence[Pool],
+    mounts: Table,
+    filesystems: Sequence[Filesystem] = (),
 ) -> Selection:
     """
     Return the volumes that *request* asks for, parents first, and what it leaves out.
 
-    *datasets* are all file systems and volumes of the imported *pools*.  Raises UserError for a
-    request that makes no sense, and for a dataset that was named and cannot be backed up.
+    *datasets* are all file systems and volumes of the imported *pools*, *filesystems* those of
+    btrfs on which something is named.  Raises UserError for a request that makes no sense, and
+    for a volume that was named and cannot be backed up.
     """
     _check_request(request)
+    order = request.names
+    request, on_btrfs = _parted(request, mounts)
     there = Inventory(datasets, pools, mounts)
+    subvolumes = Subvolumes(filesystems, mounts)
+    found = subvolumes.select(on_btrfs)
     named = _named(request, there)
     excluded = _excluded(request, there, named)
     judged = {
@@ -47,20 +58,32 @@ def select(
         if facts.name not in excluded
     }
     _check_named(request, named, judged)
-    volumes = _in_mount_order(there, judged)
-    skipped = _suspended(request, there, excluded) + _skipped(judged)
+    volumes = _in_mount_order(there, judged, found.volumes)
+    skipped = (*_suspended(request, there, excluded), *_skipped(judged), *found.skipped)
     if not volumes:
         raise _nothing(skipped)
     _check_gaps(there, volumes)
     if request.layout == "tree":
         _check_root(normal(request.root), volumes)
     known = there.facts if request.all else {*judged, *excluded}
+    tops = paths_to_read((mountpoint for _, mountpoint in volumes), found.parts)
+    told = {*subvolumes.at(on_btrfs.exclude)}
+    told |= {*subvolumes.at(found.named)} if request.recursive else set()
     return Selection(
-        asked=tuple(named),
+        asked=_in_order(order, named, found.named),
         volumes=volumes,
         skipped=skipped,
-        uncovered=(*_other_datasets(there, volumes, known), *_other_mounts(there, volumes)),
-        notes=(*_exclusions(request, there), *_choices(there, volumes)),
+        uncovered=(
+            *_other_datasets(there, volumes, known, tops),
+            *subvolumes.uncovered(volumes, told, tops),
+            *_other_mounts(there, volumes, subvolumes, tops),
+        ),
+        notes=(
+            *_exclusions(request, there),
+            *subvolumes.exclusions(on_btrfs),
+            *_choices(there, volumes),
+        ),
+        parts=found.parts,
     )
 
 
@@ -89,6 +112,28 @@ def _check_request(request: Request) -> None:
             f"the root of the tree must be an absolute path below /, not {request.root!r}",
             hint="such as --root /restic",
         )
+
+
+def _parted(request: Request, mounts: Table) -> tuple[Request, Request]:
+    """Part a request into that for ZFS and that for btrfs."""
+
+    def part(*, btrfs: bool) -> Request:
+        return replace(
+            request,
+            names=tuple(t for t in request.names if is_on_btrfs(mounts, t) is btrfs),
+            exclude=tuple(t for t in request.exclude if is_on_btrfs(mounts, t) is btrfs),
+        )
+
+    return part(btrfs=False), part(btrfs=True)
+
+
+def _in_order(
+    texts: Sequence[str], named: Mapping[str, str], paths: Collection[str]
+) -> tuple[str, ...]:
+    """Return what was named, on ZFS and on btrfs, in the user's order."""
+    places = {path: name for name, path in named.items() if path}
+    words = (normal(text) if text.startswith("/") else text for text in texts)
+    return tuple(word if word in paths else places.get(word, word) for word in words)
 
 
 def _named(request: Request, there: Inventory) -> dict[str, str]:
@@ -130,7 +175,8 @@ def _dataset_at(mounts: Table, path: str) -> str:
     if entry is None or entry.fstype != "zfs":
         what = f"{entry.fstype} at {shown(entry.mountpoint)}" if entry else "no mount"
         raise UserError(
-            f"{shown(path)} is not on ZFS, but on {what}", hint="`zfs list` shows the datasets"
+            f"{shown(path)} is neither on ZFS nor on btrfs, but on {what}",
+            hint="`zfs list` shows the datasets",
         )
     if "@" in entry.source:
         raise UserError(
@@ -192,9 +238,11 @@ def _check_named(request: Request, named: Iterable[str], judged: Mapping[str, st
             raise UserError(f"{name} cannot be backed up: {why.reason}", hint=why.remedy)
 
 
-def _in_mount_order(there: Inventory, judged: Mapping[str, str | Unfit]) -> tuple[Chosen, ...]:
+def _in_mount_order(
+    there: Inventory, judged: Mapping[str, str | Unfit], subvolumes: Iterable[Chosen]
+) -> tuple[Chosen, ...]:
     volumes = [Chosen(there.facts[n], at) for n, at in judged.items() if isinstance(at, str)]
-    return tuple(sorted(volumes, key=lambda volume: path_order(volume.mountpoint)))
+    return tuple(sorted([*volumes, *subvolumes], key=lambda volume: path_order(volume.mountpoint)))
 
 
 def _suspended(
@@ -264,11 +312,11 @@ def _check_root(root: str, volumes: Iterable[Chosen]) -> None:
 
 
 def _other_datasets(
-    there: Inventory, volumes: Iterable[Chosen], known: Collection[str]
+    there: Inventory, volumes: Iterable[Chosen], known: Collection[str], tops: Collection[str]
 ) -> Iterator[LeftOut]:
     """Yield the datasets below the volumes, by name or by mountpoint, that are not in the set."""
     chosen = {volume.facts.name for volume in volumes}
-    below = {entry.source for entry in _below(there, volumes) if is_whole_dataset(entry)}
+    below = {entry.source for entry in _below(there, tops) if is_whole_dataset(entry)}
     for name, facts in there.facts.items():
         if name in known or not (name in below or any(a in chosen for a in ancestors(name))):
             continue
@@ -279,18 +327,21 @@ def _other_datasets(
             yield LeftOut(name, f"it is a dataset of its own, and {at.reason}")
 
 
-def _other_mounts(there: Inventory, volumes: Sequence[Chosen]) -> Iterator[LeftOut]:
+def _other_mounts(
+    there: Inventory, volumes: Sequence[Chosen], subvolumes: Subvolumes, tops: Collection[str]
+) -> Iterator[LeftOut]:
     """Yield the mounts below the volumes that are not datasets, or datasets once more."""
     chosen = {volume.facts.name: volume.mountpoint for volume in volumes}
-    for entry in _below(there, volumes):
+    for entry in _below(there, tops):
+        if subvolumes.shows(entry):
+            continue  # it is in the set, or told already
         if not is_whole_dataset(entry) or entry.source not in there.facts:
             yield LeftOut(entry.mountpoint, _what_is(entry))
         elif chosen.get(entry.source, entry.mountpoint) != entry.mountpoint:
             yield LeftOut(entry.mountpoint, f"it is a second mount of {entry.source}")
 
 
-def _below(there: Inventory, volumes: Iterable[Chosen]) -> Iterator[Entry]:
-    tops = targets(volume.mountpoint for volume in volumes)
+def _below(there: Inventory, tops: Collection[str]) -> Iterator[Entry]:
     ignored = SYSTEM_PATHS if "/" in tops else ()  # said once for the plan as a whole
     for top in tops:
         for entry in there.mounts.visible_below(top):

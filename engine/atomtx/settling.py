@@ -29,12 +29,12 @@ from .executor import Executor, Tell
 from .interrupts import Interrupts
 from .journal import Journal, NoRunError
 from .launching import settings_of
-from .probing import end_survivors, pool_trouble, probe, survivors
+from .probing import end_survivors, probe, survivors
 from .records import Run
 from .recovery import Decision, Probes, Wish
 from .statedir import RunFolder
 from .states import Event, Outcome
-from .volumes.zfs import Zfs
+from .volumes.kinds import Kinds
 
 _COMMAND_S = 60.0
 _LOOK_S = 0.2
@@ -144,17 +144,17 @@ class Settler:
         with front(folder) as lock:
             if lock is None:
                 return recovery.decide(run, Probes(front_alive=True), self._wish())
-            return self._decide(run, folder, Zfs(lock))
+            return self._decide(run, folder, Kinds.real(lock))
 
     def _wish(self) -> Wish:
         return Wish(rollback=self._rollback, now_us=time.time_ns() // 1000)
 
-    def _decide(self, run: Run, folder: RunFolder, zfs: Zfs) -> Decision:
-        probes, _ = probe(run, folder, zfs)
+    def _decide(self, run: Run, folder: RunFolder, kinds: Kinds) -> Decision:
+        probes, _ = probe(run, folder, kinds)
         decision = recovery.decide(run, probes, self._wish())
         if isinstance(decision, recovery.Resume):
             # Asking the repository may take a minute: only when everything else is ready.
-            not_ready = self._not_ready(self._updated(run), zfs)
+            not_ready = self._not_ready(self._updated(run), kinds)
             decision = recovery.decide(run, replace(probes, not_ready=not_ready), self._wish())
         return decision
 
@@ -169,15 +169,14 @@ class Settler:
         updated = self._updated(run)
         return run if updated == run else self._journal.replan(run, updated.plan)
 
-    def _not_ready(self, run: Run, zfs: Zfs) -> str | None:
+    def _not_ready(self, run: Run, kinds: Kinds) -> str | None:
         """Tell why the client cannot run on the run's snapshots now; None if it can."""
         config = run.plan.client
         missing = [name for name in config.secrets if name not in os.environ]
         if missing:
             return f"{', '.join(missing)} of the interrupted run is not in the environment"
-        locked = zfs.locked([v.name for v in run.volumes])
-        if locked:
-            return f"the key of {locked[0]} is not loaded: `zfs load-key {locked[0]}`"
+        if trouble := kinds.unreadable(run.plan.volumes):
+            return trouble
         try:
             found = clients.load(config.name).inspect(settings_of(config))
         except AtomtxError as exc:
@@ -191,13 +190,13 @@ class Settler:
             self._journal, folder, front=lock, interrupts=self._interrupts, tell=self._tell
         )
         while run.state != states.DESTROYED:
-            decision = self._decide(run, folder, Zfs(lock))
+            decision = self._decide(run, folder, Kinds.real(lock))
             if isinstance(decision, recovery.Adopt):
                 if self._patience is Patience.LEAVE:
                     return Settled(run, decision)
                 self._adopt(run, folder)
             elif isinstance(decision, recovery.EndOrphans):
-                self._end_orphans(run, folder, Zfs(lock))
+                self._end_orphans(run, folder, Kinds.real(lock))
             elif isinstance(decision, recovery.Wait):
                 executor.take_over(run)
                 raise self._waiting(run, decision)
@@ -206,12 +205,12 @@ class Settler:
                 return Settled(run, decision, executor.interrupted)
         return Settled(run, recovery.RollForward())
 
-    def _end_orphans(self, run: Run, folder: RunFolder, zfs: Zfs) -> None:
+    def _end_orphans(self, run: Run, folder: RunFolder, kinds: Kinds) -> None:
         """End what is left of the run; in a suspended pool no signal is heard."""
         try:
             end_survivors(run, folder, self._tell.warn)
         except EffectError as exc:
-            trouble = pool_trouble(run, zfs.pools())
+            trouble = kinds.trouble(run.plan.volumes)
             if trouble is None:
                 raise
             raise self._waiting(run, recovery.Wait(trouble)) from exc
@@ -275,16 +274,16 @@ def front(folder: RunFolder) -> Iterator[int | None]:
 
 def abandon(journal: Journal, run: Run) -> None:
     """
-    Close a run whose pool will never return, touching nothing on the machine.
+    Close a run whose pool or file system will never return, touching nothing on the machine.
 
-    Refused where its pool is imported: then `recover` can settle it.
+    Refused where all of them are there: then `recover` can settle it.
     """
     folder = RunFolder.of(journal.state, run.id).make()
     with front(folder) as lock:
         if lock is None or locks.is_held(folder.runner_lock) or survivors(run, folder):
             raise BusyError(f"run {run.id} is at work", hint="see `atomtx status`")
         run = journal.load(run.id)
-        if pool_trouble(run, Zfs(lock).pools()) is None:
+        if Kinds.real(lock).trouble(run.plan.volumes) is None:
             raise UserError(
                 f"the pools of run {run.id} are imported", hint="`atomtx recover` settles it"
             )

@@ -96,7 +96,8 @@ def test_check(path: Path, atomtx_: Run) -> None:
     done = atomtx_("journal", "check")
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
-    assert line.startswith(f"sound: {path}, 1 run, version 1, change counter ")
+    version = journalfile.SCHEMA_VERSION
+    assert line.startswith(f"sound: {path}, 1 run, version {version}, change counter ")
     data = json.loads(atomtx_("journal", "check", "--json").stdout)
     assert (data["ok"], data["runs"], data["findings"]) == (True, 1, [])
     assert files(path) == before

@@ -25,6 +25,7 @@ from atomtx.database import make_engine
 from atomtx.errors import JournalError, JournalOlderError
 from atomtx.intents import TakeSnapshots
 from atomtx.journal import Journal
+from atomtx.recovery import Presence, Probes, Resume, RollForward, Wish, decide
 from atomtx.statedir import prepare
 from atomtx.states import Event
 from tests.runs import RUN, a_plan
@@ -250,6 +251,49 @@ def dump(path: Path) -> list[str]:
         return [*connection.iterdump(), str(connection.execute("PRAGMA user_version").fetchone())]
     finally:
         connection.close()
+
+
+STORED = Path(__file__).parent
+OLD_STATES = [
+    "planned",
+    "snapshotted",
+    "mounted",
+    "backing-up",
+    "unmounting",
+    "unmounting",  # parked
+    "destroyed",
+]
+
+
+@pytest.mark.parametrize("version", range(1, journalfile.SCHEMA_VERSION))
+def test_stored(state: Path, monkeypatch: pytest.MonkeyPatch, version: int) -> None:
+    """
+    Promise 13: this release goes on with the runs that an older one left, in whatever state.
+
+    The journal is stored as the older release wrote it: plans and intents as well.
+    """
+    connection = sqlite3.connect(state / journalfile.NAME)
+    connection.executescript((STORED / f"schema_{version}.sql").read_text())
+    connection.close()
+    monkeypatch.setattr(provenance, "machine_id", lambda: "machine")
+    with Journal.open(state) as journal:
+        runs = [journal.load(run) for run in sorted(journal.known())]
+        assert [run.state for run in runs] == OLD_STATES
+        for run in runs:
+            snapshots = {v.snapshot: Presence.OURS for v in run.volumes}
+            assert len(snapshots) == 2
+            assert {v.kind for v in run.volumes} | {v.kind for v in run.plan.volumes} == {"zfs"}
+            assert {v.guid is None for v in run.volumes} == {run.state == "planned"}
+            take = run.steps[0].intent
+            assert isinstance(take, TakeSnapshots)
+            assert take == plan.intents(run.plan)[0]
+            assert run.steps[1].intent == take.compensation()
+            if run.state != "destroyed":
+                decision = decide(run, Probes(snapshots=snapshots), Wish())
+                known = run.state == "unmounting"
+                assert decision == (RollForward() if known else Resume())
+    assert objects(state / journalfile.NAME) == objects(created(state / "created.db"))
+    assert ask(state / journalfile.NAME, "PRAGMA foreign_key_check") == []
 
 
 # `old_journal` comes first: it is made before the next release is there.

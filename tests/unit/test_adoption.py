@@ -14,7 +14,8 @@ from atomtx.intents import HoldSnapshots, Mount, MountVolumes, TakeSnapshots
 from atomtx.mounts import mountinfo
 from atomtx.names import RunId
 from atomtx.plan import Pool
-from atomtx.volumes.zfs import Identity, Zfs
+from atomtx.volumes.kind import Identity
+from atomtx.volumes.zfs import Zfs
 
 POOLS = [
     Pool("tank", "11", "ONLINE"),

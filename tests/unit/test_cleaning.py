@@ -19,7 +19,10 @@ from atomtx.plan import Pool
 from atomtx.records import Run
 from atomtx.statedir import RunFolder, prepare
 from atomtx.states import Event
-from atomtx.volumes.zfs import Identity, Zfs
+from atomtx.volumes.datasets import Datasets
+from atomtx.volumes.kind import Identity
+from atomtx.volumes.kinds import Kinds
+from atomtx.volumes.zfs import Zfs
 from tests.runs import RUN, a_plan, no_hooks
 
 TANK = Pool("tank", "11", "ONLINE")
@@ -74,7 +77,8 @@ def given_up(journal: Journal) -> Run:
 
 def clean(journal: Journal, machine: Machine) -> Run:
     folder = RunFolder.of(journal.state, RUN).make()
-    cleaner = Cleaner(journal, folder, cast(Zfs, machine), no_hooks(folder), lambda _: None)
+    kinds = Kinds({"zfs": Datasets(cast(Zfs, machine))})
+    cleaner = Cleaner(journal, folder, kinds, no_hooks(folder), lambda _: None)
     return cleaner.clean(journal.load(RUN))
 
 

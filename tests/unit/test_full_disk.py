@@ -25,6 +25,8 @@ from atomtx.settling import Settler, status_of
 from atomtx.statedir import RunFolder, prepare
 from atomtx.states import Event, Outcome
 from atomtx.task import end_to_json
+from atomtx.volumes.datasets import Datasets
+from atomtx.volumes.kinds import Kinds
 from atomtx.volumes.zfs import Zfs
 from tests.runs import RUN, a_plan, no_hooks
 from tests.unit.test_cleaning import NAMES, Machine
@@ -78,17 +80,15 @@ class Desk:
     def executor(self) -> Executor:
         tell = Tell(self.said.append, self.said.append)
         executor = Executor(self.journal, self.folder, front=0, interrupts=Interrupts(), tell=tell)
-        executor._zfs = executor._cleaner._zfs = cast(Zfs, self.machine)
+        executor._kinds = executor._cleaner._kinds = self.kinds()
         return executor
 
     def cleaner(self) -> Cleaner:
-        return Cleaner(
-            self.journal,
-            self.folder,
-            cast(Zfs, self.machine),
-            no_hooks(self.folder),
-            self.said.append,
-        )
+        hooks = no_hooks(self.folder)
+        return Cleaner(self.journal, self.folder, self.kinds(), hooks, self.said.append)
+
+    def kinds(self) -> Kinds:
+        return Kinds({"zfs": Datasets(cast(Zfs, self.machine))})
 
 
 @pytest.fixture
@@ -171,8 +171,7 @@ def test_last_commit(desk: Desk) -> None:
 def test_recovery_waits(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     """A resume that finds no row waits for room, and says what makes some; --rollback does."""
     run = desk.fire(desk.begin(), Event.SNAPSHOTS_TAKEN, moment_at=1)
-    monkeypatch.setattr("atomtx.settling.Zfs", lambda *_: desk.machine)
-    monkeypatch.setattr("atomtx.executor.Zfs", lambda *_: desk.machine)
+    monkeypatch.setattr(Kinds, "real", lambda *_: desk.kinds())
     desk.machine.locked = lambda *_: []  # type: ignore[attr-defined]
     desk.full_while = lambda: bool(desk.machine.there)
     tell = Tell(desk.said.append, desk.said.append)

@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 
 from atomtx import plan
 from atomtx.errors import UserError
-from atomtx.intents import EndClient, HoldSnapshots, Mount, MountVolumes, RunClient, TakeSnapshots
+from atomtx.intents import (
+    EndClient,
+    HoldSnapshots,
+    Mount,
+    MountVolumes,
+    RunClient,
+    Source,
+    TakeSnapshots,
+)
 from atomtx.names import RunId, is_within
 from atomtx.plan import (
     SYSTEM_PATHS,
@@ -328,7 +336,10 @@ def test_describe() -> None:
 # Any text of a path or an argument: also bytes that are not UTF-8, as Python reads them.
 TEXT = st.binary().map(lambda data: data.decode("utf-8", "surrogateescape"))
 TEXTS = st.lists(TEXT, max_size=3).map(tuple)
-VOLUMES = st.builds(PlannedVolume, *([TEXT] * len(dataclasses.fields(PlannedVolume))))
+SOURCES = st.none() | st.builds(Source, st.integers(), TEXT, TEXT, st.integers())
+VOLUMES = st.builds(
+    PlannedVolume, *([TEXT] * (len(dataclasses.fields(PlannedVolume)) - 1)), source=SOURCES
+)
 CLIENTS = st.builds(
     ClientPlan,
     name=TEXT,

@@ -20,7 +20,6 @@ from atomtx.errors import EffectError
 from atomtx.plan import Pool
 from atomtx.probing import (
     end_survivors,
-    pool_trouble,
     presence,
     probe,
     same_moment,
@@ -30,7 +29,10 @@ from atomtx.recovery import Ended, Presence, Probes
 from atomtx.statedir import RunFolder, prepare
 from atomtx.states import BACKING_UP, Outcome
 from atomtx.task import end_to_json
-from atomtx.volumes.zfs import Identity, Zfs
+from atomtx.volumes.datasets import Datasets, pool_trouble
+from atomtx.volumes.kind import Identity
+from atomtx.volumes.kinds import Kinds
+from atomtx.volumes.zfs import Zfs
 from tests.runs import OTHER, RUN, a_plan, a_run
 
 PATIENCE_S = 60.0
@@ -68,14 +70,14 @@ def identities(*, txg: str = "7", mark: str | None = RUN) -> dict[str, Identity]
 )
 def test_pool_trouble(pools: list[Pool], trouble: str | None) -> None:
     """Promises 2 and 14: only the same pool, by its guid, can say that something is not there."""
-    assert pool_trouble(a_run(), pools) == trouble
+    assert pool_trouble(a_run().volumes, pools) == trouble
 
 
 def test_every_pool_counts() -> None:
     """Of a set over several pools each one must be there."""
     run = a_run(a_plan("tank/a", "zroot/b"))
-    assert pool_trouble(run, [TANK]) == "pool zroot is not imported"
-    assert pool_trouble(run, [TANK, Pool("zroot", "22", "ONLINE")]) is None
+    assert pool_trouble(run.volumes, [TANK]) == "pool zroot is not imported"
+    assert pool_trouble(run.volumes, [TANK, Pool("zroot", "22", "ONLINE")]) is None
 
 
 # -- snapshots -------------------------------------------------------------------------------
@@ -153,7 +155,8 @@ def folder(tmp_path: Path) -> RunFolder:
 
 
 def look(folder: RunFolder, machine: Machine) -> tuple[Probes, dict[str, Identity]]:
-    return probe(a_run(state=BACKING_UP, attempts=2), folder, cast(Zfs, machine))
+    kinds = Kinds({"zfs": Datasets(cast(Zfs, machine))})
+    return probe(a_run(state=BACKING_UP, attempts=2), folder, kinds)
 
 
 def write_end(folder: RunFolder, *, attempt: int, stopped: int | None = None) -> None:

@@ -176,7 +176,7 @@ def test_named_by_path(path: str) -> None:
     ("path", "message", "hint"),
     [
         ("/tank/home/x", "it is inside tank/home, mounted at /tank/home", "name tank/home"),
-        ("/etc", "/etc is not on ZFS, but on ext4 at /", "zfs list"),
+        ("/etc", "/etc is neither on ZFS nor on btrfs, but on ext4 at /", "zfs list"),
         ("/snap", "is in the mounted snapshot tank/home@old", "name the dataset"),
         ("/bind", "it is inside tank/home, mounted at /bind", "name tank/home"),
         ("/other", "pool other is not imported", "`zpool import other`"),

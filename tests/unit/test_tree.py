@@ -112,9 +112,9 @@ PRELUDE = """
     namespace.mount("scratch", top, "tmpfs", 0)
     root = top + "/root"
 
-    def mount(source, target, fstype="tmpfs"):
-        namespace.mount(source, target, fstype, 0)
-        if source == OURS[0].source:
+    def mount(each, target):
+        namespace.mount(each.source, target, "tmpfs", 0)
+        if each == OURS[0]:
             os.makedirs(target + "/b")  # as in the frozen parent
 
     def seen():
@@ -165,7 +165,7 @@ def test_crash_halfway(tmp_path: Path) -> None:
         assert os.listdir(top) == []
         for directory in MADE:
             os.mkdir(directory)
-        mount(OURS[0].source, OURS[0].mountpoint)
+        mount(OURS[0], OURS[0].mountpoint)
         tree.make(OURS, MADE)
         assert seen() == BOTH
         namespace.unmount(OURS[1].mountpoint)
@@ -229,7 +229,7 @@ def test_mounted_twice(tmp_path: Path) -> None:
         tmp_path,
         """
         tree.make(OURS[:1], MADE)
-        mount(OURS[0].source, OURS[0].mountpoint)
+        mount(OURS[0], OURS[0].mountpoint)
         assert len(seen()) == 2
         assert tree.remove(OURS[:1], MADE) == []
         assert seen() == []
@@ -262,9 +262,10 @@ def test_automounts(tmp_path: Path) -> None:
         for name in ("idle", "used", "foreign"):
             places[name] = f"{top}/{name}/.zfs/snapshot/x"
             os.makedirs(places[name])
-            mount("tank/other@x" if name == "foreign" else f"tank/{name}@x", places[name])
+            source = "tank/other@x" if name == "foreign" else f"tank/{name}@x"
+            mount(Mount(source, places[name]), places[name])
         os.mkdir(top + "/plain")
-        mount("tank/idle@x", top + "/plain")
+        mount(Mount("tank/idle@x", top + "/plain"), top + "/plain")
         file = os.open(places["used"], os.O_RDONLY)
         tree.expire_automounts(["tank/idle@x", "tank/used@x"])
         left = {e.mountpoint for e in mountinfo.read() if e.source.startswith("tank/")}

@@ -21,7 +21,8 @@ from atomtx import locks, process
 from atomtx.errors import EffectError
 from atomtx.plan import DatasetFacts, Pool
 from atomtx.volumes import zfs
-from atomtx.volumes.zfs import Identity, Zfs, checked
+from atomtx.volumes.kind import Identity
+from atomtx.volumes.zfs import Zfs, checked
 
 RUN = "0123456789abcdef"
 TOKEN = f"atomtx-{RUN}"

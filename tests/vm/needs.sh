@@ -15,6 +15,7 @@ package() { # COMMAND
     pip) echo python3-pip ;;
     venv) echo python3-venv ;;
     zpool) echo zfsutils-linux ;;
+    btrfs | mkfs.btrfs) echo btrfs-progs ;;
     *) echo "$1" ;;
   esac
 }

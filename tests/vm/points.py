@@ -230,9 +230,10 @@ class Crash:
 
 def _effects() -> list[tuple[str, Any, str]]:
     """Return what changes the machine in the program's own processes: name, owner, attribute."""
-    from atomtx import journal, locks, statedir
+    from atomtx import btrfsio, journal, locks, statedir
     from atomtx.mounts import namespace, tree
     from atomtx.statedir import RunFolder
+    from atomtx.volumes import btrfs
 
     return [
         ("prepare folder", statedir, "prepare"),
@@ -241,6 +242,13 @@ def _effects() -> list[tuple[str, Any, str]]:
         ("mount", namespace, "mount"),
         ("unmount", namespace, "unmount"),
         ("enter", namespace, "enter"),
+        ("make btrfs directory", btrfs, "_run_directory"),
+        ("btrfs snapshot", btrfsio, "snapshot"),
+        ("btrfs mount", btrfsio, "mount_subvolume"),
+        ("btrfs destroy", btrfsio, "destroy"),
+        ("remove btrfs directory", btrfs, "_remove_directory"),
+        ("btrfs rename", btrfs, "_rename"),
+        ("btrfs commit", btrfsio, "commit"),
         ("make tree", tree, "make"),
         ("remove tree", tree, "remove"),
         ("make folder", RunFolder, "make"),

@@ -24,7 +24,7 @@ from ..errors import AtomtxError, ExitStatus, Interrupted
 
 # name -> ("module:attribute", short help), in the order in which --help shows them
 COMMANDS = {
-    "backup": ("atomtx.cli.backup:backup", "Back up the named datasets as they are at one moment."),
+    "backup": ("atomtx.cli.backup:backup", "Back up the named volumes as they are at one moment."),
     "recover": ("atomtx.cli.recover:recover", "Finish or undo interrupted runs."),
     "history": ("atomtx.cli.history:history", "List what ran, what it saved, how it ended."),
     "show": ("atomtx.cli.show:show", "Show one run: each step, its log, how to restore."),

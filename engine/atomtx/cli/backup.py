@@ -56,18 +56,18 @@ class _WithClientOptions(click.Command):
 
 
 @click.command(cls=_WithClientOptions)
-@click.argument("names", nargs=-1, metavar="[JOB | DATASET...] [-- CLIENT OPTIONS]")
+@click.argument("names", nargs=-1, metavar="[JOB | VOLUME...] [-- CLIENT OPTIONS]")
 @click.option("--job", "job_name", metavar="NAME", help="This job of the configuration.")
-@click.option("--no-job", is_flag=True, help="Take no name for a job: they are datasets.")
+@click.option("--no-job", is_flag=True, help="Take no name for a job: they are volumes.")
 @jobs.config_option(f"The configuration.  [default: {DEFAULT}]")
 @click.option(
     "-r",
     "--recursive/--no-recursive",
     default=None,
-    help="Include the children of each dataset.",
+    help="Include what lies below each volume.",
 )
-@click.option("-a", "--all", is_flag=True, default=None, help="All mounted datasets of all pools.")
-@click.option("--exclude", multiple=True, metavar="DATASET", help="Leave out, with its children.")
+@click.option("-a", "--all", is_flag=True, default=None, help="All datasets of all ZFS pools.")
+@click.option("--exclude", multiple=True, metavar="VOLUME", help="Leave out, with what is below.")
 @click.option("--client", type=click.Choice(tuple(clients.KNOWN)), help="The backup program.")
 @click.option("-c", "--command", metavar="WORDS", help="Run this, with the paths appended.")
 @click.option("-o", "--options", metavar="WORDS", help="The client's options, as after `--`.")
@@ -140,24 +140,24 @@ class _WithClientOptions(click.Command):
 @json_option
 def backup(names: tuple[str, ...], as_json: bool, quiet: bool, **options: Any) -> ExitStatus:
     """
-    Back up the named datasets as they are at one moment.
+    Back up the named volumes as they are at one moment.
 
-    A job of the configuration is run by its name; what options say holds in place of what the
-    job says. A name without a slash is a job's where the configuration has it.
+    Takes a snapshot of each ZFS dataset, all of a pool in one transaction, or of each btrfs
+    subvolume; shows the frozen files to the backup client at their live paths, in a mount
+    namespace of its own; and takes mounts, holds and snapshots away again. Everything is
+    journaled first: after a crash, `atomtx recover` finishes the backup of the same moment, or
+    undoes it.
 
-    Takes a snapshot of each dataset, all of a pool in one transaction; shows the frozen files
-    to the backup client at their live paths, in a mount namespace of its own; and takes mounts,
-    holds and snapshots away again. Everything is journaled first: after a crash, `atomtx
-    recover` finishes the backup of the same moment, or undoes it.
-
-    A dataset is given by its name or by its mountpoint. What follows `--` goes to the client.
-    Without --client, the environment decides: RESTIC_REPOSITORY, or a connected kopia.
+    A dataset is given by its name or by its mountpoint, a subvolume by the path at which it is
+    seen, or one inside it. What follows `--` goes to the client. Without --client, the
+    environment decides: RESTIC_REPOSITORY, or a connected kopia.
 
     \b
     Examples:
       atomtx backup zroot/usr/home zroot/usr/src
       atomtx backup -r zroot/usr/home -- --tag nightly
       atomtx backup home               the job home of the configuration
+      atomtx backup /home /srv/photos
       atomtx backup -a --command 'my-wrapper backup'
 
     \b
@@ -281,11 +281,20 @@ class _Backup:
         )
 
     def _check_atomic(self, made: Plan) -> None:
+        if not self._job.require_atomic:
+            return
         pools = sorted({volume.pool for volume in made.volumes})
-        if len(pools) > 1 and self._job.require_atomic:
+        if len(pools) > 1:
             raise UserError(
                 f"the set spans the pools {', '.join(pools)}: its snapshots are not of one moment",
                 hint="make a job of each pool, or leave out --require-atomic",
+            )
+        subvolumes = [volume.name for volume in made.volumes if volume.kind == "btrfs"]
+        if len(subvolumes) > 1:
+            raise UserError(
+                f"btrfs snapshots {len(subvolumes)} subvolumes one after the other "
+                f"({', '.join(subvolumes[:3])}): they are not of one moment",
+                hint="make a job of each subvolume, or leave out --require-atomic",
             )
 
     def _print_plan(self, made: Plan) -> None:
@@ -307,7 +316,7 @@ class _Backup:
             click.echo("\n".join(lines))
 
     def _directories(self, made: Plan) -> tuple[str, ...]:
-        return tree.directories_to_make(made.root, made.targets) if made.root else ()
+        return tree.directories_to_make(made.root, plan.tops(made)) if made.root else ()
 
     def _settle(self, journal: Journal, job: str) -> ExitStatus:
         """Finish or undo this job's interrupted run; try to clear a parked one; name the others."""

@@ -14,6 +14,7 @@ import click
 
 from .. import __version__, aside, audit, config, history, journalfile, process, statedir
 from ..errors import AtomtxError, ExitStatus, JournalError
+from ..volumes import btrfs
 from . import echo, json_option, render
 
 _ASK_S = 20.0
@@ -85,6 +86,9 @@ def _python(_: Path) -> Iterator[Check]:
 def _zfs(_: Path) -> Iterator[Check]:
     said = _ask("zfs", "version")
     userland = _first(r"^zfs-(\d.*)$", said)
+    if not userland and btrfs.mounted():
+        yield Check("zfs", "note", "not installed: only btrfs can be backed up")
+        return
     if userland:
         yield Check("zfs", "ok", userland)
     else:
@@ -100,6 +104,13 @@ def _zfs(_: Path) -> Iterator[Check]:
     yield Check("/dev/zfs", *(("ok", "usable") if there else ("missing", "absent, or not ours")))
 
 
+def _btrfs(_: Path) -> Iterator[Check]:
+    """Try to reach the top level of each file system, which changes nothing."""
+    for filesystem in btrfs.mounted():
+        problem = btrfs.problem(filesystem)
+        yield Check("btrfs", "warning" if problem else "ok", problem or f"{filesystem} is usable")
+
+
 def _module_version() -> str:
     try:
         return Path("/sys/module/zfs/version").read_text().strip()
@@ -109,6 +120,8 @@ def _module_version() -> str:
 
 def _programs(_: Path) -> Iterator[Check]:
     """Try a channel program that changes nothing: they destroy by identity, many at once."""
+    if not _ask("zfs", "version") and btrfs.mounted():
+        return
     pools = _ask("zpool", "list", "-H", "-o", "name").splitlines()
     if not pools:
         yield Check("channel programs", "note", "not tried: no pool is imported")
@@ -285,6 +298,7 @@ def _configuration(_: Path) -> Iterator[Check]:
 _LOOKS: tuple[Callable[[Path], Iterator[Check]], ...] = (
     _python,
     _zfs,
+    _btrfs,
     _programs,
     _clients,
     _rights,

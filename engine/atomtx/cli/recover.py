@@ -8,13 +8,14 @@ from typing import Any
 
 import click
 
-from .. import adoption, recovery, statedir, states
+from .. import adoption, process, recovery, statedir, states
 from ..errors import EffectError, ExitStatus, UserError, WaitingError, worst
 from ..executor import Tell
 from ..interrupts import Interrupts
 from ..journal import Journal, NoRunError
 from ..records import Run
 from ..settling import Patience, Settled, Settler, abandon
+from ..volumes import btrfs
 from ..volumes.zfs import Zfs
 from . import jobs, json_option
 from .notifying import Notifier
@@ -152,7 +153,7 @@ class _Recover:
     # -- lost journals ---------------------------------------------------------------------
 
     def _scan(self, journal: Journal) -> ExitStatus:
-        strays = adoption.scan(Zfs(), journal.known())
+        strays = _strays(_zfs(), journal)
         for stray in strays:
             when = age(datetime.fromtimestamp(stray.created_s, UTC))
             self._show.done(f"run {stray.run}, {when} old, in no journal here:")
@@ -167,9 +168,9 @@ class _Recover:
         return ExitStatus.COMPLETED
 
     def _adopt(self, journal: Journal, prefix: str) -> None:
-        zfs = Zfs()
-        stray = adoption.pick(adoption.scan(zfs, journal.known()), prefix)
-        made = adoption.plan_of(stray, zfs.pools())
+        zfs = _zfs()
+        stray = adoption.pick(_strays(zfs, journal), prefix)
+        made = adoption.plan_of(stray, zfs.pools() if zfs else ())
         found = {s.name: (s.guid, s.createtxg) for s in stray.snapshots}
         run = journal.adopt(made, found, adoption.intents_of(stray, made))
         self._options["prefix"] = run.id
@@ -182,6 +183,15 @@ class _Recover:
             f"run {run.id} ({run.label}) is abandoned; nothing on the machine was changed"
         )
         return ExitStatus.COMPLETED
+
+
+def _zfs() -> Zfs | None:
+    """Return ZFS; None on a machine without it, which is none the worse for btrfs."""
+    return Zfs() if process.which("zpool") or not btrfs.mounted() else None
+
+
+def _strays(zfs: Zfs | None, journal: Journal) -> list[adoption.Stray]:
+    return adoption.scan(zfs, journal.known(), btrfs.marked())
 
 
 def _chosen(runs: list[Run], prefix: str | None) -> list[Run]:

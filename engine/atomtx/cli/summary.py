@@ -42,7 +42,7 @@ def closing_line(path: Path, run: Run, seconds: float) -> str:
 
 def _amounts(path: Path, run: Run) -> list[str]:
     backups = history.backups(path, run.id)
-    words = [f"{len(run.volumes)} dataset" + ("s" if len(run.volumes) != 1 else "")]
+    words = [_count(run)]
     row = history.run(path, run.id)
     if row.bytes_processed is not None:
         words.append(f"{size(row.bytes_processed)} read")
@@ -50,3 +50,9 @@ def _amounts(path: Path, run: Run) -> list[str]:
         words.append(f"{size(row.bytes_added)} added")
     words += [f"backup {b.backup_id[:8]}" for b in backups[:3] if b.backup_id]
     return words
+
+
+def _count(run: Run) -> str:
+    kinds = {volume.kind for volume in run.volumes}
+    noun = {"zfs": "dataset", "btrfs": "subvolume"}[kinds.pop()] if len(kinds) == 1 else "volume"
+    return f"{len(run.volumes)} {noun}" + ("s" if len(run.volumes) != 1 else "")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import locks
-from ..names import is_within
+from ..names import is_within, mounted_as
 from . import mountinfo
 from .namespace import identity
 
@@ -39,13 +39,14 @@ def mounted(sources: Collection[str]) -> list[str]:
 
     A foreign mount that follows one of ours goes with it, and is not told.
     """
-    here = [entry for entry in mountinfo.read() if entry.source in sources]
+    things = frozenset(map(mounted_as, sources))
+    here = [entry for entry in mountinfo.read() if entry.thing in things]
     peers = {group for entry in here for group in _groups(entry)}
     found = [
         f"{entry.mountpoint} (in the namespace of {_name(pids[0])})"
         for pids, table in _foreign_namespaces()
         for entry in table
-        if entry.source in sources and not peers & _groups(entry)
+        if entry.thing in things and not peers & _groups(entry)
     ]
     return [entry.mountpoint for entry in here] + found
 
@@ -81,20 +82,22 @@ class _Places:
         for pids, table in _foreign_namespaces():
             with suppress(OSError):  # gone
                 tables.append((identity(pids[0]), table))
-        used = [(space, e) for space, table in tables for e in table if e.source in sources]
+        things = frozenset(map(mounted_as, sources))
+        used = [(space, e) for space, table in tables for e in table if e.thing in things]
         points: dict[tuple[int, int], tuple[str, ...]] = {}
         for space, entry in used:
             points[space] = (*points.get(space, ()), entry.mountpoint)
         return cls(
             ids=frozenset(entry.id for _, entry in used),
-            devices=frozenset("{:02x}:{:02x}".format(*_numbers(entry.dev)) for _, entry in used),
+            # All subvolumes of a btrfs have one device there: it would be everybody's files.
+            devices=frozenset(_as_in_maps(e.dev) for _, e in used if e.fstype != "btrfs"),
             points=points,
         )
 
 
-def _numbers(device: str) -> tuple[int, int]:
+def _as_in_maps(device: str) -> str:
     major, _, minor = device.partition(":")
-    return int(major), int(minor)
+    return f"{int(major):02x}:{int(minor):02x}"
 
 
 def _use(pid: int, places: _Places) -> str | None:

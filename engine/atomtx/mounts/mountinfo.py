@@ -12,6 +12,7 @@ from bisect import bisect_left
 from dataclasses import dataclass
 from functools import cached_property
 
+_DELETED = "//deleted"  # fs/d_path.c
 _ESCAPE = re.compile(rb"\\([0-3][0-7]{2})")
 
 
@@ -29,6 +30,20 @@ class Entry:
     fstype: str
     source: str
     super_options: str
+
+    @property
+    def thing(self) -> str:
+        """
+        Return what is mounted, in one word: its source; of btrfs the path in the file system.
+
+        Every subvolume of a btrfs has the same source, which is any one of its devices.
+        """
+        return self.root.removesuffix(_DELETED) if self.fstype == "btrfs" else self.source
+
+    @property
+    def is_deleted(self) -> bool:
+        """Tell whether what is mounted was deleted since: it is seen as an empty directory."""
+        return self.root.endswith(_DELETED)
 
 
 class Table(tuple[Entry, ...]):

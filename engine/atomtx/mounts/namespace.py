@@ -16,9 +16,10 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from .. import btrfsio
 from ..errors import EffectError
 from ..intents import Mount
-from ..names import is_within
+from ..names import BtrfsSnapshot, is_within, mounted_as
 from . import mountinfo
 
 CLONE_NEWNS = 0x00020000
@@ -51,13 +52,17 @@ def unmount(target: str, flags: int = UMOUNT_NOFOLLOW) -> None:
         raise OSError(number, os.strerror(number), target)
 
 
-def mount_snapshot(snapshot: str, target: str) -> None:
+def mount_snapshot(each: Mount, target: str) -> None:
     """
-    Mount a ZFS snapshot read-only, over what is there.
+    Mount a snapshot read-only, over what is there.
 
     mount(2) itself: the mount.zfs helper refuses a directory that is not empty.
     """
-    mount(snapshot, target, "zfs", MS_RDONLY | MS_NOSUID | MS_NODEV)
+    if each.volume_kind == "zfs":
+        mount(each.source, target, "zfs", MS_RDONLY | MS_NOSUID | MS_NODEV)
+        return
+    snapshot = BtrfsSnapshot.parse(each.source)
+    btrfsio.mount_subvolume(snapshot.filesystem, snapshot.path, target, each.guid)
 
 
 def identity(pid: int | str = "self") -> tuple[int, int]:
@@ -143,6 +148,8 @@ class Assembly:
                 return f"{made.mountpoint} was unmounted while the client read it"
             if found.id != self.ids[made.mountpoint]:
                 return f"{made.mountpoint} was mounted anew while the client read it"
+            if found.is_deleted:  # btrfs lets a mounted one be deleted
+                return f"the snapshot at {made.mountpoint} was deleted while the client read it"
         ours = frozenset(self.ids.values())
         for entry in table:
             if entry.parent in ours and entry.id not in self.known:
@@ -176,7 +183,7 @@ def observe(mounts: Sequence[Mount]) -> Assembly:
     ids = {}
     for each in mounts:
         found = mountinfo.topmost(table, each.mountpoint)
-        if found is None or found.source != each.source:
+        if found is None or found.thing != mounted_as(each.source):
             raise EffectError(f"{each.source} is not what is seen at {each.mountpoint}")
         ids[each.mountpoint] = found.id
     return Assembly(mounts, pins, ids, frozenset(entry.id for entry in table))
@@ -186,7 +193,7 @@ def _mount_all(mounts: Sequence[Mount], root: str) -> None:
     for each in mounts:
         target = root + each.mountpoint if each.mountpoint != "/" else root
         try:
-            mount_snapshot(each.source, target)
+            mount_snapshot(each, target)
         except FileNotFoundError as exc:
             raise EffectError(
                 f"cannot mount {each.source}: its directory {each.mountpoint} is not in the "

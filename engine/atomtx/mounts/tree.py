@@ -15,6 +15,7 @@ from contextlib import suppress
 
 from ..errors import EffectError, UserError
 from ..intents import Mount
+from ..names import mounted_as
 from . import mountinfo
 from .namespace import mount_snapshot, unmount
 
@@ -73,10 +74,10 @@ def make(mounts: Sequence[Mount], directories: Sequence[str]) -> None:
     table = mountinfo.read()
     for each in mounts:
         found = mountinfo.topmost(table, each.mountpoint)
-        if found is not None and found.source == each.source:
+        if found is not None and found.thing == mounted_as(each.source):
             continue
         try:
-            mount_snapshot(each.source, each.mountpoint)
+            mount_snapshot(each, each.mountpoint)
         except OSError as exc:
             raise EffectError(f"cannot mount {each.source} at {each.mountpoint}: {exc}") from exc
 
@@ -106,7 +107,7 @@ def remove(mounts: Sequence[Mount], directories: Sequence[str]) -> list[Mount]:
 
 def _is_ours(each: Mount) -> bool:
     found = mountinfo.topmost(mountinfo.read(), each.mountpoint)
-    return found is not None and found.source == each.source
+    return found is not None and found.thing == mounted_as(each.source)
 
 
 def expire_automounts(snapshots: Sequence[str]) -> None:

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from .. import process
 from ..errors import EffectError
 from ..names import MARK, Dataset
 from ..plan import DatasetFacts, Pool
+from .kind import Identity
 
 _SCRIPT = Path(__file__).with_name("destroy.lua")
 _ABSENT = ("dataset does not exist", "snapshot does not exist", "no such pool")
@@ -28,17 +28,6 @@ _NONE_FOUND = "no datasets available"
 # every name of a pool, or the snapshots would not be of one moment.
 _MAX_ARGUMENT_BYTES = 1_900_000
 _EBUSY, _EEXIST = 16, 17
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What a snapshot is, as the pool tells it."""
-
-    name: str
-    guid: str
-    createtxg: str
-    creation_s: int
-    mark: str | None  # the value of `atomtx:run` set on the snapshot itself, never inherited
 
 
 class Zfs:

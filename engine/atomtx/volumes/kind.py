@@ -1,0 +1,79 @@
+"""
+What the engine asks of a kind of volume, whatever it is.
+
+Each effect is idempotent, and none is believed for its exit status: whoever calls it probes what
+is there.  A new kind is a module beside this one and a line in `kinds.py`; how its snapshots are
+mounted is said in `mounts/namespace.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from ..errors import EffectError
+from ..intents import TakeSnapshots
+from ..plan import PlannedVolume
+from ..records import Volume
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a snapshot is, as the machine tells it."""
+
+    name: str  # the whole name
+    guid: str
+    createtxg: str  # the transaction in which it was made
+    creation_s: int
+    mark: str | None  # the run whose mark it bears itself, never inherited
+
+
+class Kind(Protocol):
+    """A kind of volume.  Volumes and snapshots that are given are all of this kind."""
+
+    def trouble(self, volumes: Collection[PlannedVolume]) -> str | None:
+        """Tell why the pools of *volumes* cannot be asked: "not found" would not mean "gone"."""
+
+    def identities(self, volumes: Sequence[PlannedVolume]) -> dict[str, Identity]:
+        """Return what each volume's snapshot is, by name; one that is absent is absent."""
+
+    def renamed(self, run: str, lost: Sequence[Volume]) -> dict[str, Identity]:
+        """Return those of the *lost* snapshots that have another name now, by their old one."""
+
+    def unreadable(self, volumes: Sequence[PlannedVolume]) -> str | None:
+        """Tell why the files of a snapshot cannot be read now, and what mends it."""
+
+    def take(self, intent: TakeSnapshots) -> EffectError | None:
+        """
+        Take what *intent* names, each with the run's mark.
+
+        Returns what went wrong, if anything; only a probe tells what is there.
+        """
+
+    def hold(self, snapshots: Sequence[str], *, tag: str) -> None:
+        """Keep others from destroying the snapshots; idempotent."""
+
+    def release(self, snapshots: Sequence[str], *, tag: str) -> None:
+        """Undo `hold`; idempotent."""
+
+    def destroy(self, identities: Sequence[Identity], *, run: str) -> dict[str, str]:
+        """
+        Destroy the snapshots of one pool that are still these.
+
+        Returns a verdict a name: "done", "absent", "foreign" (another thing has the name),
+        "unmarked", or "busy".
+        """
+
+    def keep(self, identities: Sequence[Identity], *, run: str) -> dict[str, str]:
+        """Make the snapshots that are still these the user's; verdicts as of `destroy`."""
+
+    def sweep(self, volumes: Sequence[PlannedVolume], *, run: str) -> None:
+        """
+        Remove what else the run made for its snapshots; then all of its cleanup is durable.
+
+        Idempotent.  Raises EffectError where a pool cannot be asked.
+        """
+
+    def links(self, snapshots: Collection[str]) -> Iterator[str]:
+        """Say in words what but a process or a mount keeps snapshots from being destroyed."""
