@@ -148,6 +148,11 @@ class Job:
         "How long a client that was stopped may take to end; then it is killed.",
         GRACE_S,
     )
+    on_stop: str = key(
+        Text("what to do", choices=("undo", "keep")),
+        "What SIGTERM, as of a shutdown, makes of the moment; kept, `recover` goes on with it.",
+        "undo",
+    )
     keep_history: int = key(Span(), "Forget runs of any job that ended longer ago.", _YEAR_S)
     nice: int = key(Number(0, 19), "The client's niceness.", 0)
     io_class: str = key(

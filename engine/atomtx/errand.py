@@ -133,6 +133,7 @@ def wait(
     show: Callable[[Progress], None],
     *,
     stop_on_signal: bool,
+    to_be_resumed: Callable[[Interrupted], bool] = lambda _: False,
     likely: int | None = None,
 ) -> None:
     """
@@ -152,7 +153,7 @@ def wait(
             if interruption and not stop_on_signal:
                 raise interruption
             if interruption:
-                stop(folder, signal.SIGINT)
+                stop(folder, signal.SIGTERM if to_be_resumed(interruption) else signal.SIGINT)
                 _until_ended(descriptor, folder, interrupts, show, patient=True)
         finally:
             os.close(descriptor)

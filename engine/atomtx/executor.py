@@ -10,6 +10,7 @@ step needs is read from the journal again.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -94,6 +95,7 @@ class Executor:
         self._taken = False  # the snapshots of a planned run are there already
         self._found: dict[str, Identity] = {}  # by this process, since it took them
         self.interrupted: Interrupted | None = None
+        self._is_left = False  # interrupted, and kept for `recover`
 
     # -- the course ------------------------------------------------------------------------
 
@@ -111,12 +113,14 @@ class Executor:
             states.BACKING_UP: self._await_end,
         }
         try:
-            while run.state in steps:
+            while run.state in steps and not self._is_left:
                 run = self._try(steps[run.state], run)
                 if run.state == states.SNAPSHOTTED and self._is_kept_waiting(run):
                     return self.undo_hooks(run)
         finally:
             self._dismiss()
+        if self._is_left:
+            return self.undo_hooks(run)
         if run.state == states.UNMOUNTING:
             self._tell.step("cleaning up")
             run = self._cleaner.clean(run)
@@ -129,7 +133,12 @@ class Executor:
             return step(run)
         except Interrupted as exc:
             self.interrupted = exc
-            return self.give_up(self._journal.load(run.id), Outcome.ROLLED_BACK, exc.message)
+            run = self._journal.load(run.id)
+            if self._is_kept(run, exc):
+                self._is_left = True
+                self._tell.step("stopped; the moment is kept: `atomtx recover` goes on with it")
+                return run
+            return self.give_up(run, Outcome.ROLLED_BACK, exc.message)
         except StaleRunError:
             raise
         except JournalFullError as exc:
@@ -139,6 +148,11 @@ class Executor:
         except (EffectError, ClientError, UserError) as exc:
             self._tell.warn(str(exc))
             return self.give_up(self._journal.load(run.id), Outcome.FAILED, str(exc))
+
+    def _is_kept(self, run: Run, exc: Interrupted) -> bool:
+        """Tell whether a signal leaves a run for later: SIGTERM, where its plan says so."""
+        wanted = run.plan.on_stop == "keep" and exc.signum == signal.SIGTERM
+        return wanted and run.state != states.PLANNED
 
     def give_up(self, run: Run, outcome: Outcome, reason: str) -> Run:
         """Decide that the client will not run again: record why and turn back."""
@@ -416,6 +430,7 @@ class Executor:
                 self._interrupts,
                 self._tell.progress,
                 stop_on_signal=True,
+                to_be_resumed=lambda exc: self._is_kept(run, exc),
                 likely=self._errand.pid if self._errand else None,
             )
         except Interrupted as exc:

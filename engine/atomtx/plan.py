@@ -159,6 +159,7 @@ class Plan:
     whole_root: bool = False
     leave_dirs: bool = False
     retention: tuple[str, ...] = ()  # rules, each a word, as the client has them
+    on_stop: str = "undo"  # or "keep": what a SIGTERM makes of the moment
     nice: int = 0
     io_class: str = ""  # such as "idle", "best-effort:7"; empty: as it is
 
@@ -182,6 +183,7 @@ def assemble(
     grace_s: int = GRACE_S,
     hooks: Sequence[RunHook] = (),
     retention: tuple[str, ...] = (),
+    on_stop: str = "undo",
     nice: int = 0,
     io_class: str = "",
 ) -> Plan:
@@ -220,6 +222,7 @@ def assemble(
         grace_s=grace_s,
         hooks=tuple(hooks),
         retention=retention,
+        on_stop=on_stop,
         whole_root=request.whole_root,
         leave_dirs=request.leave_dirs,
         nice=nice,

@@ -122,6 +122,7 @@ def make_plan(
     grace_s: int = plan.GRACE_S,
     hooks: Sequence[RunHook] = (),
     retention: Sequence[str] = (),
+    on_stop: str = "undo",
     nice: int = 0,
     io_class: str = "",
 ) -> Plan:
@@ -152,6 +153,7 @@ def make_plan(
         grace_s=grace_s,
         hooks=hooks,
         retention=client.policy(tuple(retention)) if retention else (),
+        on_stop=on_stop,
         nice=nice,
         io_class=io_class,
     )

@@ -765,6 +765,42 @@ def test_interrupted_at_go(scene: Scene) -> None:
     assert "asked to stop by SIGINT" in log
 
 
+KEPT = ("journal:snapshotted#1", "end:zfs hold#1", "journal:mounted#1", "journal:backing-up#1")
+
+
+@pytest.mark.parametrize("point", KEPT)
+def test_kept_at_a_shutdown(scene: Scene, point: str) -> None:
+    """Where the plan says so, SIGTERM stops the client and keeps the moment; recover goes on."""
+    scene.behave(f"test -e {scene.home}/again || {{ touch {scene.home}/again; sleep 30; }}")
+    the_plan = scene.plan(*SETS, on_stop="keep", grace_s=5)
+    ended = scene.backup(the_plan, point, f"signal {int(signal.SIGTERM)}", delay_s=0.5)
+    assert ended.interrupted == "interrupted by SIGTERM"
+    assert ended.run
+    assert ended.run.outcome is None
+    assert ended.run.state in ("snapshotted", "mounted", "backing-up")
+    assert set(scene.pool["snapshots"]) == {v.snapshot for v in the_plan.volumes}
+    assert not [lock for lock in scene.state.glob("runs/*/*.lock") if locks.is_held(lock)]
+    scene.write("changed", *SETS)
+    check_completed(scene, scene.recover(), attempts=run_of(scene)["attempts"])
+
+
+@pytest.mark.parametrize(
+    ("point", "number", "on_stop"),
+    [
+        ("journal:backing-up#1", signal.SIGINT, "keep"),
+        ("journal:backing-up#1", signal.SIGTERM, "undo"),
+    ],
+)
+def test_not_kept(scene: Scene, point: str, number: signal.Signals, on_stop: str) -> None:
+    """On Ctrl-C, or where nobody asked for it, the run is undone."""
+    scene.behave("sleep 30")
+    made = scene.plan(*SETS, on_stop=on_stop, grace_s=5)
+    ended = scene.backup(made, point, f"signal {int(number)}")
+    assert ended.run
+    assert (ended.run.state, ended.run.outcome) == ("destroyed", "rolled-back")
+    assert scene.left() == []
+
+
 def _interrupt_at_go() -> None:
     go = errand.Errand.go
 

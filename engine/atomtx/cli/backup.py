@@ -128,6 +128,12 @@ class _WithClientOptions(click.Command):
 @hook_options.add
 @click.option("--nice", type=click.IntRange(0, 19), help="Run the client with this niceness.")
 @click.option("--io-class", metavar="CLASS[:LEVEL]", help="Run it so; as ionice: idle, ...")
+@click.option(
+    "--on-stop",
+    type=click.Choice(("undo", "keep")),
+    show_default=jobs.without("on-stop"),
+    help="What SIGTERM makes of the moment: undo it, or keep it for `recover`.",
+)
 @click.option("--wait", is_flag=True, help="Wait for another run of this job to end.")
 @click.option(
     "--keep-history",
@@ -256,6 +262,7 @@ class _Backup:
             grace_s=job.grace,
             hooks=job.hooks,
             retention=job.retention,
+            on_stop=job.on_stop,
             nice=job.nice,
             io_class=job.io_class,
         )
