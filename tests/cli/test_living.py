@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -116,7 +117,7 @@ def test_attach(state: State, env: dict[str, str], hold: Hold) -> None:
     assert child.stderr is not None
     assert child.stderr.readline() == "backing-up\n"
     front.send_signal(signal.SIGTERM)
-    assert child.communicate(timeout=30)[1].endswith(f"run {RUN}: completed\n")
+    assert child.communicate(timeout=120)[1].endswith(f"run {RUN}: completed\n")
     assert child.returncode == 0
 
 
@@ -146,7 +147,7 @@ def test_detach(state: State, env: dict[str, str], hold: Hold) -> None:
     assert child.stderr is not None
     child.stderr.readline()
     child.send_signal(signal.SIGINT)
-    assert f"detached; run {RUN} goes on" in child.communicate(timeout=30)[1]
+    assert f"detached; run {RUN} goes on" in child.communicate(timeout=120)[1]
     assert child.returncode == 130
     assert front.poll() is None
 
@@ -190,21 +191,31 @@ def test_stop_recorded_pid(state: State, atomtx_: Run, hold: Hold) -> None:
     other.wait()
 
 
-def test_stop_spares_zfs(state: State, atomtx_: Run, tmp_path: Path) -> None:
+def test_stop_spares_zfs(state: State, env: dict[str, str], tmp_path: Path) -> None:
     """A `zfs` command that outlived its front end is waited for, never signalled."""
     folder = state.add_run(a_run(1, state="planned", outcome=None))
     fake = tmp_path / "zfs"
     fake.symlink_to(sys.executable)
-    code = "import fcntl, time; fcntl.flock(0, fcntl.LOCK_EX); print(flush=True); time.sleep(1)"
+    source, sink = os.pipe()
+    code = (
+        f"import fcntl, os; fcntl.flock(0, fcntl.LOCK_EX); print(flush=True); os.read({source}, 1)"
+    )
     with folder.front_lock.open("r+") as lock:
-        child = subprocess.Popen([str(fake), "-c", code], stdin=lock, stdout=subprocess.PIPE)
+        child = subprocess.Popen(
+            [str(fake), "-c", code], stdin=lock, stdout=subprocess.PIPE, pass_fds=(source,)
+        )
     assert child.stdout is not None
     child.stdout.readline()
-    done = atomtx_("stop", RUN)
-    assert done.returncode == 6
-    assert "waiting for what it started" in done.stderr
+    argv = [sys.executable, "-m", "atomtx", "stop", RUN]
+    stop = subprocess.Popen(argv, env=env, stderr=subprocess.PIPE, text=True)
+    assert stop.stderr is not None
+    lines = iter(stop.stderr.readline, "")
+    said = next((line for line in lines if "waiting for what it started" in line), None)
+    os.close(sink)  # now it may end
+    stop.communicate()
     child.communicate()
-    assert child.returncode == 0
+    assert said
+    assert (stop.returncode, child.returncode) == (6, 0)
 
 
 def test_stop_nobody(state: State, atomtx_: Run) -> None:
