@@ -55,9 +55,31 @@ def mount_snapshot(snapshot: str, target: str) -> None:
     """
     Mount a ZFS snapshot read-only, over what is there.
 
-    mount(2) itself: the mount.zfs helper refuses a directory that is not empty.
+    mount(2) itself: the mount.zfs helper refuses a directory that is not empty.  *target* is
+    followed over no symbolic link: a user's, in the frozen files, must not lead us elsewhere.
     """
-    mount(snapshot, target, "zfs", MS_RDONLY | MS_NOSUID | MS_NODEV)
+    descriptor = _open_directory(target)
+    try:
+        mount(snapshot, f"/proc/self/fd/{descriptor}", "zfs", MS_RDONLY | MS_NOSUID | MS_NODEV)
+    except OSError as exc:
+        exc.filename = target
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def _open_directory(path: str) -> int:
+    """Open an absolute path; NotADirectoryError for one that leads over a symbolic link."""
+    flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    here = os.open("/", flags)
+    for part in path.split("/"):
+        if part:
+            above = here
+            try:
+                here = os.open(part, flags, dir_fd=above)
+            finally:
+                os.close(above)
+    return here
 
 
 def identity(pid: int | str = "self") -> tuple[int, int]:
