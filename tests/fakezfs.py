@@ -117,7 +117,7 @@ def _snapshot(pool: dict[str, Any], mark: str, names: list[str], fault: str | No
         }
         import shutil  # half of the time that this program takes to start
 
-        shutil.copytree(HOME / "live" / dataset, stored(name))
+        shutil.copytree(HOME / "live" / dataset, stored(name), symlinks=True)
     return 0
 
 

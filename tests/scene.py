@@ -331,6 +331,7 @@ def _mount(source: str, target: str, fstype: str | None, flags: int, data: str =
         return
     if not fakezfs.stored(source).exists():
         raise FileNotFoundError(2, f"cannot mount {source}", target)
+    target = os.readlink(target)  # a descriptor's; below it is not what will be mounted there
     _real_mount(source, target, "tmpfs", 0)
-    shutil.copytree(fakezfs.stored(source), target, dirs_exist_ok=True)
+    shutil.copytree(fakezfs.stored(source), target, symlinks=True, dirs_exist_ok=True)
     _real_mount(source, target, None, flags | namespace.MS_REMOUNT | namespace.MS_BIND)

@@ -60,7 +60,7 @@ _MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT = (
 _FSOPEN_CLOEXEC, _FSMOUNT_CLOEXEC = 1, 1
 _SET_FLAG, _SET_STRING, _CREATE = 0, 1, 6
 _RDONLY, _NOSUID_NODEV = 0x1, 0x2 | 0x4  # MOUNT_ATTR_*
-_AT_FDCWD, _FROM_EMPTY_PATH = -100, 0x4
+_FROM_EMPTY_PATH, _TO_EMPTY_PATH = 0x4, 0x40  # MOVE_MOUNT_F_, MOVE_MOUNT_T_
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -134,9 +134,9 @@ def top_level(filesystem: str) -> Iterator[int]:
         os.close(mount)
 
 
-def mount_subvolume(filesystem: str, path: str, target: str, uuid: str) -> None:
+def mount_subvolume(filesystem: str, path: str, target: int, uuid: str) -> None:
     """
-    Mount the subvolume at *path* read-only on *target*, if its UUID is this one.
+    Mount the subvolume at *path* read-only on the open *target*, if its UUID is this one.
 
     Not mount(2): that refuses a second mount of the same file system on one mountpoint, whatever
     subvolumes they are of.  Raises OSError; FileExistsError where another one has the path.
@@ -150,7 +150,7 @@ def mount_subvolume(filesystem: str, path: str, target: str, uuid: str) -> None:
             os.close(root)
         if found != uuid:
             raise FileExistsError(17, f"another subvolume has its path, with UUID {found}", path)
-        _call(_MOVE_MOUNT, mount, b"", _AT_FDCWD, os.fsencode(target), _FROM_EMPTY_PATH)
+        _call(_MOVE_MOUNT, mount, b"", target, b"", _FROM_EMPTY_PATH | _TO_EMPTY_PATH)
     finally:
         os.close(mount)
 

@@ -215,6 +215,24 @@ def test_tree_that_stays(scene: Scene, point: str) -> None:
     assert '"directories": []' in row["payload"]
 
 
+@pytest.mark.parametrize("layout", ["tree", "namespace"])
+def test_frozen_link(scene: Scene, layout: str) -> None:
+    """A link that a user puts on the way to a mountpoint leads no mount to another place."""
+    victim = scene.home / "victim"
+    (victim / "b").mkdir(parents=True)
+    root = str(scene.home / "tree") if layout == "tree" else ""
+    the_plan = scene.plan("tank/a", "tank/a/x/b", root=root, layout=layout)
+    way = scene.live("tank/a") / "x"
+    way.rename(way.with_name("kept"))
+    way.symlink_to(victim)
+    ended = scene.backup(the_plan)
+    assert ended.run
+    assert ended.run.outcome == "failed"
+    assert "Not a directory" in str(ended.run.reason)
+    assert str(victim) not in Path("/proc/self/mountinfo").read_text()
+    assert scene.left() == []
+
+
 def test_tree_is_taken(scene: Scene) -> None:
     """What lies at a mountpoint of the tree is nothing of ours: the run has failed."""
     root = scene.home / "tree"

@@ -224,8 +224,9 @@ class _Backup:
             made = self._plan(journal.state)
             self._notifier.job = made.label
             try:
-                settled = self._settle(journal, made.job)
-                return worst([self._carry_out(journal, made), settled])
+                if self._settle(journal, made.job):
+                    made = self._plan(journal.state)  # it may have taken hours
+                return self._carry_out(journal, made)
             except ActiveRunError as exc:
                 if not self._options["wait"]:
                     raise
@@ -325,8 +326,12 @@ class _Backup:
     def _directories(self, made: Plan) -> tuple[str, ...]:
         return tree.directories_to_make(made.root, plan.tops(made)) if made.root else ()
 
-    def _settle(self, journal: Journal, job: str) -> ExitStatus:
-        """Finish or undo this job's interrupted run; try to clear a parked one; name the others."""
+    def _settle(self, journal: Journal, job: str) -> bool:
+        """
+        Finish or undo this job's interrupted run; try to clear a parked one; name the others.
+
+        Tell whether there was any of this job.
+        """
         settler = Settler(
             journal,
             self._interrupts,
@@ -334,8 +339,9 @@ class _Backup:
             patience=Patience.WAIT,
             sources=self._asked.sources,
         )
-        others = 0
+        others, found = 0, False
         for run in journal.open_runs():
+            found = found or run.job == job
             if run.job != job:
                 others += not locks.is_held(RunFolder.of(journal.state, run.id).front_lock)
             elif run.is_parked:
@@ -344,7 +350,7 @@ class _Backup:
                 self._settle_one(settler, run)
         if others:
             self._show.note(f"{others} runs of other jobs are unfinished: `atomtx recover`")
-        return ExitStatus.COMPLETED
+        return found
 
     def _try_parked(self, settler: Settler, run: Run) -> None:
         try:

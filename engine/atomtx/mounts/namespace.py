@@ -56,13 +56,36 @@ def mount_snapshot(each: Mount, target: str) -> None:
     """
     Mount a snapshot read-only, over what is there.
 
-    mount(2) itself: the mount.zfs helper refuses a directory that is not empty.
+    mount(2) itself: the mount.zfs helper refuses a directory that is not empty.  *target* is
+    followed over no symbolic link: a user's, in the frozen files, must not lead us elsewhere.
     """
-    if each.volume_kind == "zfs":
-        mount(each.source, target, "zfs", MS_RDONLY | MS_NOSUID | MS_NODEV)
-        return
-    snapshot = BtrfsSnapshot.parse(each.source)
-    btrfsio.mount_subvolume(snapshot.filesystem, snapshot.path, target, each.guid)
+    descriptor = _open_directory(target)
+    try:
+        if each.volume_kind == "zfs":
+            where = f"/proc/self/fd/{descriptor}"
+            mount(each.source, where, "zfs", MS_RDONLY | MS_NOSUID | MS_NODEV)
+        else:
+            snapshot = BtrfsSnapshot.parse(each.source)
+            btrfsio.mount_subvolume(snapshot.filesystem, snapshot.path, descriptor, each.guid)
+    except OSError as exc:
+        exc.filename = target
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def _open_directory(path: str) -> int:
+    """Open an absolute path; NotADirectoryError for one that leads over a symbolic link."""
+    flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    here = os.open("/", flags)
+    for part in path.split("/"):
+        if part:
+            above = here
+            try:
+                here = os.open(part, flags, dir_fd=above)
+            finally:
+                os.close(above)
+    return here
 
 
 def identity(pid: int | str = "self") -> tuple[int, int]:
