@@ -222,7 +222,7 @@ class Job:
             ping_url_file=self.ping_url_file,
             ping_exit_status=self.ping_exit_status,
             apprise_file=self.apprise_file,
-            time_limit_s=float(self.notify_limit),
+            time_limit_s=float(max(self.notify_limit, 1)),
         )
 
     @property

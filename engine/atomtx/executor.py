@@ -24,6 +24,7 @@ from .errors import (
     ClientError,
     EffectError,
     Interrupted,
+    JournalError,
     JournalFullError,
     StaleRunError,
     UserError,
@@ -104,8 +105,18 @@ class Executor:
         Take *run* on until it is destroyed, parked, or kept waiting in `snapshotted`.
 
         Whatever fails before the client's end is a reason to give up and clean up; a signal as
-        well, and it is then found in :attr:`interrupted`.
+        well, and it is then found in :attr:`interrupted`.  Where the journal can no longer be
+        written, the hooks are undone all the same.
         """
+        try:
+            return self._advance(run)
+        except StaleRunError:
+            raise
+        except JournalError:
+            self._hooks.undo(run, *BEFORE)
+            raise
+
+    def _advance(self, run: Run) -> Run:
         steps = {
             states.PLANNED: self._take,
             states.SNAPSHOTTED: self._hold_and_mount,

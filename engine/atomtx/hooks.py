@@ -17,8 +17,9 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 
 from . import clients
-from .errors import AtomtxError, EffectError
-from .intents import AROUND_RUN, BEFORE, ApplyRetention, RunHook, UndoHook
+from .clients import Client
+from .errors import AtomtxError, EffectError, Interrupted
+from .intents import AROUND_RUN, AROUND_SNAPSHOT, BEFORE, ApplyRetention, RunHook, UndoHook
 from .interrupts import Interrupts
 from .journal import Change
 from .launching import facts_of, settings_of
@@ -43,6 +44,7 @@ class Hooks:
         warn: Callable[[str], None],
     ) -> None:
         self._sessions = Sessions(folder, interrupts)
+        self._interrupts = interrupts
         self._tell = step
         self._warn = warn
         self._inherited: frozenset[int] = frozenset()  # steps of a front end before this one
@@ -92,6 +94,8 @@ class Hooks:
         Raises EffectError for the first that fails, and Interrupted on a signal, after it was
         ended; nothing is undone here.
         """
+        if when == AROUND_SNAPSHOT:
+            self._sessions.hold_back()
         for step in run.steps:
             intent = step.intent
             if isinstance(intent, RunHook) and intent.when == when and self._is_open(step):
@@ -111,6 +115,8 @@ class Hooks:
             intent = step.intent
             if isinstance(intent, RunHook) and intent.when in places:
                 self._undo_one(run, step)
+        if AROUND_SNAPSHOT in places:
+            self._sessions.write_out()
 
     def _undo_one(self, run: Run, step: Step) -> None:
         if step.id in self._let_go:
@@ -148,17 +154,29 @@ class Hooks:
                 self._tell(intent.describe())
                 try:
                     trouble = self._retention(run, step, intent)
+                except Interrupted as exc:
+                    trouble = exc.message
+                    if step.id in self._started:
+                        self._mend(run)
                 except AtomtxError as exc:
                     trouble = exc.message
                 self._end(step, trouble)
 
+    def _mend(self, run: Run) -> None:
+        """Let the client mend what its killed predecessor left in the repository."""
+        config = run.plan.client
+        for line in clients.load(config.name).after_loss(settings_of(config), facts_of(config)):
+            self._tell(line)
+
     def _retention(self, run: Run, step: Step, intent: ApplyRetention) -> str | None:
         config = run.plan.client
+        client: Client = clients.load(config.name)
         settings = settings_of(config)
+        self._interrupts.stop()
         if step.id in self._inherited:
             self._end_what_is_left(step)
-            for line in clients.load(config.name).after_loss(settings, facts_of(config)):
-                self._tell(line)
+            self._mend(run)
+        self._started.add(step.id)
         for argv in intent.commands:
             trouble = self._sessions.run(
                 step.id,
@@ -167,6 +185,8 @@ class Hooks:
                 cwd=intent.cwd,
                 stops=True,
                 secrets=[name for name, _ in config.credentials],
+                stop_signal=client.stop_signal,
+                grace_s=run.plan.grace_s,
             )
             if trouble:
                 return trouble
@@ -194,6 +214,7 @@ class Hooks:
             cwd=run.plan.client.cwd,
             limit_s=intent.limit_s,
             stops=stops,
+            secrets=[name for name, _ in run.plan.client.credentials],
         )
 
     def _end_what_is_left(self, step: Step) -> None:
@@ -224,7 +245,9 @@ def environment(run: Run, step: Step) -> dict[str, str]:
         "ATOMTX_SNAPSHOTS": "\n".join(v.snapshot for v in run.volumes),
         "ATOMTX_PATHS": "\n".join(run.plan.targets),
     }
-    short = {n: v for n, v in facts.items() if len(os.fsencode(v)) < _LONGEST_VALUE}
+    # A reason may be what a program printed; a NUL ends a string of execve(2).
+    clean = {name: value.replace("\0", "?") for name, value in facts.items()}
+    short = {n: v for n, v in clean.items() if len(os.fsencode(v)) < _LONGEST_VALUE}
     return {**_base(run.plan.client), **short}
 
 

@@ -39,6 +39,11 @@ class Interrupts:
             self._told = True
             raise Interrupted(self.noted)
 
+    def stop(self) -> None:
+        """Raise Interrupted if a signal ever came, told before or not: nothing new is begun."""
+        if self.noted is not None:
+            raise Interrupted(self.noted)
+
     def sleep(self, seconds: float) -> None:
         """Wait, but not past a signal that was not told yet."""
         locks.wait_until(lambda: self.noted is not None and not self._told, seconds, step_s=0.1)

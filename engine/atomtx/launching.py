@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 
-from . import clients, credentials, plan
+from . import clients, credentials, plan, redact
 from .clients import Facts, Launch, Moment, Settings
 from .plan import ClientPlan, Plan
 
@@ -18,7 +18,9 @@ def environment_of(client: ClientPlan) -> dict[str, str]:
     """
     values = credentials.read_or_inherit(client.credentials, os.environ)
     journaled = dict(client.environment)
-    return credentials.overlaid(os.environ, {**journaled, **values}, keep=client.secrets)
+    known = {*journaled, *client.secrets, *values}
+    ours = {n: v for n, v in os.environ.items() if n in known or not redact.is_of_a_client(n)}
+    return credentials.overlaid(ours, {**journaled, **values}, keep=client.secrets)
 
 
 def settings_of(client: ClientPlan) -> Settings:
@@ -46,6 +48,6 @@ def retention_of(made: Plan, moment: Moment) -> tuple[tuple[str, ...], ...]:
         return ()
     config = made.client
     # They are journaled with the client's end, which must not wait for a credential.
-    env = {**os.environ, **dict(config.environment)}
-    known = Settings(config.command, config.extra, env, config.cwd)
+    # What names the host is that of the plan: whoever recovers may look after another machine.
+    known = Settings(config.command, config.extra, dict(config.environment), config.cwd)
     return clients.load(config.name).retention(known, moment, made.retention)

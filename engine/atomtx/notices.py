@@ -279,7 +279,11 @@ def _variables(facts: Facts, subject: str) -> dict[str, str]:
         "DATASETS": "\n".join(facts.datasets),
         "LAST_COMPLETED": facts.last_completed.isoformat() if facts.last_completed else None,
     }
-    return {f"ATOMTX_{name}": value or "" for name, value in values.items()}
+    # execve(2): 128 KiB for one string
+    short = {
+        n: v or "" for n, v in values.items() if len((v or "").encode(errors="replace")) < 100_000
+    }
+    return {f"ATOMTX_{name}": value for name, value in short.items()}
 
 
 # -- settings ----------------------------------------------------------------------------------
@@ -327,6 +331,10 @@ def is_address(word: str) -> bool:
 
 def combined(general: NotifySettings, own: NotifySettings) -> NotifySettings:
     """Return the *own* settings of a job, and the *general* ones where it has none."""
+    if own.has_ping:  # each check is of one job
+        general = replace(general, ping_url="", ping_url_file="")
+    if own.apprise or own.apprise_file:
+        general = replace(general, apprise=(), apprise_file="")
     nothing = NotifySettings()
     values = {
         each.name: getattr(own, each.name)

@@ -91,6 +91,11 @@ def secret_names(env: Mapping[str, str]) -> frozenset[str]:
     return frozenset(name for name, value in env.items() if _is_secret(name, value))
 
 
+def is_of_a_client(name: str) -> bool:
+    """Tell whether a variable is one by which a client is told where and how to back up."""
+    return bool(_RELEVANT_PREFIX.match(name)) and not name.lower().endswith("_proxy")
+
+
 def _is_relevant(name: str) -> bool:
     return name in _RELEVANT or bool(_RELEVANT_PREFIX.match(name))
 

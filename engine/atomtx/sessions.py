@@ -22,6 +22,7 @@ from .output import Lines, Log
 from .redact import Redactor
 from .statedir import RunFolder
 from .task import span
+from .words import printable
 
 if TYPE_CHECKING:
     from subprocess import Popen
@@ -30,6 +31,7 @@ GRACE_S = 10.0
 _LOOK_S = 0.2
 _READ_BYTES = 1 << 16
 _LAST_READS = 17  # a pipe holds 1 MiB at most (pipe(7))
+_WITHHELD_LINES = 10_000
 _MARK = "ATOMTX_HOOK_ID"
 
 
@@ -39,6 +41,21 @@ class Sessions:
     def __init__(self, folder: RunFolder, interrupts: Interrupts) -> None:
         self._folder = folder
         self._interrupts = interrupts
+        self._withheld: list[str] | None = None  # lines of the log that may not be written yet
+        self._pipes: list[object] = []  # of what a command left: it must not meet a closed one
+
+    def hold_back(self) -> None:
+        """Write no file until `write_out`: a command may freeze the file system of all of ours."""
+        self._withheld = self._withheld or []
+
+    def write_out(self) -> None:
+        """Write what was held back; idempotent."""
+        lines, self._withheld = self._withheld or [], None
+        if lines:
+            log = _LastLine(self._folder, Redactor({}), None)
+            for line in lines:
+                log.keep(line)
+            log.close()
 
     def run(
         self,
@@ -50,6 +67,8 @@ class Sessions:
         limit_s: int = 0,
         stops: bool,
         secrets: Collection[str] = (),
+        stop_signal: signal.Signals = signal.SIGTERM,
+        grace_s: float | None = None,
     ) -> str | None:
         """
         Run a step's command to its end; return what is wrong with it, if anything.
@@ -58,22 +77,26 @@ class Sessions:
         further variables whose values must not be seen.
         """
         env = {**env, _MARK: self._mark(step)}
+        if self._withheld is None:
+            self._folder.forget_hook(step)  # of an earlier start of the same step
         try:
             child = process.spawn_hook(argv, env=env, cwd=cwd if os.path.isdir(cwd) else "/")
-        except OSError as exc:
-            return f"cannot start {argv[0]}: {exc.strerror}"
-        with suppress(OSError):  # a full disk: its mark tells as well which processes are its
-            self._folder.write_hook(step, _identity(child.pid))
-        log = _LastLine(self._folder, Redactor(env, secrets))
+        except (OSError, ValueError) as exc:  # ValueError: a NUL in a word
+            return f"cannot start {argv[0]}: {getattr(exc, 'strerror', None) or exc}"
+        if self._withheld is None:
+            with suppress(OSError):  # a full disk: its mark tells as well which processes are its
+                self._folder.write_hook(step, _identity(child.pid))
+        log = _LastLine(self._folder, Redactor(env, secrets), self._withheld)
         try:
             in_time = self._watch(child, log, limit_s, stops=stops)
         except Interrupted:
-            _end_session(child)
+            _end_session(child, stop_signal, GRACE_S if grace_s is None else grace_s)
             raise
         finally:
             log.close()
+            self._pipes.append(child.stdout)
         if not in_time:
-            _end_session(child)
+            _end_session(child, stop_signal, GRACE_S if grace_s is None else grace_s)
             return f"did not end within {span(limit_s)}"
         return _trouble(child.wait(), log.last)
 
@@ -107,7 +130,6 @@ class Sessions:
             return True
         finally:
             os.close(pidfd)
-            child.stdout.close()
 
     def end_what_is_left(self, step: int) -> list[int]:
         """
@@ -138,12 +160,14 @@ class Sessions:
 class _LastLine:
     """The log of the hooks, and the last line that one of them printed; redacted."""
 
-    def __init__(self, folder: RunFolder, redactor: Redactor) -> None:
+    def __init__(self, folder: RunFolder, redactor: Redactor, withheld: list[str] | None) -> None:
         self._redactor = redactor
+        self._withheld = withheld
         self._lines = Lines()
         self._log: Log | None = None
-        with suppress(OSError):  # a full disk loses the log, never the hook
-            self._log = Log(folder.hooks_log, self._redactor)
+        if withheld is None:
+            with suppress(OSError):  # a full disk loses the log, never the hook
+                self._log = Log(folder.hooks_log, self._redactor)
         self.last = ""
 
     def read(self, descriptor: int) -> bool:
@@ -157,9 +181,16 @@ class _LastLine:
 
     def _take(self, lines: Iterable[str]) -> None:
         for line in lines:
-            self.last = self._redactor.redact(line.strip())[:300]
-            if self._log:
-                self._log.line(line)
+            self.last = printable(self._redactor.redact(line.strip()))[:300]
+            self.keep(self._redactor.redact(line))
+
+    def keep(self, line: str) -> None:
+        """Write a line into the log, or withhold it, but for those of a chatty command."""
+        if self._withheld is not None:
+            if len(self._withheld) < _WITHHELD_LINES:
+                self._withheld.append(line)
+        elif self._log:
+            self._log.line(line)
 
     def close(self) -> None:
         self._take(self._lines.rest())
@@ -167,14 +198,14 @@ class _LastLine:
             self._log.close()
 
 
-def _end_session(child: Popen[bytes]) -> None:
-    """End a hook that is our child, with all of its session, and wait for it."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
+def _end_session(child: Popen[bytes], stop_signal: signal.Signals, grace_s: float) -> None:
+    """End a command that is our child, with all of its session; one in the kernel's hands stays."""
+    for number, wait_s in ((stop_signal, grace_s), (signal.SIGKILL, GRACE_S)):
         for pid in _session(child.pid):  # which is not reused before the child is waited for
             locks.send(pid, number, if_still=lambda p: _session_of(p) == child.pid)
-        if locks.wait_until(lambda: not _session(child.pid), GRACE_S):
+        if locks.wait_until(lambda: not _session(child.pid), wait_s):
             break
-    child.wait()
+    locks.wait_until(lambda: child.poll() is not None, _LOOK_S)
 
 
 def _trouble(status: int, last: str) -> str | None:

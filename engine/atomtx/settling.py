@@ -74,7 +74,7 @@ def status_of(run: Run) -> ExitStatus:
         return ExitStatus.WAITING
     if run.outcome == Outcome.PARTIAL:
         return ExitStatus.PARTIAL
-    if run.failed_after:
+    if run.failed_after and run.outcome == Outcome.COMPLETED:
         return ExitStatus.STEP_AFTER_FAILED
     return ExitStatus.PARKED if run.is_parked else ExitStatus.COMPLETED
 
@@ -196,7 +196,11 @@ class Settler:
                     return Settled(run, decision)
                 self._adopt(run, folder)
             elif isinstance(decision, recovery.EndOrphans):
-                self._end_orphans(run, folder, Kinds.real(lock))
+                try:
+                    self._end_orphans(run, folder, Kinds.real(lock))
+                except AtomtxError:
+                    executor.take_over(run)
+                    raise
             elif isinstance(decision, recovery.Wait):
                 executor.take_over(run)
                 raise self._waiting(run, decision)

@@ -10,6 +10,7 @@ import shutil
 import stat
 import time
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,11 @@ class RunFolder:
     def write_hook(self, step: int, identity: Mapping[str, Any]) -> None:
         """Note the process of a step's hook."""
         (self.path / f"hook-{step}.json").write_text(json.dumps(identity))
+
+    def forget_hook(self, step: int) -> None:
+        """Remove the note of a step's process; idempotent."""
+        with suppress(OSError):
+            (self.path / f"hook-{step}.json").unlink()
 
     def read_hook(self, step: int) -> dict[str, Any] | None:
         """Return the process of a step's hook; None where it was not, or only half, noted."""

@@ -47,7 +47,7 @@ def _trouble_on_the_way(
     path: str, opened: os.stat_result, *, secret: bool
 ) -> tuple[str, str] | None:
     last = "/"
-    for last in _way(os.path.join(os.getcwd(), path)):
+    for last in _way(path if path.startswith("/") else os.path.join(os.getcwd(), path)):
         info = os.lstat(last)
         trouble = _trouble(last, info)
         if trouble:

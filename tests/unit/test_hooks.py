@@ -113,11 +113,13 @@ def test_order(scene: Scene) -> None:
 
 def test_nothing_is_written_while_frozen(scene: Scene) -> None:
     """A hook may freeze the file system of the journal: nothing is written until it is thawed."""
-    look = "cat state/journal.db state/watermarks/* | sha256sum > {}"
+    look = "echo talks; find state -type f -exec sha256sum {{}} + | sort > {}"
     quiesce = script(scene, "quiesce", look.format("before"))
     thaw = script(scene, "thaw", f"{look.format('after')}; cmp before after")
     ended = scene.backup(hooked(scene, RunHook(AROUND_SNAPSHOT, quiesce, thaw)))
     assert did(scene) == ["quiesce", "thaw"]
+    (log,) = scene.state.glob("runs/*/hooks.log")
+    assert log.read_text() == "talks\ntalks\n"
     assert [result for _, result, _ in hook_steps(scene)] == ["done", "done"]
     assert outcome(ended)[0] == "failed"  # the client found no in-run: it did run
 
@@ -192,6 +194,23 @@ def test_hook_after_fails(scene: Scene, place: str) -> None:
         said.removesuffix(": exit status 4") for said in ended.said("warn")
     ]
     assert did(scene)[-1] == "finally"  # those that follow run as ever
+
+
+def test_strange_words(scene: Scene) -> None:
+    """What a hook prints becomes a reason, whatever bytes it has; the hooks after it run."""
+    loud = script(scene, "loud", "printf 'a\\000b\\033[31m\\n'; exit 3")
+    hook = RunHook(AROUND_RUN, loud, script(scene, "start"))
+    ended = scene.backup(hooked(scene, hook, *all_hooks(scene)[:3]))
+    assert outcome(ended) == ("failed", f"{hook.describe()}: exit status 3: a?b?[31m")
+    assert did(scene) == ["loud", "start", "after-failure", "finally"]
+
+
+def test_failed_twice(scene: Scene) -> None:
+    """Where there is no backup, a hook after it does not make it one: its own status counts."""
+    after = RunHook(AFTER_FAILURE, script(scene, "after", "exit 4"))
+    ended = scene.backup(hooked(scene, RunHook(AROUND_RUN, script(scene, "no", "exit 3")), after))
+    assert ended.run
+    assert status_of(ended.run) is ExitStatus.FAILED
 
 
 def test_not_there(scene: Scene) -> None:
@@ -310,6 +329,7 @@ def test_retention_is_interrupted(scene: Scene) -> None:
     assert outcome(ended) == ("completed", None)
     assert ended.run
     assert [step.intent.kind for step in ended.run.failed_after] == ["apply-retention"]
+    assert ended.said("warn")[0].endswith("interrupted by SIGINT")
     assert in_force(scene) == []
     assert not session(scene)
 

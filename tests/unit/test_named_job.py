@@ -154,3 +154,42 @@ def test_notice_of_an_interruption(job: Job) -> None:
     assert told(job, "", at="journal:snapshotted#1")[-3:] == [
         *("post-hook completed", "after-success completed", "notify-command completed"),
     ]
+
+
+# -- signals, and moments that wait ----------------------------------------------------------
+
+
+def test_one_signal_ends_recover(job: Job) -> None:
+    """After a signal no other run is taken up; the others wait for the next `recover`."""
+    for _ in range(2):
+        assert job.atomtx("backup", "home", at="journal:snapshotted#1", who="all").status == -9
+        job.scene.run_sql("UPDATE runs SET job = job || id")  # another job's, for the second
+    job.scene.behave("kill -TERM $(cat $home/front); sleep 5")
+    job.scene.changes.append(lambda: _write_pid(job.scene.home / "front"))
+    assert job.atomtx("recover").said("status") == [143]
+    states = [row["state"] for row in job.scene.rows("SELECT state FROM runs ORDER BY started_at")]
+    assert states == ["destroyed", "snapshotted"]
+
+
+def _write_pid(path: Path) -> None:
+    path.write_text(str(os.getpid()))
+
+
+def test_kept_waiting(job: Job, capfd: pytest.CaptureFixture[str]) -> None:
+    """A moment that is kept for later is no other run at work: exit status 6, and it stays."""
+    job.more = 'keep-for = "999w"\nretries = 0\n'
+    job.keep(job.password)
+    job.scene.changes.append(_failing_for_now)
+    assert job.atomtx("backup", "home").said("status") == [6]
+    assert job.atomtx("backup", "home", "--wait").said("status") == [6]
+    assert "is kept waiting" in capfd.readouterr().err
+    (row,) = job.scene.rows("SELECT state, attempts FROM runs")
+    assert (row["state"], row["attempts"]) == ("snapshotted", 2)
+
+
+def _failing_for_now() -> None:
+    from atomtx.clients import End
+    from atomtx.clients.command import CommandReader
+    from atomtx.states import Outcome
+
+    CommandReader.end = lambda self: End(Outcome.FAILED, "away", retriable=True)  # type: ignore[method-assign]

@@ -241,6 +241,11 @@ def test_combined() -> None:
     found = combined(general, own)
     assert found == replace(general, mail=("ben",), ping_url_file="/x")
     assert combined(general, NotifySettings()) == general
+    pinged = replace(general, ping_url="https://a", apprise=("a://",))
+    own = NotifySettings(ping_url_file="/b", apprise_file="/c")
+    found = combined(pinged, own)
+    assert (found.ping_url, found.ping_url_file) == ("", "/b")
+    assert (found.apprise, found.apprise_file) == ((), "/c")
 
 
 def test_settings() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from .. import clients, locks, plan, statedir
+from .. import clients, locks, plan, statedir, states
 from ..clients import Moment
 from ..config_schema import DEFAULT, LAYOUTS
 from ..errors import (
@@ -19,9 +19,11 @@ from ..errors import (
     BusyError,
     EffectError,
     ExitStatus,
+    Interrupted,
     JournalDamagedError,
     JournalFullError,
     UserError,
+    WaitingError,
     worst,
 )
 from ..executor import Executor, Tell, kept
@@ -348,6 +350,7 @@ class _Backup:
                 self._try_parked(settler, run)
             else:
                 self._settle_one(settler, run)
+            self._interrupts.stop()
         if others:
             self._show.note(f"{others} runs of other jobs are unfinished: `atomtx recover`")
         return found
@@ -370,6 +373,11 @@ class _Backup:
         self._notifier.interrupted(settled.run, settled.status, pings=False)
         if settled.interrupted:
             raise settled.interrupted
+        if settled.run.state != states.DESTROYED and not settled.run.is_parked:
+            raise WaitingError(
+                f"run {run.id} of this job is kept waiting: {settled.run.reason}",
+                hint="`atomtx recover` tries again, `atomtx recover --rollback` gives it up",
+            )
         self._show.step(f"run {run.id} of this job: {settled.run.outcome}")
 
     def _carry_out(self, journal: Journal, made: Plan) -> ExitStatus:
@@ -390,8 +398,8 @@ class _Backup:
             self._show.result(result(journal.path, run))
             self._show.done(closing_line(journal.path, run, time.monotonic() - started))
         statuses = [status_of(run)]
-        if executor.interrupted:
-            statuses.append(executor.interrupted.exit_status)
+        if self._interrupts.noted is not None:
+            statuses.append(Interrupted(self._interrupts.noted).exit_status)
         self._notifier.ended(run, worst(statuses))
         return worst(statuses)
 

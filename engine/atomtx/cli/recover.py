@@ -116,7 +116,10 @@ class _Recover:
                     f"run {run.id} ({run.label}), {run.state}: {_would(settler.decide(run))}"
                 )
             return ExitStatus.COMPLETED
-        statuses = [self._settle(settler, journal, run) for run in runs]
+        statuses = []
+        for run in runs:
+            statuses.append(self._settle(settler, journal, run))
+            self._interrupts.stop()
         if not runs:
             self._show.done("nothing to recover")
         return worst(statuses)

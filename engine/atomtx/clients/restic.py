@@ -377,7 +377,11 @@ class Restic:
         options = _options(settings)
         host = last_value(options, "--host") or settings.env.get("RESTIC_HOST")
         root = moment.root.rstrip("/")
-        paths = moment.sources if moment.whole else [(root + p) or "/" for p in moment.targets]
+        paths = (
+            moment.sources
+            if moment.whole
+            else [(root + p).rstrip("/") or "/" for p in moment.targets]
+        )
         argv = (
             *(*program(settings, "restic"), "forget", f"--host={host or os.uname().nodename}"),
             *(f"--path={path}" for path in paths),
