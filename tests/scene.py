@@ -66,11 +66,11 @@ class Played(Command):
     def reader(self, moment: Moment) -> CommandReader:
         return _Reader(moment)
 
-    def retention(
-        self, settings: Settings, moment: Moment, policy: tuple[str, ...]
+    def forgetting(
+        self, settings: Settings, paths: tuple[str, ...], policy: tuple[str, ...]
     ) -> tuple[tuple[str, ...], ...]:
         forget = Path(settings.command[0]).with_name("forgetting").read_text()
-        return ((forget, *policy),) if moment.targets else ()
+        return ((forget, *policy),) if paths else ()
 
     def after_loss(self, settings: Settings, facts: Facts) -> tuple[str, ...]:
         return (f"mended {facts.repository} with {settings.command[0]}",)

@@ -134,7 +134,7 @@ class Executor:
             return self.undo_hooks(run)
         if run.state == states.UNMOUNTING:
             self._tell.step("cleaning up")
-            run = self._cleaner.clean(run)
+            run = self._cleaner.clean(self._prepared(run))
         return run
 
     def _try(self, step: Callable[[Run], Run], run: Run) -> Run:
@@ -202,6 +202,15 @@ class Executor:
             if run.state != states.SNAPSHOTTED:
                 change.fire(Event.RESUMED, reason=f"attempt {run.attempts + 1}")
         return self._journal.load(run.id)
+
+    def _prepared(self, run: Run) -> Run:
+        """Intend once more what a retention may need that was undone after a crash."""
+        if not run.pending(ApplyRetention):
+            return run
+        try:
+            return self._intend_hooks(run)
+        except JournalFullError:  # it will say itself what it lacks
+            return run
 
     def _intend_hooks(self, run: Run) -> Run:
         missing = self._hooks.missing(run)
@@ -507,7 +516,7 @@ class Executor:
         keeps = run.plan.keep_snapshots and end.outcome in _SAVED
         # Of a partial backup too little is known: what it lacks may be in an older one alone.
         whole = end.outcome is Outcome.COMPLETED
-        commands = retention_of(run.plan, self._moment(run)) if whole else ()
+        retention = retention_of(run.plan, self._moment(run)) if whole else None
 
         def record(change: Change) -> None:
             failed = end.outcome is Outcome.FAILED
@@ -518,8 +527,8 @@ class Executor:
                 for take in run.steps:
                     if isinstance(take.intent, TakeSnapshots):
                         change.intend(kept(take.intent))
-            if commands:
-                change.intend(ApplyRetention(run.plan.client.name, commands, run.plan.client.cwd))
+            if retention:
+                change.intend(retention)
             for hook in plan.hooks_after(run.plan, end.outcome):
                 change.intend(hook)
             change.fire(Event.CLIENT_ENDED, reason=end.reason)

@@ -173,16 +173,17 @@ class Hooks:
         client: Client = clients.load(config.name)
         settings = settings_of(config)
         self._interrupts.stop()
+        self.before(run, AROUND_RUN)  # those that were undone after a crash
         if step.id in self._inherited:
             self._end_what_is_left(step)
             self._mend(run)
         self._started.add(step.id)
-        for argv in intent.commands:
+        for argv in client.forgetting(settings, intent.paths, intent.policy):
             trouble = self._sessions.run(
                 step.id,
                 argv,
                 env=settings.env,
-                cwd=intent.cwd,
+                cwd=config.cwd,
                 stops=True,
                 secrets=[name for name, _ in config.credentials],
                 stop_signal=client.stop_signal,

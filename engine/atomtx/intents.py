@@ -280,15 +280,18 @@ class UndoHook(_Intent):
 
 @dataclass(frozen=True)
 class ApplyRetention(_Intent):
-    """The client's commands that forget older backups of the job; nothing brings them back."""
+    """
+    Have the client forget backups of exactly these paths by its rules; nothing brings them back.
+    """
 
     kind: ClassVar[str] = "apply-retention"
     client: str
-    commands: tuple[tuple[str, ...], ...]
-    cwd: str
+    paths: tuple[str, ...]  # as the repository has them
+    policy: tuple[str, ...]
 
     def describe(self) -> str:
-        return "forget older backups: " + " && ".join(map(_shown, self.commands))
+        paths = ", ".join(self.paths)
+        return f"{self.client} forgets older backups of {paths} by {' '.join(self.policy)}"
 
     def compensation(self) -> None:
         return None

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from . import clients, credentials, plan, redact
 from .clients import Facts, Launch, Moment, Settings
+from .intents import ApplyRetention
 from .plan import ClientPlan, Plan
 
 
@@ -42,12 +43,9 @@ def facts_of(client: ClientPlan) -> Facts:
     return Facts(client.version, client.repository)
 
 
-def retention_of(made: Plan, moment: Moment) -> tuple[tuple[str, ...], ...]:
-    """Return the commands that apply the plan's retention to the job's own backups; maybe none."""
+def retention_of(made: Plan, moment: Moment) -> ApplyRetention | None:
+    """Return the step that applies the plan's retention to the job's own backups; maybe none."""
     if not made.retention:
-        return ()
-    config = made.client
-    # They are journaled with the client's end, which must not wait for a credential.
-    # What names the host is that of the plan: whoever recovers may look after another machine.
-    known = Settings(config.command, config.extra, dict(config.environment), config.cwd)
-    return clients.load(config.name).retention(known, moment, made.retention)
+        return None
+    name = made.client.name
+    return ApplyRetention(name, clients.load(name).stored_paths(moment), made.retention)

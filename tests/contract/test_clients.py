@@ -399,13 +399,15 @@ def test_restic_retention(
 ) -> None:
     """By the job's rules older backups of its own are forgotten: those of others all stay."""
     settings, client = restic(version), Restic()
-    others = moment_of(srv), moment_of(home, srv)
+    # With --path alone, the second of these would be forgotten by the rules of another job.
+    others = moment_of(srv), *(moment_of(home, srv, at=AT + timedelta(days=n)) for n in range(3))
     for moment in (*others, *(moment_of(home, at=AT + timedelta(days=n)) for n in range(4))):
         assert back_up(client, settings, moment).end.outcome is Outcome.COMPLETED
     back_up(client, replace(settings, extra=("--host=other",)), moment_of(home))
     policy = client.policy(("--keep-last", "2"))
-    for argv in client.retention(settings, moment_of(home), policy):
+    for argv in client.forgetting(settings, (str(home),), policy):
         call(settings, *argv[1:])
+    assert client.forgetting(settings, (str(home),), policy) == ()
     left = [
         (each["paths"], each["time"][:10], each["hostname"] == "other")
         for each in snapshots(settings)
@@ -785,7 +787,7 @@ def test_kopia_retention(kopia: Settings, home: Path, srv: Path) -> None:
             assert back_up(client, kopia, moment).end.outcome is Outcome.COMPLETED
     spans = ("latest", "hourly", "daily", "weekly", "monthly", "annual")
     policy = client.policy(tuple(f"--keep-{span}={2 * (span == 'latest')}" for span in spans))
-    for argv in client.retention(kopia, moment_of(home), policy):
+    for argv in client.forgetting(kopia, (str(home),), policy):
         call(kopia, *argv[1:])
     listed = json.loads(call(kopia, "snapshot", "list", "--json", "--all", "--show-identical"))
     left = [each["source"]["path"] for each in listed]

@@ -305,7 +305,7 @@ def test_retention_fails(scene: Scene) -> None:
     assert outcome(ended) == ("completed", None)
     assert status_of(ended.run) is ExitStatus.STEP_AFTER_FAILED
     (said,) = ended.said("warn")
-    assert said.endswith("forget --keep-last=3: exit status 11: locked")
+    assert said.endswith(" by --keep-last=3: exit status 11: locked")
     assert did(scene)[-3:] == ["start", "after-success", "finally"]
 
 
@@ -318,6 +318,9 @@ def test_killed_in_retention(scene: Scene, who: str) -> None:
     ended = scene.recover()
     assert outcome(ended) == ("completed", None)
     assert did(scene).count("forget") == 2
+    assert ended.run
+    assert status_of(ended.run) is ExitStatus.COMPLETED
+    assert did(scene)[-5:] == ["stop", "forget", "start", "after-success", "finally"]
     assert any(str(words).startswith("mended repo") for words in ended.said("step"))
     assert not session(scene)
 

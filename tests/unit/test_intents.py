@@ -45,7 +45,7 @@ PAIRS: list[tuple[Intent, Intent | None]] = [
         for when in BEFORE
     ),
     *((RunHook(when, ("tell",)), None) for when in AFTER),
-    (ApplyRetention("restic", (("restic", "forget", "--keep-last=3"),), "/"), None),
+    (ApplyRetention("restic", ("/a", "/b c"), ("--keep-last=3",)), None),
 ]
 ALL = [intent for pair in PAIRS for intent in pair if intent]
 each_intent = pytest.mark.parametrize("intent", ALL, ids=lambda intent: str(intent.kind))

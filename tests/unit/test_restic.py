@@ -215,19 +215,12 @@ def test_local_time(
     assert local_time(datetime(*at, tzinfo=UTC), {"TZ": zone}) == expected
 
 
-def test_retention() -> None:
-    """Only backups of the same host and paths are forgotten, whatever else the repository has."""
-    policy = Restic().policy(("--keep-daily", "7", "--keep-within=1y"))
-    given = settings("-r", "/repo", "--tag", "x", RESTIC_HOST="vm")
-    (argv,) = Restic().retention(given, HOME, policy)
-    assert argv == (
-        *("restic", "forget", "--host=vm", "--path=/home", "--path=/srv"),
-        *("--group-by=host,paths", "--keep-daily=7", "--keep-within=1y", "--prune"),
-        "--repo=/repo",
-    )
-    tree = Moment(("/home",), "/tree", AT)
-    assert "--path=/tree/home" in Restic().retention(given, tree, policy)[0]
-    assert "--host=own" in Restic().retention(settings("--host", "own"), HOME, policy)[0]
+def test_stored_paths() -> None:
+    """Of a tree the repository has the paths below its root; no slash at an end."""
+    assert Restic().stored_paths(HOME) == ("/home", "/srv")
+    assert Restic().stored_paths(Moment(("/", "/srv"), "/tree", AT)) == ("/tree", "/tree/srv")
+    assert Restic().stored_paths(Moment(("/",), "", AT)) == ("/",)
+    assert Restic().stored_paths(Moment(("/srv",), "/tree", AT, whole=True)) == ("/tree",)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from ..errors import (
     worst,
 )
 from ..executor import Executor, Tell, kept
-from ..intents import ApplyRetention, KeepSnapshots, RunClient, RunHook, TakeSnapshots
+from ..intents import KeepSnapshots, RunClient, RunHook, TakeSnapshots
 from ..interrupts import Interrupts
 from ..journal import ActiveRunError, Journal, NoRunError
 from ..launching import launch_of, retention_of
@@ -317,7 +317,7 @@ class _Backup:
             *plan.intents(made, self._directories(made)),
             client_step,
             *_keeping(made),
-            *_retention(made, moment),
+            *filter(None, [retention_of(made, moment)]),
             *plan.hooks_after(made, None),
         )
         lines = plan.describe(made, steps)
@@ -415,11 +415,6 @@ def _make(folder: RunFolder) -> RunFolder:
 def _keeping(made: Plan) -> list[KeepSnapshots]:
     taken = [step for step in plan.intents(made) if isinstance(step, TakeSnapshots)]
     return [kept(step) for step in taken] if made.keep_snapshots else []
-
-
-def _retention(made: Plan, moment: Moment) -> list[ApplyRetention]:
-    commands = retention_of(made, moment)
-    return [ApplyRetention(made.client.name, commands, made.client.cwd)] if commands else []
 
 
 def _resolved(name: str) -> str:

@@ -176,10 +176,18 @@ class Client(Protocol):
         """Return rules of retention, one a word; UserError for what is none of this client's."""
         ...
 
-    def retention(
-        self, settings: Settings, moment: Moment, policy: tuple[str, ...]
+    def stored_paths(self, moment: Moment) -> tuple[str, ...]:
+        """Return the paths under which the repository has a backup of *moment*."""
+        ...
+
+    def forgetting(
+        self, settings: Settings, paths: tuple[str, ...], policy: tuple[str, ...]
     ) -> tuple[tuple[str, ...], ...]:
-        """Return the commands that forget backups of the same host and paths by *policy*.  Pure."""
+        """
+        Return the commands that forget backups of this host and of exactly *paths* by *policy*.
+
+        May ask the repository first.  Raises ClientError where it does not answer.
+        """
         ...
 
     def after_loss(self, settings: Settings, facts: Facts) -> tuple[str, ...]:

@@ -89,10 +89,14 @@ class Command:
             hint="name the client that it wraps (--client restic), or use --after-success",
         )
 
-    def retention(
-        self, settings: Settings, moment: Moment, policy: tuple[str, ...]
+    def stored_paths(self, moment: Moment) -> tuple[str, ...]:
+        """Return what it was given."""
+        return moment.sources
+
+    def forgetting(
+        self, settings: Settings, paths: tuple[str, ...], policy: tuple[str, ...]
     ) -> tuple[tuple[str, ...], ...]:
-        """Return nothing."""
+        """Return nothing: there is no policy."""
         return ()
 
     def after_loss(self, settings: Settings, facts: Facts) -> tuple[str, ...]:

@@ -324,13 +324,17 @@ class Kopia:
         """Return the rules of `kopia policy set`."""
         return rules(words, _RULES, "kopia")
 
-    def retention(
-        self, settings: Settings, moment: Moment, policy: tuple[str, ...]
+    def stored_paths(self, moment: Moment) -> tuple[str, ...]:
+        """Return the sources' paths: of a tree, the live ones."""
+        return moment.sources
+
+    def forgetting(
+        self, settings: Settings, paths: tuple[str, ...], policy: tuple[str, ...]
     ) -> tuple[tuple[str, ...], ...]:
         """Return what sets each source's policy and applies it; kopia keeps it from then on."""
         argv, config = program(settings, "kopia"), _config(_config_file(settings))
         own = _globals(_options(settings))
-        sources = [_source(path, config) for path in moment.sources]
+        sources = [_source(path, config) for path in paths]
         set_ = [(*argv, "policy", "set", *policy, *own, source) for source in sources]
         expire = (*argv, "snapshot", "expire", "--delete", *own, *sources)
         return (*set_, expire)

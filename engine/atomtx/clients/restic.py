@@ -7,14 +7,15 @@ its lock in the repository, and from 0.17 on both do the same.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from .. import process
-from ..errors import UserError
+from ..errors import ClientError, UserError
 from ..redact import check_arguments
 from . import Backup, Facts, Launch, Moment, Settings
 from .program import (
@@ -43,6 +44,7 @@ _WITH_GROUP_BY: Version = (0, 16)  # and --retry-lock, and `repair index`
 _WITH_HARDLINK_FEATURE: tuple[Version, Version] = ((0, 17), (0, 19))
 _HARDLINK_FEATURE = "device-id-for-hardlinks"
 _RETRY_LOCK = "10m"
+_FORGET_S = 3600.0
 _SPANS = ("last", "hourly", "daily", "weekly", "monthly", "yearly")
 _RULES = frozenset(
     [
@@ -256,6 +258,14 @@ def _targets(moment: Moment) -> tuple[str, ...]:
     return tuple(target.lstrip("/") or "." for target in moment.targets)
 
 
+def _groups(text: str, host: str, paths: Collection[str]) -> Iterator[list[str]]:
+    """Yield the backups to remove of each group that has exactly these paths."""
+    groups = json.loads(text[text.index("[") :]) if "[" in text else []
+    for group in groups:
+        if group["host"] == host and set(group["paths"] or ()) == set(paths):
+            yield [str(each["id"]) for each in group["remove"] or ()]
+
+
 def _unusable(answer: process.Completed, settings: Settings) -> UserError:
     """Return the error that tells why the repository cannot be used, in one line."""
     # Judged as it came: a password may be one of the words that are looked for.
@@ -370,24 +380,33 @@ class Restic:
         """Return the rules of `restic forget`."""
         return rules(words, _RULES, "restic")
 
-    def retention(
-        self, settings: Settings, moment: Moment, policy: tuple[str, ...]
+    def stored_paths(self, moment: Moment) -> tuple[str, ...]:
+        """Return the absolute paths of the arguments: of a tree, those below its root."""
+        root = moment.root.rstrip("/")
+        below = ((root + path).rstrip("/") or "/" for path in moment.targets)
+        return moment.sources if moment.whole else tuple(below)
+
+    def forgetting(
+        self, settings: Settings, paths: tuple[str, ...], policy: tuple[str, ...]
     ) -> tuple[tuple[str, ...], ...]:
-        """Return one `restic forget --prune` for this host and these paths alone."""
+        """
+        Return one `restic forget --prune` of single backups, or nothing.
+
+        `--path` alone would not do: it also takes every backup that has more paths than these,
+        and would apply the rules to them.
+        """
         options = _options(settings)
         host = last_value(options, "--host") or settings.env.get("RESTIC_HOST")
-        root = moment.root.rstrip("/")
-        paths = (
-            moment.sources
-            if moment.whole
-            else [(root + p).rstrip("/") or "/" for p in moment.targets]
-        )
-        argv = (
-            *(*program(settings, "restic"), "forget", f"--host={host or os.uname().nodename}"),
-            *(f"--path={path}" for path in paths),
-            *("--group-by=host,paths", *policy, "--prune", *_globals(options)),
-        )
-        return (argv,)
+        host = host or os.uname().nodename
+        argv, own = (*program(settings, "restic"), "forget"), _globals(options)
+        filters = (f"--host={host}", *(f"--path={path}" for path in paths), "--group-by=host,paths")
+        query = (*argv, *filters, *policy, "--dry-run", "--json", "--no-lock", *own)
+        answer = process.run(query, env=settings.env, cwd=settings.cwd, timeout_s=_FORGET_S)
+        if not answer.ok:
+            said = settings.redact(answer.last_line())
+            raise ClientError(f"restic does not tell what there is to forget: {said}")
+        ids = [id for group in _groups(answer.stdout, host, paths) for id in group]
+        return ((*argv, "--prune", *own, *ids),) if ids else ()
 
     def after_loss(self, settings: Settings, facts: Facts) -> tuple[str, ...]:
         """
