@@ -355,7 +355,7 @@ def test_show_log(shown: Callable[..., str]) -> None:
 def test_show_json(shown: Callable[..., str]) -> None:
     """`show --json` is one object with everything."""
     data = json.loads(shown("--json"))
-    assert set(data) == {"run", "plan", "volumes", "steps", "moves", "backups", "log"}
+    assert set(data) == {"run", "plan", "volumes", "steps", "moves", "backups", "log", "hooks_log"}
     assert data["backups"][0]["restore"]["argv"][0] == "restic"
     assert data["steps"][0]["description"] == "end restic and all that it started"
 

@@ -138,8 +138,9 @@ class Notifier:
     def _deliver(self) -> None:
         redact = Redactor(os.environ).redact
         for settings in dict.fromkeys(settings for settings, _ in self._facts):
-            told = [notices.notice(facts, redact) for s, facts in self._facts if s == settings]
-            self._tell(partial(_send, settings=settings, told=told))
+            with self._harmless():
+                told = [notices.notice(facts, redact) for s, facts in self._facts if s == settings]
+                self._tell(partial(_send, settings=settings, told=told))
         self._facts.clear()
 
     def _tell(self, effect: Callable[[ModuleType], list[str]]) -> None:
