@@ -45,7 +45,7 @@ def main(words: Sequence[str]) -> int:
         def keep(line: str) -> None:
             print(line, file=file)
 
-        field = Field(machines, 4, _tell, known, keep)
+        field = Field(machines, workers=4, tell=_tell, known=known, keep=keep)
         field.prepare()
         results = [result for level in levels for result in _play(field, level)]
     print(table(results))
