@@ -36,7 +36,7 @@ from .config_kinds import (
 from .credentials import Sources, clashes, thing_of
 from .errors import UserError
 from .intents import AFTER_FAILURE, AFTER_SUCCESS, AROUND_RUN, AROUND_SNAPSHOT, FINALLY, RunHook
-from .notices import TROUBLE, Event, NotifySettings, is_address
+from .notices import TIME_LIMIT_S, Event, NotifySettings, is_address
 from .plan import GRACE_S
 from .tomllines import Place
 
@@ -208,21 +208,21 @@ class Job:
         _PATH, "A file with URLs of apprise.", "", unset="none", example="/etc/atomtx/apprise"
     )
     notify_limit: int = key(
-        Span(), "How long all of telling may take.", int(NotifySettings.time_limit_s)
+        Span(), "How long all of telling may take.", 0, unset=f"{TIME_LIMIT_S:.0f}s", example="30s"
     )
 
     @property
     def notices(self) -> NotifySettings:
         """Return who is told of the job's runs."""
         return NotifySettings(
-            on=frozenset(map(Event, self.notify_on)) or TROUBLE,
+            on=frozenset(map(Event, self.notify_on)),
             command=self.notify_command,
             mail=self.notify_mail,
             mail_from=self.notify_mail_from,
             ping_url_file=self.ping_url_file,
             ping_exit_status=self.ping_exit_status,
             apprise_file=self.apprise_file,
-            time_limit_s=float(max(self.notify_limit, 1)),
+            time_limit_s=float(self.notify_limit),
         )
 
     @property

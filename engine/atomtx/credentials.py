@@ -13,7 +13,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 
 from . import trust
-from .errors import UserError
+from .errors import CredentialError, UserError
 
 Sources = tuple[tuple[str, str], ...]  # (variable, source)
 MAX_BYTES = 65_536  # a variable of 128 KiB cannot be given to a program: execve(2)
@@ -26,7 +26,7 @@ def read(sources: Sources, env: Mapping[str, str]) -> dict[str, str]:
     """
     Return the variables with their values; the last line's end does not belong to them.
 
-    Raises UserError for the first one that is not there, is refused, or is no possible value.
+    Raises CredentialError for the first one that is not there, is refused, or is no possible value.
     """
     return {name: _value(name, source, env) for name, source in sources}
 
@@ -37,7 +37,7 @@ def read_or_inherit(sources: Sources, env: Mapping[str, str]) -> dict[str, str]:
     for name, source in sources:
         try:
             found[name] = _value(name, source, env)
-        except UserError:
+        except CredentialError:
             if name not in env:
                 raise
             found[name] = env[name]
@@ -48,7 +48,7 @@ def trouble(name: str, source: str, env: Mapping[str, str]) -> str | None:
     """Tell why one of them cannot be read, or None."""
     try:
         _value(name, source, env)
-    except UserError as exc:
+    except CredentialError as exc:
         return str(exc)
     return None
 
@@ -91,22 +91,29 @@ def clashes(variables: Iterable[str]) -> list[tuple[str, str]]:
 
 def _value(name: str, source: str, env: Mapping[str, str]) -> str:
     kind, _, place = source.partition(":")
-    if kind == "credential":
-        value = _of_systemd(name, place, env)
-    else:
-        value = trust.read(place, f"the file of {name}", secret=True, limit=MAX_BYTES)
+    try:
+        if kind == "credential":
+            value = _of_systemd(name, place, env)
+        else:
+            value = trust.read(place, f"the file of {name}", secret=True, limit=MAX_BYTES)
+    except CredentialError:
+        raise
+    except UserError as exc:
+        raise CredentialError(exc.message, hint=exc.hint) from exc
     value = value.removesuffix("\n").removesuffix("\r")
     if not value:
-        raise UserError(f"{name} is empty: nothing is in the {described(source)}")
+        raise CredentialError(f"{name} is empty: nothing is in the {described(source)}")
     if "\0" in value:
-        raise UserError(f"{name} cannot be a variable: a null byte is in the {described(source)}")
+        raise CredentialError(
+            f"{name} cannot be a variable: a null byte is in the {described(source)}"
+        )
     return value
 
 
 def _of_systemd(name: str, place: str, env: Mapping[str, str]) -> str:
     directory = env.get("CREDENTIALS_DIRECTORY")
     if not directory:
-        raise UserError(
+        raise CredentialError(
             f"{name} comes from the systemd credential {place}, and there is no "
             "$CREDENTIALS_DIRECTORY",
             hint=f"run it in a unit with LoadCredential={place}:...",
@@ -114,7 +121,7 @@ def _of_systemd(name: str, place: str, env: Mapping[str, str]) -> str:
     path = os.path.join(directory, place)
     # systemd made it for this unit alone; its mode is 0440 in some versions, with an ACL.
     if not os.path.exists(path):
-        raise UserError(
+        raise CredentialError(
             f"{name} comes from the systemd credential {place}, which is not in {directory}",
             hint=f"add LoadCredential={place}:... to the unit",
         )

@@ -3,6 +3,7 @@ Every error of atomtx, and the exit status of each.
 
     AtomtxError                 1   the system could not do what was asked
       UserError                 2   the command line, or what it names, is wrong
+        CredentialError         2   a credential of the job cannot be had
       BusyError                 5   another run of this job is at work
       WaitingError              6   an interrupted run cannot be settled yet
       EffectError               1   a change to the machine failed
@@ -76,6 +77,10 @@ class AtomtxError(Exception):
 
 class UserError(AtomtxError):
     exit_status = ExitStatus.USAGE
+
+
+class CredentialError(UserError):
+    pass
 
 
 class BusyError(AtomtxError):

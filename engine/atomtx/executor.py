@@ -22,12 +22,14 @@ from .cleaning import Cleaner
 from .clients import Client, End, Launch, Moment, Progress, Settings
 from .errors import (
     ClientError,
+    CredentialError,
     EffectError,
     Interrupted,
     JournalError,
     JournalFullError,
     StaleRunError,
     UserError,
+    WaitingError,
 )
 from .hooks import Hooks
 from .intents import (
@@ -105,8 +107,9 @@ class Executor:
         Take *run* on until it is destroyed, parked, or kept waiting in `snapshotted`.
 
         Whatever fails before the client's end is a reason to give up and clean up; a signal as
-        well, and it is then found in :attr:`interrupted`.  Where the journal can no longer be
-        written, the hooks are undone all the same.
+        well, and it is then found in :attr:`interrupted`.  But for a credential that is not there
+        the moment is kept: WaitingError.  Where the journal can no longer be written, the hooks
+        are undone all the same.
         """
         try:
             return self._advance(run)
@@ -156,9 +159,19 @@ class Executor:
             if run.state == states.BACKING_UP:
                 raise  # the client's work is not given up for that: `recover` goes on
             return self.give_up(self._journal.load(run.id), Outcome.FAILED, exc.message)
+        except CredentialError as exc:
+            raise self._waiting(run, exc) from exc
         except (EffectError, ClientError, UserError) as exc:
             self._tell.warn(str(exc))
             return self.give_up(self._journal.load(run.id), Outcome.FAILED, str(exc))
+
+    def _waiting(self, run: Run, exc: CredentialError) -> WaitingError:
+        """Keep the moment for `recover`: a password that is not there now may be in a minute."""
+        self.undo_hooks(self.resume(self._journal.load(run.id)))
+        return WaitingError(
+            f"run {run.id} ({run.label}) waits: {exc.message}",
+            hint="its moment is kept: mend that and run `atomtx recover`, or `recover --rollback`",
+        )
 
     def _is_kept(self, run: Run, exc: Interrupted) -> bool:
         """Tell whether a signal leaves a run for later: SIGTERM, where its plan says so."""

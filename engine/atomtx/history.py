@@ -154,7 +154,7 @@ class Volume:
 @dataclass(frozen=True)
 class Job:
     """
-    The runs of one job, as people know it: one label, client, repository and command.
+    The runs of one job, as people know it: its name, or one label, client, repository and command.
 
     Not one key, which changes with the datasets that a `-r` or `-a` comes to.
     """
@@ -199,11 +199,13 @@ _COMMAND = """
         FROM runs WHERE rowid = newest
     ) END
 """
+# A job of the configuration is one job, to whatever repository its backups go.
 _JOBS = f"""
-    SELECT label, client, repository, sum(times) AS times, group_concat(DISTINCT job) AS keys,
+    SELECT label, sum(times) AS times, group_concat(DISTINCT job) AS keys,
         max(newest) AS newest, max(ended) AS ended, max(completed) AS completed
     FROM (SELECT *, {_COMMAND} AS command FROM ({_KEYS}))
-    GROUP BY label, client, repository, command
+    GROUP BY CASE WHEN job LIKE 'job %' THEN job
+        ELSE json_array(label, client, repository, command) END
 """
 
 
@@ -245,13 +247,14 @@ def jobs(path: Path) -> list[Job]:
 
 def _job(row: sqlite3.Row, found: dict[int, Run], unfinished: list[Run]) -> Job:
     keys = frozenset(row["keys"].split(","))
+    newest = found[row["newest"]]
     return Job(
         label=row["label"],
-        client=row["client"],
-        repository=row["repository"],
+        client=newest.client,
+        repository=newest.repository,
         keys=keys,
         times=row["times"],
-        newest=found[row["newest"]],
+        newest=newest,
         ended=found.get(row["ended"]),
         completed=found.get(row["completed"]),
         open=tuple(r for r in unfinished if r.label == row["label"] and r.job in keys),

@@ -15,7 +15,7 @@ def environment_of(client: ClientPlan) -> dict[str, str]:
     """
     Return the client's environment: ours, what was journaled of the first attempt's, credentials.
 
-    Raises UserError for a credential that cannot be had, nor is in our environment.
+    Raises CredentialError for a credential that cannot be had, nor is in our environment.
     """
     values = credentials.read_or_inherit(client.credentials, os.environ)
     journaled = dict(client.environment)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from enum import StrEnum
@@ -35,13 +35,14 @@ class Event(StrEnum):
 
 
 TROUBLE = frozenset(Event) - {Event.COMPLETED}
+TIME_LIMIT_S = 30.0
 
 
 @dataclass(frozen=True)
 class NotifySettings:
     """Who is told of what; the URLs are secrets in effect, and their files hold one a line."""
 
-    on: frozenset[Event] = TROUBLE  # for all but pings
+    on: frozenset[Event] = frozenset()  # for all but pings; none: TROUBLE
     command: tuple[str, ...] = ()
     mail: tuple[str, ...] = ()  # addresses
     mail_from: str = "root"  # to which the machine's mailer adds its domain
@@ -51,11 +52,21 @@ class NotifySettings:
     ping_exit_status: bool = False  # .../<exit status> in place of .../fail
     apprise: tuple[str, ...] = field(default=(), repr=False)
     apprise_file: str = ""
-    time_limit_s: float = 30.0
+    time_limit_s: float = 0.0  # 0: TIME_LIMIT_S
 
     @property
     def has_ping(self) -> bool:
         return bool(self.ping_url or self.ping_url_file)
+
+    @property
+    def events(self) -> frozenset[Event]:
+        """Return what all but pings are told of."""
+        return self.on or TROUBLE
+
+    @property
+    def limit_s(self) -> float:
+        """Return how long all of telling may take."""
+        return self.time_limit_s or TIME_LIMIT_S
 
     @property
     def is_empty(self) -> bool:
@@ -344,6 +355,24 @@ def combined(general: NotifySettings, own: NotifySettings) -> NotifySettings:
     return replace(general, **values)
 
 
+_WAYS = (("command",), ("mail",), ("apprise", "apprise_file"), ("ping_url", "ping_url_file"))
+
+
+def distinct(every: Iterable[NotifySettings]) -> list[NotifySettings]:
+    """Return all settings, each without whom one before it names already."""
+    seen: set[object] = set()
+    found = []
+    for settings in every:
+        for names in _WAYS:
+            way = (names, *(getattr(settings, name) for name in names))
+            if way in seen:
+                nobody = {name: type(getattr(settings, name))() for name in names}
+                settings = replace(settings, **nobody)
+            seen.add(way)
+        found.append(settings)
+    return found
+
+
 def _command(text: str, problems: list[str]) -> tuple[str, ...]:
     try:
         return tuple(shlex.split(text))
@@ -360,14 +389,14 @@ def _events(text: str, problems: list[str]) -> frozenset[Event]:
         problems.append(
             f"ATOMTX_NOTIFY_ON: {unknown[0]!r} is no event; they are {', '.join(Event)}"
         )
-    return frozenset(Event(word) for word in words if word in known) or TROUBLE
+    return frozenset(Event(word) for word in words if word in known)
 
 
 def _limit(text: str, problems: list[str]) -> float:
     if not text:
-        return NotifySettings.time_limit_s
+        return 0.0
     try:
         return float(max(seconds(text), 1))
     except UserError as exc:
         problems.append(f"ATOMTX_NOTIFY_TIME_LIMIT: {exc}")
-        return NotifySettings.time_limit_s
+        return 0.0

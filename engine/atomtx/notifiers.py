@@ -19,17 +19,17 @@ from email.message import EmailMessage
 from email.policy import SMTP
 from email.utils import formatdate, make_msgid
 from functools import partial
-from pathlib import Path
 from urllib.parse import urlsplit
 
-from . import process
-from .errors import EffectError
+from . import process, trust
+from .errors import EffectError, UserError
 from .notices import Notice, NotifySettings
 from .redact import Redactor, secret_names
 
 SENDMAIL = ("/usr/sbin/sendmail", "/usr/lib/sendmail")
 TRY_S = 10.0  # for one try of a ping
 PAUSE_S = 2.0
+_MAX_BYTES = 65_536  # of a file of URLs
 
 _Send = Callable[[Notice, float], None]  # with the seconds that are left
 
@@ -38,7 +38,7 @@ def start(settings: NotifySettings, text: str) -> list[str]:
     """Ping that a run begins; return what went wrong, a line each."""
     if not settings.has_ping:
         return []
-    limit = min(settings.time_limit_s, TRY_S)
+    limit = min(settings.limit_s, TRY_S)
     return _attempt("ping", lambda: _ping(settings, "start", text, limit))
 
 
@@ -47,7 +47,7 @@ def send(settings: NotifySettings, notices: Sequence[Notice]) -> list[str]:
     jobs = [(name, one, wanted) for name, one, wanted in _notifiers(settings, notices) if wanted]
     if not jobs:
         return []
-    end = time.monotonic() + settings.time_limit_s
+    end = time.monotonic() + settings.limit_s
     with ThreadPoolExecutor(len(jobs)) as pool:
         told = [pool.submit(_give, name, one, wanted, end) for name, one, wanted in jobs]
         return [line for each in told for line in each.result()]
@@ -57,7 +57,7 @@ def _notifiers(
     settings: NotifySettings, notices: Sequence[Notice]
 ) -> list[tuple[str, _Send, list[Notice]]]:
     """Return each notifier that is set, by name, with what it is to be told."""
-    wanted = [notice for notice in notices if notice.events & settings.on]
+    wanted = [notice for notice in notices if notice.events & settings.events]
     found: list[tuple[str, _Send, list[Notice]]] = []
     if settings.command:
         found.append(("command", partial(_command, settings), wanted))
@@ -178,10 +178,9 @@ def _deliver(what: str, task: Mapping[str, object], left_s: float) -> None:
 def _lines(file: str) -> tuple[str, ...]:
     """Return what a file of URLs holds, one a line; at least one."""
     try:
-        text = Path(file).read_text(encoding="utf-8")
-    except (OSError, ValueError) as exc:
-        why = exc.strerror if isinstance(exc, OSError) else "it is not text"
-        raise EffectError(f"cannot read {file}: {why}") from exc
+        text = trust.read(file, "the file of URLs", limit=_MAX_BYTES)
+    except UserError as exc:
+        raise EffectError(exc.message) from exc
     found = tuple(line.strip() for line in text.splitlines() if line.strip())
     if not found:
         raise EffectError(f"{file} is empty")

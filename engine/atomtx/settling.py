@@ -18,6 +18,7 @@ from . import clients, errand, locks, recovery, states
 from .errors import (
     AtomtxError,
     BusyError,
+    CredentialError,
     EffectError,
     ExitStatus,
     Interrupted,
@@ -238,7 +239,8 @@ class Settler:
     def _act(self, run: Run, decision: Decision, executor: Executor) -> Run:
         try:
             return self._advance(run, decision, executor)
-        except JournalFullError as exc:  # what could be undone without a new row is undone
+        # What could be undone without a new row is undone.
+        except (JournalFullError, CredentialError) as exc:
             raise self._waiting(run, recovery.Wait(exc.message)) from exc
 
     def _advance(self, run: Run, decision: Decision, executor: Executor) -> Run:

@@ -13,6 +13,8 @@ from typing import Any
 
 Place = tuple[str | int, ...]
 
+_ENDS = ("]", "}", '"""', "'''")  # one of them is in the last line of a value of several
+
 
 def lines(text: str) -> dict[Place, int]:
     """
@@ -41,7 +43,10 @@ def _statements(text: str) -> Iterator[tuple[int, dict[str, Any], bool]]:
 
     first, collected = 1, ""
     for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), start=1):
+        is_first = not collected
         collected += line + "\n"
+        if not (is_first or any(end in line for end in _ENDS)):
+            continue  # a list of a thousand lines is not to be read a thousand times
         try:
             said = tomllib.loads(collected)
         except tomllib.TOMLDecodeError:  # it goes on

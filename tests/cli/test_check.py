@@ -167,6 +167,16 @@ def test_two_repositories(state: State, atomtx_: Run) -> None:
     assert re.search(r"'home \(restic aaaaaaaa\)'=\d+s;;93600;0 'home \(restic bbbbb", line)
 
 
+def test_moved_repository(state: State, atomtx_: Run) -> None:
+    """A job of the configuration that got another repository is the same: the old one is none."""
+    add(state, 1, 99, job="job home", repository="aaaaaaaaaaaa")
+    add(state, 2, 1, job="job home", repository="bbbbbbbbbbbb")
+    status, line = check(atomtx_, "--max-age", "26h")
+    assert (status, "aaaaaaaa" in line) == (0, False)
+    (job,) = json.loads(atomtx_("check", "--max-age", "26h", "--json").stdout)["jobs"]
+    assert (job["runs"], job["repository"]) == (2, "bbbbbbbbbbbb")
+
+
 def test_many(state: State, atomtx_: Run) -> None:
     """Of many jobs the gravest come first, as many as a line holds; each has its age."""
     for number in range(8):

@@ -28,7 +28,7 @@ _PROGRAM = """
 import os, sys
 from atomtx import cli, statedir
 from atomtx.cli import backup, notifying, recover
-from atomtx.errors import EffectError, UserError, WaitingError, Interrupted
+from atomtx.errors import EffectError, JournalError, UserError, WaitingError
 from atomtx.executor import Executor
 from atomtx.journal import Journal
 from atomtx.names import RunId
@@ -183,7 +183,7 @@ def test_interrupt(play: Play) -> None:
     """A run that a signal ended is told: there is no backup of it."""
     code = """
         def advance(self, run):
-            self.interrupted = Interrupted(15)
+            os.kill(os.getpid(), 15)
             return end(self._journal, run, "rolled-back", "interrupted by SIGTERM")
         Executor.advance = advance
     """
@@ -301,6 +301,23 @@ def test_waiting(play: Play, command: str) -> None:
     assert notice["EVENT"] == "waiting"
     assert "pool tank is not imported" in notice["TEXT"]
     assert "what to do  import it" in notice["TEXT"]
+
+
+def test_recover_fails(play: Play, tmp_path: Path) -> None:
+    """Of a `recover` that fails, everybody is told whom the configuration names, once."""
+    tell = [sys.executable, str(tmp_path / "tell"), str(tmp_path / "told")]
+    job = '[jobs.{0}]\nvolumes = ["tank/{0}"]\nclient = "restic"\nnotify-command = {1}\n'
+    config = tmp_path / "atomtx.toml"
+    config.write_text(job.format("a", json.dumps(tell)) + job.format("b", json.dumps([*tell, "b"])))
+    config.chmod(0o600)
+    code = """
+        def open_runs(self):
+            raise JournalError("the disk does not answer")
+        Journal.open_runs = open_runs
+    """
+    played = play(code, "recover", ATOMTX_CONFIG=str(config))
+    assert (played.status, len(played.notices)) == (1, 2)
+    assert all("the disk does not answer" in notice["TEXT"] for notice in played.notices)
 
 
 def test_recover_parked(play: Play) -> None:

@@ -187,6 +187,26 @@ def test_kept_waiting(job: Job, capfd: pytest.CaptureFixture[str]) -> None:
     assert (row["state"], row["attempts"]) == ("snapshotted", 2)
 
 
+def test_password_away(job: Job, capfd: pytest.CaptureFixture[str]) -> None:
+    """A password that goes in mid-run costs no moment: the run waits, and is finished later."""
+    away = job.scene.home / "away"
+    hook = job.scene._script("hook", f"#!/bin/sh\ntest -e {away} || mv {job.password} {away}\n")
+    job.more = f'pre-hook = ["{hook}"]\nretries = 0\n'
+    job.keep(job.password)
+    assert job.atomtx("backup", "home").said("status") == [6]
+    assert "cannot read the file of MY_WORD" in capfd.readouterr().err
+    (row,) = job.scene.rows("SELECT state, outcome, moment_at FROM runs")
+    assert (row["state"], row["outcome"]) == ("snapshotted", None)
+    assert job.atomtx("recover").said("status") == [6]
+    away.rename(job.password)
+    away.touch()
+    assert job.atomtx("recover").said("status") == [0]
+    (end,) = job.scene.rows("SELECT outcome, moment_at FROM runs")
+    assert (end["outcome"], end["moment_at"]) == ("completed", row["moment_at"])
+    assert job.got() == f"{SECRET} /x\n"
+    assert job.scene.left() == []
+
+
 def _failing_for_now() -> None:
     from atomtx.clients import End
     from atomtx.clients.command import CommandReader

@@ -15,12 +15,14 @@ from atomtx.errors import ExitStatus
 from atomtx.notices import (
     LINE_CHARS,
     LOG_LINES,
+    TIME_LIMIT_S,
     TROUBLE,
     Event,
     Facts,
     Notice,
     NotifySettings,
     combined,
+    distinct,
     events_of,
     notice,
     settings_of,
@@ -246,6 +248,22 @@ def test_combined() -> None:
     found = combined(pinged, own)
     assert (found.ping_url, found.ping_url_file) == ("", "/b")
     assert (found.apprise, found.apprise_file) == ((), "/c")
+
+
+def test_combined_said() -> None:
+    """What a job says counts against the general settings even where it is the usual."""
+    general = NotifySettings(mail=("root",), on=frozenset({Event.COMPLETED}), time_limit_s=5)
+    found = combined(general, NotifySettings(on=TROUBLE, time_limit_s=TIME_LIMIT_S))
+    assert (found.events, found.limit_s) == (TROUBLE, TIME_LIMIT_S)
+    assert (NotifySettings().events, NotifySettings().limit_s) == (TROUBLE, TIME_LIMIT_S)
+
+
+def test_distinct() -> None:
+    """Of what concerns no job alone everybody is told once, whoever else is told with them."""
+    one = NotifySettings(mail=("root",), ping_url_file="/a")
+    two = NotifySettings(mail=("root",), ping_url_file="/b", command=("tell",))
+    found = distinct([one, two, one])
+    assert found == [one, replace(two, mail=()), NotifySettings()]
 
 
 def test_settings() -> None:

@@ -372,7 +372,7 @@ def test_ping_file(server: Server, tmp_path: Path) -> None:
     file = tmp_path / "url"
     settings = NotifySettings(ping_url_file=str(file))
     (line,) = notifiers.send(settings, [FAILED])
-    assert line == f"ping: cannot read {file}: No such file or directory"
+    assert line == f"ping: cannot read the file of URLs {file}: No such file or directory"
     file.write_text("\n")
     assert notifiers.send(settings, [FAILED]) == [f"ping: {file} is empty"]
     file.write_text(f"{server.url}\n")
@@ -527,3 +527,27 @@ def test_ping_of_file(tmp_path: Path) -> None:
     assert notifiers.send(pinging(file.as_uri()), [COMPLETED]) == [
         "ping: the server was not told: its URL is none of http or https"
     ]
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("endless", "has more than"),
+        ("pipe", "is not a regular file"),
+        ("writable", "can be written by others"),
+    ],
+)
+def test_file_of_urls_refused(tmp_path: Path, what: str, words: str) -> None:
+    """A file of URLs that is no such file is one line, read with a bound: it must not hang."""
+    file = tmp_path / what
+    if what == "endless":
+        with open(file, "wb") as made:
+            made.truncate(1 << 40)
+    elif what == "pipe":
+        os.mkfifo(file)
+    else:
+        file.write_text("https://hc.example/x\n")
+        file.chmod(0o666)
+    (line,) = notifiers.send(NotifySettings(ping_url_file=str(file)), [COMPLETED])
+    assert line.startswith("ping: the file of URLs")
+    assert words in line

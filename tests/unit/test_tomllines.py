@@ -118,5 +118,15 @@ def test_counted(statements: list[tuple[str, str, str]]) -> None:
         assert found[("table", *path)] == line
 
 
+def test_long_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list of many lines is not read again at each of them: a configuration may be long."""
+    reads = []
+    loads = tomllib.loads
+    monkeypatch.setattr(tomllib, "loads", lambda text: reads.append(text) or loads(text))
+    text = "a = [\n" + '  "/home/*/cache",\n' * 500 + "]\nb = 1\n"
+    assert lines(text)[("b",)] == 503
+    assert len(reads) < 10
+
+
 def _leaf(said: dict[str, Any]) -> list[Place]:
     return [place for place in _all_in(said) if len(place) == str(said).count("{")]

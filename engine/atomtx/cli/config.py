@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from .. import config as configuration
 from .. import config_text
 from ..config import ConfigError, Problem
 from ..config_schema import DEFAULT, JOB_NAME, json_schema
-from ..errors import AtomtxError, EffectError, ExitStatus, UserError
+from ..errors import EffectError, ExitStatus, UserError
 from ..statedir import sync_directory
 from . import echo, json_option, render
 from .jobs import config_option
@@ -151,27 +152,29 @@ def init(jobs: tuple[str, ...], config_path: str | None) -> ExitStatus:
 
 
 def _write_new(path: Path, text: str) -> None:
-    """Write a file that does not exist yet, durable; where it would be refused there is none."""
+    """Write a file that does not exist yet, whole or not at all, durable, and one that loads."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+        _write(partial, text)
+        configuration.load(str(partial))
+        os.link(partial, path)  # not over one that exists
+        sync_directory(path.parent)
     except FileExistsError as exc:
         raise UserError(f"{path} exists", hint="edit it, or name another with --config") from exc
     except OSError as exc:
         raise EffectError(f"cannot write {path}: {exc.strerror}") from exc
-    try:
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(descriptor)
-        sync_directory(path.parent)
-        configuration.load(str(path))
-    except OSError as exc:
-        path.unlink(missing_ok=True)
-        raise EffectError(f"cannot write {path}: {exc.strerror}") from exc
-    except AtomtxError:
-        path.unlink(missing_ok=True)
-        raise
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def _write(path: Path, text: str) -> None:
+    flags = os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_WRONLY | os.O_CLOEXEC
+    with open(os.open(path, flags, 0o600), "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @config.command()

@@ -8,7 +8,7 @@ lock is held: `Notifier.delivering` is around all of the command's work.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -124,16 +124,23 @@ class Notifier:
             raise
         except Exception as exc:
             failure = exc
-            self._note("", lambda: self._refused(failure))
+            self._note_to(self._everybody(), lambda: self._refused(failure))
             raise
         finally:
             self._deliver()
 
+    def _everybody(self) -> Iterable[NotifySettings]:
+        """Return who is told of what concerns no job alone, everybody once."""
+        return notices.distinct([self._settings, *self._by_job.values()])
+
     def _note(self, job: str, facts: Callable[[], Facts]) -> None:
-        settings = self._by_job.get(job, self._settings)
-        if not settings.is_empty:
-            with self._harmless():
-                self._facts.append((settings, facts()))
+        self._note_to([self._by_job.get(job, self._settings)], facts)
+
+    def _note_to(self, told: Iterable[NotifySettings], facts: Callable[[], Facts]) -> None:
+        for settings in told:
+            if not settings.is_empty:
+                with self._harmless():
+                    self._facts.append((settings, facts()))
 
     def _deliver(self) -> None:
         redact = Redactor(os.environ).redact
