@@ -183,10 +183,17 @@ def _call(number: int, *arguments: int | bytes | None) -> int:
 
 
 def identify(fd: int) -> tuple[str, int]:
-    """Return the UUID of the file system that *fd* is in, and its generation."""
+    """
+    Return the UUID of the file system that *fd* is in, and its generation.
+
+    Raises OSError for a kernel before 5.10, which answers without setting the flag.
+    """
     found = bytearray(1024)
     struct.pack_into("=Q", found, 48, _FS_INFO_GENERATION)
     fcntl.ioctl(fd, _FS_INFO, found)
+    if not struct.unpack_from("=Q", found, 48)[0] & _FS_INFO_GENERATION:
+        # It has no deletion by id (5.7) either, perhaps: better no snapshot than one that stays.
+        raise OSError(errno.EOPNOTSUPP, "the kernel is older than Linux 5.10")
     (generation,) = struct.unpack_from("=Q", found, 56)
     return str(uuid.UUID(bytes=bytes(found[16:32]))), generation
 

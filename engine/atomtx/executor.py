@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -62,6 +62,7 @@ from .volumes.kinds import Kinds
 _RETRY_S = (10.0, 60.0, 300.0)
 _DEFAULT_TMP = "/tmp"
 _SAVED = (Outcome.COMPLETED, Outcome.PARTIAL)
+_EMPTIED_HINT = "if that is right, exclude it, or put a file into it"
 
 
 @dataclass(frozen=True)
@@ -433,15 +434,19 @@ class Executor:
                 "there is nothing to back up: every volume of the set is empty",
                 hint="is what belongs there mounted?",
             )
+        lost = self._emptied(run, empty)
+        tops = {path for path in lost if path in plan.tops(run.plan)}
+        if tops:
+            raise EffectError(_emptied_words(tops), hint=_EMPTIED_HINT)
+        if lost:
+            self._tell.warn(f"{_emptied_words(lost)} ({_EMPTIED_HINT})")
+
+    def _emptied(self, run: Run, empty: Collection[str]) -> set[str]:
+        """Return which of the *empty* mountpoints had files in the last completed backup."""
         last = self._journal.last_completed(run.job)
         before = last[0] if last else {}
         guids = {v.mountpoint: v.guid for v in run.plan.volumes}
-        lost = [path for path in empty if before.get(guids[path]) is False]
-        if lost:
-            raise EffectError(
-                f"{sorted(lost)[0]} is empty, and was not in the last completed backup",
-                hint="if that is right, back it up once in a job of its own",
-            )
+        return {path for path in empty if before.get(guids[path]) is False}
 
     # -- mounted -> backing-up -> unmounting -----------------------------------------------
 
@@ -526,6 +531,7 @@ class Executor:
         return run
 
     def _record_end(self, run: Run, end: End) -> Run:
+        end = self._judged(run, end)
         keeps = run.plan.keep_snapshots and end.outcome in _SAVED
         # Of a partial backup too little is known: what it lacks may be in an older one alone.
         whole = end.outcome is Outcome.COMPLETED
@@ -547,6 +553,13 @@ class Executor:
             change.fire(Event.CLIENT_ENDED, reason=end.reason)
 
         return self._record_or_make_room(run, record, may_destroy=not keeps)
+
+    def _judged(self, run: Run, end: End) -> End:
+        """Call a backup partial that lacks what a volume below the named ones once had."""
+        lost = self._emptied(run, self._journal.seen_empty(run.id))
+        if not lost or end.outcome is not Outcome.COMPLETED:
+            return end
+        return replace(end, outcome=Outcome.PARTIAL, reason=_emptied_words(lost))
 
     def _record_or_make_room(
         self, run: Run, record: Callable[[Change], None], *, may_destroy: bool = True
@@ -589,6 +602,11 @@ def _skew(run: Run, within: str) -> str | None:
     if subvolumes:
         words.append(f"{subvolumes} subvolume" + "s one after the other" * (subvolumes > 1))
     return f"{' and '.join(words)} {within}"
+
+
+def _emptied_words(paths: Collection[str]) -> str:
+    more = f" (and {len(paths) - 1} more)" if len(paths) > 1 else ""
+    return f"{min(paths)} is empty{more}, and was not in the last completed backup"
 
 
 def _check_taken(run: Run, found: dict[str, Identity], complaints: list[EffectError]) -> None:

@@ -205,6 +205,12 @@ class Journal:
             empty = {v.guid: bool(v.is_empty) for v in connection.execute(seen)}
             return empty, row.moment_at, tuple(connection.scalars(ids.order_by(backups.c.n)))
 
+    def seen_empty(self, run: str) -> list[str]:
+        """Return the mountpoints at which a run saw no file."""
+        query = select(volumes.c.mountpoint).where(volumes.c.run == run, volumes.c.is_empty == 1)
+        with self._transaction() as connection:
+            return list(connection.scalars(query))
+
     def _read(self, connection: Connection, row: Row[Any]) -> Run:
         vols = select(volumes).where(volumes.c.run == row.id).order_by(volumes.c.n)
         todo = select(steps).where(steps.c.run == row.id).order_by(steps.c.id)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,8 +19,9 @@ import pytest
 
 from atomtx import btrfsio
 from atomtx.errors import UserError, WaitingError
-from atomtx.names import RunId
+from atomtx.names import BtrfsSnapshot, RunId
 from atomtx.recovery import Resume, RollBack, RollForward
+from atomtx.volumes import btrfs
 from tests.btrfs.conftest import Flat, Nested
 from tests.btrfs.stage import Disk, Stage, call, tree
 from tests.scene import Ended
@@ -499,12 +502,47 @@ def test_made_readonly(stage: Stage, flat: Flat) -> None:
 
 def test_never_seen(stage: Stage, flat: Flat) -> None:
     """The mounts of a run, and that of the top level, are in no other mount namespace."""
-    table = f"cat /proc/{os.getpid()}/mountinfo > {stage.home}/seen\n"
-    stage.behave(table + f"cat /proc/self/mountinfo > {stage.home}/own\n")
+    table = Path(f"/proc/{os.getpid()}/mountinfo")
+    stage.behave(f"cat {table} > {stage.home}/seen\ncat /proc/self/mountinfo > {stage.home}/own\n")
     the_plan = stage.plan_of(flat.home)
+    before = table.read_text()
     check_completed(stage, stage.backup(the_plan))
     assert f".atomtx-{the_plan.run}/0" in (stage.home / "own").read_text()
-    assert the_plan.run not in (stage.home / "seen").read_text()
+    assert (stage.home / "seen").read_text() == before
+
+
+def test_older(stage: Stage, flat: Flat) -> None:
+    """What has the snapshot's path, and was made before the plan, is not ours."""
+    (volume,) = stage.plan_of(flat.home).volumes
+    assert volume.source
+    made = volume.source.generation
+
+    def mark(created: int, parent: str = volume.source.uuid) -> str | None:
+        info = btrfsio.Info(300, "its uuid", parent, True, created, 0)
+        return btrfs._identity(volume, info).mark
+
+    assert mark(made) == mark(made + 1) == BtrfsSnapshot.parse(volume.snapshot).run
+    assert mark(made - 1) is None
+    assert mark(made, "another's") is None
+
+
+@pytest.mark.parametrize("flags", [0, btrfsio._FS_INFO_GENERATION])
+def test_old_kernel(stage: Stage, flat: Flat, flags: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that may be unable to delete by id is found before there is a snapshot."""
+    ioctl = fcntl.ioctl
+
+    def asked(fd: int, number: int, data: bytearray) -> object:
+        done = ioctl(fd, number, data)
+        if number == btrfsio._FS_INFO:
+            struct.pack_into("=Q", data, 48, flags)
+        return done
+
+    monkeypatch.setattr(fcntl, "ioctl", asked)
+    if flags:
+        stage.plan_of(flat.home)
+    else:
+        with pytest.raises(UserError, match=r"older than Linux 5\.10"):
+            stage.plan_of(flat.home)
 
 
 # -- power -----------------------------------------------------------------------------------

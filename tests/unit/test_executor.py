@@ -356,9 +356,25 @@ def test_empty_volume(scene: Scene, root: str) -> None:
     path = scene.live("tank/a")
     assert ended.run.reason == (
         f"{path} is empty, and was not in the last completed backup"
-        " (if that is right, back it up once in a job of its own)"
+        " (if that is right, exclude it, or put a file into it)"
     )
     assert len(scene.calls()) == 1
+
+
+def test_empty_below(scene: Scene) -> None:
+    """Promise 7: where a volume below was emptied, the rest is saved, and the run is partial."""
+    sets = ("tank/a", "tank/a/b")
+    scene.backup(scene.plan(*sets))
+    below = scene.live("tank/a/b")
+    (below / "file").unlink()
+    for _ in range(2):  # nor is the emptied one taken for what is usual
+        scene.backup(scene.plan(*sets))
+        row = run_of(scene)
+        reason = f"{below} is empty, and was not in the last completed backup"
+        assert (row["outcome"], row["reason"]) == ("partial", reason)
+    (below / "file").write_text("again")
+    scene.backup(scene.plan(*sets))
+    assert run_of(scene)["outcome"] == "completed"
 
 
 def test_empty_before(scene: Scene) -> None:
