@@ -59,6 +59,7 @@ The modules, in reading order:
     sessions.py     a command of the user's in a session of its own
     hooks.py        the user's own commands around a run, and their undos
     cleaning.py     take everything of a run away again
+    moment.py       whether the snapshots are of one moment, and how they are shown
     executor.py     journal the intent, make the effect, journal the outcome; and backwards
     settling.py     interrupted runs: probe, decide, act
     adoption.py     objects with our marks that are in no journal

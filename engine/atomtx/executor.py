@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from . import clients, errand, locks, plan, states
+from . import clients, errand, locks, moment, plan, states
 from .cleaning import Cleaner
-from .clients import Client, End, Launch, Moment, Progress, Settings
+from .clients import Client, End, Progress
 from .errors import (
     ClientError,
     CredentialError,
@@ -39,8 +39,6 @@ from .intents import (
     ApplyRetention,
     EndClient,
     HoldSnapshots,
-    KeepSnapshots,
-    Mount,
     MountVolumes,
     RunClient,
     TakeSnapshots,
@@ -48,21 +46,19 @@ from .intents import (
 )
 from .interrupts import Interrupts
 from .journal import Change, Journal
-from .launching import environment_of, facts_of, launch_of, retention_of, settings_of
+from .launching import environment_of, facts_of, retention_of, settings_of
 from .mounts import tree
-from .probing import end_survivors, same_moment
+from .probing import end_survivors
 from .records import Run, Step
 from .recovery import MAX_ATTEMPTS, within_patience
 from .statedir import RunFolder
 from .states import Event, Outcome
-from .task import Task, end_from_json
+from .task import end_from_json
 from .volumes.kind import Identity
 from .volumes.kinds import Kinds
 
 _RETRY_S = (10.0, 60.0, 300.0)
-_DEFAULT_TMP = "/tmp"
 _SAVED = (Outcome.COMPLETED, Outcome.PARTIAL)
-_EMPTIED_HINT = "if that is right, exclude it, or put a file into it"
 
 
 @dataclass(frozen=True)
@@ -274,12 +270,12 @@ class Executor:
         steps = run.pending(TakeSnapshots)
         complaints, took = ([], 0.0) if self._taken else self._take_all(run, steps)
         found = self._kinds.identities(run.plan.volumes)
-        _check_taken(run, found, [c for c in complaints if c])
+        moment.check_taken(run, found, [c for c in complaints if c])
         self._found = found
-        skew = _skew(run, f"within {took:.3f} s")
+        skew = moment.skew(run, f"within {took:.3f} s")
         if self._taken:  # by a front end that was killed: nobody measured it
             created = [identity.creation_s for identity in found.values()]
-            skew = _skew(run, f"within {max(created) - min(created) + 1} s")
+            skew = moment.skew(run, f"within {max(created) - min(created) + 1} s")
         with self._journal.change(run) as change:
             for step in steps:
                 change.ended(step, "done", skew)
@@ -287,8 +283,8 @@ class Executor:
                 if hold := plan.hold_of(step.intent):
                     change.intend(hold)
             change.identify({n: (i.guid, i.createtxg) for n, i in found.items()})
-            moment = min(found[v.snapshot].creation_s for v in run.volumes)
-            change.set(moment_at=moment * 1_000_000)
+            moment_s = min(found[v.snapshot].creation_s for v in run.volumes)
+            change.set(moment_at=moment_s * 1_000_000)
             self._hooks.record(change, run)
             change.fire(Event.SNAPSHOTS_TAKEN)
         if skew:
@@ -321,9 +317,9 @@ class Executor:
             kind = self._kinds.of(step.intent.volume_kind)
             kind.hold(step.intent.snapshots, tag=step.intent.tag)
         self._cleaner.held = self._found
-        intent = self._mount_intent(run)
+        intent = moment.mount_intent(run)
         run = self._intend_mounts(run, intent)
-        launch, task = self._task(run, intent)
+        launch, task = moment.task_of(self._journal, self._folder, run, intent)
         self._tell.step(intent.describe())
         if intent.root:
             tree.make(intent.mounts, intent.directories)
@@ -337,7 +333,8 @@ class Executor:
             m.mountpoint: v.mountpoint for m, v in zip(intent.mounts, run.volumes, strict=True)
         }
         empty = frozenset(roots[path] for path in empty)
-        self._check_empty(run, empty)
+        if warning := moment.check_empty(self._journal, run, empty):
+            self._tell.warn(warning)
         with self._journal.change(run) as change:
             for step in run.pending(MountVolumes):
                 change.ended(step, "done")
@@ -353,16 +350,6 @@ class Executor:
         self._tell.warn(f"{exc.message}; the snapshots are mounted again")
         return self.resume(run)
 
-    def _mount_intent(self, run: Run) -> MountVolumes:
-        planned = plan.mounts(run.plan)
-        mounts = tuple(_proven(m, v.guid) for m, v in zip(planned, run.volumes, strict=True))
-        if not run.plan.root:
-            return MountVolumes("", mounts)
-        tree.check_free(mounts)
-        tops = tuple(t.rstrip("/") for t in plan.tops(run.plan))
-        directories = tree.directories_to_make(run.plan.root, tops)
-        return MountVolumes(run.plan.root, mounts, directories, run.plan.leave_dirs)
-
     def _intend_mounts(self, run: Run, intent: MountVolumes) -> Run:
         with self._journal.change(run) as change:
             for step in run.pending(HoldSnapshots):
@@ -372,81 +359,6 @@ class Executor:
             change.attempt = run.attempts + 1
             change.intend(intent)
         return self._journal.load(run.id)
-
-    def _task(self, run: Run, intent: MountVolumes) -> tuple[Launch, Task]:
-        client = clients.load(run.plan.client.name)
-        settings = settings_of(run.plan.client)
-        moment = self._moment(run)
-        launch = launch_of(run.plan, moment)
-        env = dict(launch.env)
-        live = run.plan.live_paths
-        if self._freezes_tmp(run, settings):
-            env["TMPDIR"] = str(self._folder.temporary)
-        return launch, Task(
-            run=run.id,
-            attempt=run.attempts,
-            folder=str(self._folder.path),
-            in_namespace=not intent.root,
-            mounts=intent.mounts,
-            live=live,
-            client=client.name,
-            commands=launch.commands,
-            cwd=launch.cwd,
-            env=env,
-            moment=moment,
-            stop_signal=int(client.stop_signal),
-            grace_s=run.plan.grace_s,
-            time_limit_s=run.plan.time_limit_s,
-            secrets=tuple(name for name, _ in run.plan.client.credentials),
-        )
-
-    def _freezes_tmp(self, run: Run, settings: Settings) -> bool:
-        """Tell whether the client would find its folder for temporary files read-only."""
-        tmp = settings.env.get("TMPDIR", _DEFAULT_TMP)
-        return not run.plan.root and plan.is_frozen(run.plan, tmp)
-
-    def _moment(self, run: Run) -> Moment:
-        assert run.moment_at is not None
-        return Moment(
-            targets=run.plan.targets,
-            root=run.plan.root,
-            at=datetime.fromtimestamp(run.moment_at // 1_000_000, UTC),
-            excludes=run.plan.excludes,
-            whole=run.plan.whole_root,
-            parent=self._newer_parent(run),
-        )
-
-    def _newer_parent(self, run: Run) -> str | None:
-        """
-        Return the last backup where its moment is later than ours: the clock was set back.
-
-        A client that looks for its parent by time would not find it and read all anew.
-        """
-        last = self._journal.last_completed(run.job)
-        if last is None or run.moment_at is None or not last[2] or last[1] <= run.moment_at:
-            return None
-        return last[2][0]
-
-    def _check_empty(self, run: Run, empty: frozenset[str]) -> None:
-        """Promise 7: an empty set, or a volume that was not empty before, is no backup."""
-        if empty and len(empty) == len(run.volumes):
-            raise EffectError(
-                "there is nothing to back up: every volume of the set is empty",
-                hint="is what belongs there mounted?",
-            )
-        lost = self._emptied(run, empty)
-        tops = {path for path in lost if path in plan.tops(run.plan)}
-        if tops:
-            raise EffectError(_emptied_words(tops), hint=_EMPTIED_HINT)
-        if lost:
-            self._tell.warn(f"{_emptied_words(lost)} ({_EMPTIED_HINT})")
-
-    def _emptied(self, run: Run, empty: Collection[str]) -> set[str]:
-        """Return which of the *empty* mountpoints had files in the last completed backup."""
-        last = self._journal.last_completed(run.job)
-        before = last[0] if last else {}
-        guids = {v.mountpoint: v.guid for v in run.plan.volumes}
-        return {path for path in empty if before.get(guids[path]) is False}
 
     # -- mounted -> backing-up -> unmounting -----------------------------------------------
 
@@ -531,11 +443,11 @@ class Executor:
         return run
 
     def _record_end(self, run: Run, end: End) -> Run:
-        end = self._judged(run, end)
+        end = moment.judged(self._journal, run, end)
         keeps = run.plan.keep_snapshots and end.outcome in _SAVED
         # Of a partial backup too little is known: what it lacks may be in an older one alone.
         whole = end.outcome is Outcome.COMPLETED
-        retention = retention_of(run.plan, self._moment(run)) if whole else None
+        retention = retention_of(run.plan, moment.moment_of(self._journal, run)) if whole else None
 
         def record(change: Change) -> None:
             failed = end.outcome is Outcome.FAILED
@@ -545,7 +457,7 @@ class Executor:
             if keeps:
                 for take in run.steps:
                     if isinstance(take.intent, TakeSnapshots):
-                        change.intend(kept(take.intent))
+                        change.intend(moment.kept(take.intent))
             if retention:
                 change.intend(retention)
             for hook in plan.hooks_after(run.plan, end.outcome):
@@ -553,13 +465,6 @@ class Executor:
             change.fire(Event.CLIENT_ENDED, reason=end.reason)
 
         return self._record_or_make_room(run, record, may_destroy=not keeps)
-
-    def _judged(self, run: Run, end: End) -> End:
-        """Call a backup partial that lacks what a volume below the named ones once had."""
-        lost = self._emptied(run, self._journal.seen_empty(run.id))
-        if not lost or end.outcome is not Outcome.COMPLETED:
-            return end
-        return replace(end, outcome=Outcome.PARTIAL, reason=_emptied_words(lost))
 
     def _record_or_make_room(
         self, run: Run, record: Callable[[Change], None], *, may_destroy: bool = True
@@ -588,50 +493,6 @@ class Executor:
         if self._unwritten is not None:
             with suppress(OSError):
                 self._folder.write_end(self._unwritten)
-
-
-def _skew(run: Run, within: str) -> str | None:
-    """Say how far the snapshots of a set lie apart; None where they are of one moment."""
-    pools = len({v.pool for v in run.volumes if v.kind == "zfs"})
-    subvolumes = sum(v.kind == "btrfs" for v in run.volumes)
-    if pools + subvolumes < 2:
-        return None
-    words = []
-    if pools:
-        words.append(f"one transaction group a pool; {pools} pool" + "s" * (pools > 1))
-    if subvolumes:
-        words.append(f"{subvolumes} subvolume" + "s one after the other" * (subvolumes > 1))
-    return f"{' and '.join(words)} {within}"
-
-
-def _emptied_words(paths: Collection[str]) -> str:
-    more = f" (and {len(paths) - 1} more)" if len(paths) > 1 else ""
-    return f"{min(paths)} is empty{more}, and was not in the last completed backup"
-
-
-def _check_taken(run: Run, found: dict[str, Identity], complaints: list[EffectError]) -> None:
-    missing = [v.snapshot for v in run.volumes if v.snapshot not in found]
-    if missing and complaints:
-        raise complaints[0]
-    if missing:
-        raise EffectError(f"the snapshot {missing[0]} was not taken, or is gone already")
-    foreign = [name for name, identity in found.items() if identity.mark != run.id]
-    if foreign:
-        raise EffectError(f"{foreign[0]} exists and is not ours")
-    if not same_moment(run.volumes, found):
-        raise EffectError("the snapshots are not of one moment: their createtxg differ")
-
-
-def _proven(mount: Mount, guid: str | None) -> Mount:
-    """Return a mount with what proves its snapshot to the runner, where its kind has such."""
-    return mount if mount.volume_kind == "zfs" else replace(mount, guid=guid or "")
-
-
-def kept(intent: TakeSnapshots) -> KeepSnapshots:
-    """Return the step that makes the snapshots the user's, in the place of their destruction."""
-    return KeepSnapshots(
-        intent.pool, intent.pool_guid, intent.snapshots, intent.run, intent.volume_kind
-    )
 
 
 def _now_us() -> int:

@@ -56,12 +56,6 @@ _FOCUS = {
         "_intend_mounts": "course or effects or killed_runner or on_the_way or retries",
         "_take_pool": "course or ours or effects",
         "_mount_again": "on_the_way",
-        "_mount_intent": "course or tree",
-        "_task": "course or environment or tmp or limit or test_tree or pools or retries",
-        "_freezes_tmp": "course or tmp",
-        "_moment": "course or environment or moment or test_tree or parent",
-        "_newer_parent": "course or parent",
-        "_check_empty": "course or empty",
         "_start": "course or interrupted_at_go or killed",
         "_await_end": (
             "course or failed or partial or retries or waiting or too_old or interrupted"
@@ -75,19 +69,27 @@ _FOCUS = {
         "_record_end": "course or failed or partial or keep or known or no_room",
         "_record_or_make_room": "course or no_room or told or failed",
         "_keep_end": "no_room or told",
-        "_check_taken": "course or ours",
-        "_skew": "course or pools",
-        "_proven": "course",
-        "kept": "keep or partial",
-        "_environment": "course or environment or tmp",
-        "settings_of": "course or environment or tmp or waiting or retries",
-        "facts_of": "course or environment or waiting or retries",
         "_now_us": "waiting or too_old",
     },
+    "moment": {
+        "mount_intent": "course or tree",
+        "task_of": "course or environment or tmp or limit or test_tree or pools or retries",
+        "_freezes_tmp": "course or tmp",
+        "moment_of": "course or environment or moment or test_tree or parent",
+        "_newer_parent": "course or parent",
+        "check_empty": "course or empty",
+        "check_taken": "course or ours",
+        "skew": "course or pools",
+        "_proven": "course",
+        "kept": "keep or partial",
+        "_emptied": "course or empty",
+        "judged": "course or empty",
+        "_emptied_words": "empty",
+    },
 }
-MODULES = ("recovery", "locks", "supervisor", "runner", "executor")
+MODULES = ("recovery", "locks", "supervisor", "runner", "executor", "moment")
 # Their tests start no program of ours anew: mutants can be tried in forks.
-WARM = {"recovery": _RECOVERY, "executor": (_EXECUTOR,)}
+WARM = {"recovery": _RECOVERY, "executor": (_EXECUTOR,), "moment": (_EXECUTOR,)}
 
 
 def tests_of(module: str, function: str) -> tuple[str, ...]:
@@ -97,6 +99,6 @@ def tests_of(module: str, function: str) -> tuple[str, ...]:
     if module == "locks":
         return _LOCKS
     focus = _FOCUS[module].get(function)
-    if module == "executor":
+    if module in ("executor", "moment"):
         return (_EXECUTOR, "-k", focus) if focus else (_EXECUTOR,)
     return (_RUNNER, _EXECUTOR, "-k", f"{focus or _PROCESS} or environment")

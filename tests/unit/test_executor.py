@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from atomtx import cleaning, clients, errand, executor, locks
+from atomtx import cleaning, clients, errand, locks, moment
 from atomtx.errors import (
     EffectError,
     JournalFullError,
@@ -278,7 +278,7 @@ def test_frozen_tmp(scene: Scene, where: str, layout: str) -> None:
 
 def test_default_tmp(scene: Scene) -> None:
     """Without TMPDIR it is /tmp that must not be frozen."""
-    scene.changes.append(lambda: setattr(executor, "_DEFAULT_TMP", str(scene.live("tank/a"))))
+    scene.changes.append(lambda: setattr(moment, "_DEFAULT_TMP", str(scene.live("tank/a"))))
     the_plan = scene.plan("tank/a")
     scene.backup(the_plan)
     assert scene.calls()[0][1] == str(RunFolder.of(scene.state, the_plan.run).temporary)

@@ -26,11 +26,12 @@ from ..errors import (
     WaitingError,
     worst,
 )
-from ..executor import Executor, Tell, kept
+from ..executor import Executor, Tell
 from ..intents import KeepSnapshots, RunClient, RunHook, TakeSnapshots
 from ..interrupts import Interrupts
 from ..journal import ActiveRunError, Journal, NoRunError
 from ..launching import launch_of, retention_of
+from ..moment import kept
 from ..mounts import tree
 from ..plan import Plan, Request
 from ..preparing import choose_client, make_plan, settings
