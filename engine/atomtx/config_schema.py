@@ -14,12 +14,11 @@ dataclass of such fields, and a field of :class:`Job` of the kind ``Table(ThatCl
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from . import clients, redact
+from . import clients, redact, system
 from .config_kinds import (
     Flag,
     Named,
@@ -40,8 +39,7 @@ from .notices import TROUBLE, Event, NotifySettings, is_address
 from .plan import GRACE_S
 from .tomllines import Place
 
-_ETC = "/usr/local/etc" if sys.platform.startswith("freebsd") else "/etc"
-DEFAULT = f"{_ETC}/atomtx/atomtx.toml"
+DEFAULT = f"{system.here.CONFIGURATION}/atomtx.toml"
 LAYOUTS = ("namespace", "tree")
 IO_CLASSES = r"idle|(best-effort|realtime)(:[0-7])?"
 JOB_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}"
@@ -129,7 +127,7 @@ class Job:
     layout: str = key(
         Text("a layout", choices=LAYOUTS),
         "Where the client reads: at the live paths, or in a tree.",
-        "namespace",
+        system.here.LAYOUT,
     )
     root: str = key(_PATH, "The root of the tree.", "", unset="none", example="/restic")
     whole_root: bool = key(Flag(), "Give the client the root of the tree itself.", False)
