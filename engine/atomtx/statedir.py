@@ -37,6 +37,8 @@ REMOTE_FILE_SYSTEMS = frozenset(
         "ocfs2",
         "gfs2",
         "virtiofs",
+        "p9fs",
+        "fusefs.sshfs",
     ]
 )
 _SWEEP_AFTER_S = 3600.0  # long after any front end would have written its row

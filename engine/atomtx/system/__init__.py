@@ -28,6 +28,7 @@ class System(Protocol):
     CONFIGURATION: str
     MACHINE_IDS: tuple[str, ...]  # files that name this machine, the best one first
     MAX_ARGUMENT_BYTES: int  # of the names in one command, its environment aside
+    ZFS_HINTS: tuple[str, str]  # what to do where ZFS is not installed, or not loaded
     PIN: int  # flags to open(2) a directory only to keep it in use
 
     def boot_id(self) -> str:

@@ -35,12 +35,15 @@ MACHINE_IDS: tuple[str, ...] = ("/etc/hostid", "/etc/machine-id")
 # execve(2) takes 512 KiB of arguments and environment in all; `zfs program` has each name's
 # guid and createtxg as well.
 MAX_ARGUMENT_BYTES = 250_000
+ZFS_HINTS = (
+    "it is a part of FreeBSD: is /sbin in the PATH?",
+    "`kldload zfs`, or `service zfs onestart`",
+)
 PIN = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 _MARK = "ATOMTX_TOKEN"
 _P_PID, _PROC_REAP_ACQUIRE = 0, 2  # sys/wait.h, sys/procctl.h
-_COLUMNS = ("pid", "ppid", "sid", "stat", "lstart", "comm")
-_LSTART_WORDS = 5  # "Sat Nov 21 07:00:00 2026"
+_COLUMNS = ("pid", "ppid", "sid", "stat", "comm")  # the last one alone may have blanks
 _BOOT_ID = re.compile(r"Dump:0x([0-9a-f]{32})\s*")
 # USER CMD PID FD MOUNT INUM MODE SZ|DV R/W [NAME]; a command and a mount may have blanks.
 _FSTAT = re.compile(
@@ -58,7 +61,6 @@ class _Process:
     parent: int
     session: int
     state: str
-    start: str
     command: str
 
 
@@ -86,11 +88,8 @@ def _ps(*which: str) -> list[_Process]:
 
 
 def _parsed(line: str) -> _Process:
-    words = line.split(None, 4 + _LSTART_WORDS)
-    pid, parent, session, state = words[:4]
-    start = " ".join(words[4 : 4 + _LSTART_WORDS])
-    command = words[-1].strip() if len(words) > 4 + _LSTART_WORDS else ""
-    return _Process(int(pid), int(parent), int(session), state, start, command)
+    pid, parent, session, state, *command = line.split(None, len(_COLUMNS) - 1)
+    return _Process(int(pid), int(parent), int(session), state, "".join(command).strip())
 
 
 def _lines(*argv: str) -> list[str]:
@@ -125,8 +124,8 @@ def command_of(pid: int) -> str | None:
 
 
 def start_of(pid: int) -> str | None:
-    found = _find(pid)
-    return found.start if found else None
+    # "Sat Nov 21 07:00:00 2026"; "-" of one that is swapped out, which is not the same as before.
+    return next((line.strip() for line in _lines("ps", "-p", str(pid), "-o", "lstart=")), None)
 
 
 def session_of(pid: int) -> int | None:

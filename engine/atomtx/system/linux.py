@@ -24,6 +24,10 @@ CONFIGURATION = "/etc/atomtx"
 MACHINE_IDS: tuple[str, ...] = ("/etc/machine-id", "/etc/hostid")
 # execve(2) takes 2 MiB of arguments and environment in all by default.
 MAX_ARGUMENT_BYTES = 1_900_000
+ZFS_HINTS = (
+    "install zfsutils-linux (Debian, Ubuntu)",
+    "`modprobe zfs`, or install zfs-dkms",
+)
 PIN = getattr(os, "O_PATH", 0) | os.O_DIRECTORY | os.O_CLOEXEC
 
 _PR_SET_CHILD_SUBREAPER = 36
