@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import fakezfs
+import fakezfs  # type: ignore[import-not-found]
 
 MS_RDONLY, MS_NOSUID, MS_REMOUNT, MS_BIND = 0x1, 0x2, 0x20, 0x1000
 UMOUNT_NOFOLLOW = 0x8
@@ -183,7 +183,8 @@ def _linux_mount(source: str, target: str, flags: int) -> None:
 def _linux_unmount(target: str) -> bool:
     import ctypes
 
-    return ctypes.CDLL(None).umount2(os.fsencode(target), UMOUNT_NOFOLLOW) == 0
+    done: int = ctypes.CDLL(None).umount2(os.fsencode(target), UMOUNT_NOFOLLOW)
+    return done == 0
 
 
 def umount(argv: list[str]) -> int:

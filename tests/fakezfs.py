@@ -159,7 +159,7 @@ def _program(pool: dict[str, Any], verb: str, run: str, words: list[str], fault:
 
 def _destroy(pool: dict[str, Any], words: list[str]) -> int:
     """Destroy one snapshot as FreeBSD does, where it unmounts it by force first."""
-    import fakefreebsd
+    import fakefreebsd  # type: ignore[import-not-found]
 
     (name,) = words
     if name not in pool["snapshots"]:

@@ -19,6 +19,7 @@ import sys
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from atomtx import system
@@ -195,12 +196,10 @@ def _look_out(event: str, args: tuple[Any, ...]) -> None:
 
 def _is_of_engine() -> bool:
     """Tell whether the engine did it, not a test."""
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     while frame:
         name = frame.f_code.co_filename
         if name.startswith((ENGINE, TESTS)):
             return name.startswith(ENGINE)
-        if frame.f_back is None:
-            return False
         frame = frame.f_back
     return False

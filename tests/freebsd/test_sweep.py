@@ -56,7 +56,7 @@ class Field:
         return ended.points
 
     def try_(
-        self, run: Mapping[str, str], again: Mapping[str, str] | None = None, *, boot: bool = False
+        self, run: Mapping[str, str], again: Mapping[str, Any] | None = None, *, boot: bool = False
     ) -> list[str]:
         """
         Disturb a run, and its recovery if *again* is given; return what is wrong after the next.
