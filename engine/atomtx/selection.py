@@ -306,6 +306,8 @@ def _gap(name: str, mountpoint: str, parent: str, missing: Entry) -> UserError:
 
 def _check_root(root: str, volumes: Iterable[Chosen]) -> None:
     for volume in volumes:
+        if volume.mountpoint == "/" and not system.here.NAMESPACES:
+            continue  # no directory is outside, and no other layout could be taken
         if is_within(root, volume.mountpoint):
             raise UserError(
                 f"the root of the tree {root} is inside {volume.facts.name}, mounted at "

@@ -21,7 +21,7 @@ from atomtx.errors import EffectError, UserError
 from atomtx.intents import Mount
 from atomtx.mounts import mountinfo, nullfs
 from atomtx.names import RunId
-from atomtx.plan import Request
+from atomtx.plan import DatasetFacts, Pool, Request
 from atomtx.system import freebsd
 from atomtx.volumes.zfs import Zfs
 from tests import fakezfs
@@ -381,6 +381,34 @@ def test_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     selection._check_request(replace(request, layout=freebsd.LAYOUT, root=freebsd.TREE))
 
 
+def test_selection() -> None:
+    """A dataset is found by FreeBSD's table; what the kernel mounted of it is none beside it."""
+    pools = [Pool("zroot", "1", "ONLINE")]
+    facts = [
+        DatasetFacts(name, "filesystem", f"guid of {name}", place, "on", True, "-")
+        for name, place in (("zroot/ROOT/default", "/"), ("zroot/home", "/home"))
+    ]
+    request = Request(("zroot/home",), layout="tree", root="/atomtx")
+    found = selection.select(request, facts, pools, table(ROOT, HOME, SNAPSHOT, SHOWN))
+    assert [(each.name, place) for each, place in found.volumes] == [("zroot/home", "/home")]
+    assert found.uncovered == ()
+
+
+def test_selection_of_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A set may hold "/", though the tree is in it; on Linux the live paths serve for that."""
+    pools = [Pool("zroot", "1", "ONLINE")]
+    facts = [DatasetFacts("zroot/ROOT/default", "filesystem", "g", "/", "on", True, "-")]
+    request = Request(("/",), layout="tree", root="/atomtx")
+    mounts = table(ROOT, HOME, SNAPSHOT, SHOWN)
+    with pytest.raises(UserError, match="is inside zroot/ROOT/default"):
+        selection.select(request, facts, pools, mounts)
+    monkeypatch.setattr(system, "here", freebsd)
+    found = selection.select(request, facts, pools, mounts)
+    assert [place for _, place in found.volumes] == ["/"]
+    # Not what the kernel mounted below .zfs; what a run shows, and other mounts, yes.
+    assert sorted(each.name for each in found.uncovered) == ["/atomtx/home", "/home"]
+
+
 def test_imports() -> None:
     """Every module of the engine can be imported by a Python that has what FreeBSD's has."""
     code = """
@@ -398,7 +426,12 @@ from atomtx import config_schema, statedir, system
 assert system.here.NAME == "FreeBSD"
 assert "atomtx.system.linux" not in sys.modules
 assert config_schema.DEFAULT == "/usr/local/etc/atomtx/atomtx.toml"
-assert config_schema.Job().layout == "tree"
+job = config_schema.Job(volumes=("home",))
+assert (job.layout, job.root) == ("tree", "/atomtx")
+assert [*config_schema.problems(job)] == []
+from dataclasses import replace
+((where, what),) = config_schema.problems(replace(job, layout="namespace"))
+assert where == ("layout",) and "FreeBSD has no mount namespaces" in what
 assert str(statedir.find({})) == "/var/db/atomtx"
 """
     env: dict[str, Any] = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

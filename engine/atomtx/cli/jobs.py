@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from .. import process, system
+from .. import process
 from ..config_kinds import Kind, Words, default_text, keys, near
 from ..config_schema import Job
 from ..errors import UserError
@@ -70,8 +70,6 @@ def asked(names: Sequence[str], extra: Sequence[str], options: Mapping[str, Any]
         given["root"] = ""
     if not found:
         given["volumes"] = tuple(names)
-    if given.get("layout", job.layout) == "tree" and not given.get("root", job.root):
-        given["root"] = system.here.TREE
     arguments = (*job.arguments, *_split("--options", options.get("options") or ""), *extra)
     job = replace(job, arguments=arguments, **given)
     _check_hooks(job)
