@@ -16,6 +16,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,8 @@ def _answer(pool: dict[str, Any], program: str, argv: list[str]) -> int:
         return _snapshot(pool, words[1].partition("=")[2], words[2:], fault)
     if verb in ("hold", "release"):
         return _hold(pool, verb, words[0], words[1:])
+    if verb == "destroy":
+        return _destroy(pool, words)
     if verb == "program":
         return _program(pool, words[7], words[8], words[9:], fault)
     raise SystemExit(f"fakezfs knows no {argv}")
@@ -117,8 +120,18 @@ def _snapshot(pool: dict[str, Any], mark: str, names: list[str], fault: str | No
         }
         import shutil  # half of the time that this program takes to start
 
-        shutil.copytree(HOME / "live" / dataset, stored(name), symlinks=True)
+        shutil.copytree(
+            HOME / "live" / dataset, stored(name), symlinks=True, ignore=_without_children(dataset)
+        )
     return 0
+
+
+def _without_children(dataset: str) -> Callable[[str, list[str]], list[str]]:
+    """Leave the directories of other datasets empty, where the table of mounts is played too."""
+    mounts = HOME / "mounts.json"
+    table = json.loads(mounts.read_text())["mounts"] if mounts.exists() else []
+    others = {entry["node"] for entry in table if entry["special"] != dataset}
+    return lambda directory, names: names if directory in others else []
 
 
 def _hold(pool: dict[str, Any], verb: str, tag: str, names: list[str]) -> int:
@@ -144,6 +157,21 @@ def _program(pool: dict[str, Any], verb: str, run: str, words: list[str], fault:
     return 0
 
 
+def _destroy(pool: dict[str, Any], words: list[str]) -> int:
+    """Destroy one snapshot as FreeBSD does, where it unmounts it by force first."""
+    import fakefreebsd  # type: ignore[import-not-found]
+
+    (name,) = words
+    if name not in pool["snapshots"]:
+        print("could not find any snapshots to destroy; check snapshot names.", file=sys.stderr)
+        return 1
+    if pool["snapshots"][name]["holds"] or not fakefreebsd.force_off(name):
+        print(f"cannot destroy snapshot {name}: dataset is busy", file=sys.stderr)
+        return 1
+    del pool["snapshots"][name]
+    return 0
+
+
 def _judge(
     pool: dict[str, Any], verb: str, run: str, name: str, guid: str, txg: str, *, fault: str | None
 ) -> str:
@@ -166,6 +194,9 @@ def _judge(
 
 
 def _is_mounted(name: str) -> bool:
+    mounts = HOME / "mounts.json"
+    if mounts.exists():  # FreeBSD's are played: a channel program does not unmount (zcp_synctask.c)
+        return any(entry["special"] == name for entry in json.loads(mounts.read_text())["mounts"])
     for pid in filter(str.isdecimal, os.listdir("/proc")):
         try:
             if f" {name} " in Path("/proc", pid, "mountinfo").read_text():

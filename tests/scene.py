@@ -252,11 +252,14 @@ class Scene:
         path = f"{self.home}/bin:{process.BASE_ENVIRONMENT['PATH']}"
         process.BASE_ENVIRONMENT |= {"PATH": path, "FAKE_ZFS": str(self.home)}
         clients.KNOWN = {**clients.KNOWN, "played": "tests.scene:Played"}
-        namespace.mount = _mount
+        self._in_the_place_of_mounts()
         for change in self.changes:
             change()
         crash.install()
         fork_runner(crash)
+
+    def _in_the_place_of_mounts(self) -> None:
+        namespace.mount = _mount
 
     # -- after -----------------------------------------------------------------------------
 

@@ -35,6 +35,7 @@ The modules, in reading order:
     health.py       whether the backups of a job are as fresh as they should be        pure
     audit.py        what is wrong with a journal, if anything
     statedir.py     the state directory, and the folder of each run in it
+    system/         what differs between operating systems: linux.py, freebsd.py
     locks.py        the kernel locks F, R and C, and who holds them
     process.py      the only module that starts programs
     btrfsio.py      btrfs as the kernel shows it: ioctls, a mount that nobody else sees
@@ -42,7 +43,7 @@ The modules, in reading order:
     delivery.py     give one message to a server: a program of its own
     notifiers.py    tell somebody of a run: command, mail, pings, apprise
     volumes/        kind.py, zfs.py, btrfs.py ...: find, snapshot, hold, probe, destroy
-    mounts/         mountinfo.py, namespace.py, tree.py ...: mount, probe, unmount
+    mounts/         mountinfo.py, namespace.py, nullfs.py, tree.py: mount, probe, unmount
     clients/        restic.py, kopia.py, command.py ...: the backup programs
     config_kinds.py  the kinds of values that a configuration holds                    pure
     config_schema.py  what a configuration can hold: the one definition                pure

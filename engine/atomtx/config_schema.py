@@ -14,12 +14,11 @@ dataclass of such fields, and a field of :class:`Job` of the kind ``Table(ThatCl
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from . import clients, redact
+from . import clients, redact, system
 from .config_kinds import (
     Flag,
     Named,
@@ -40,8 +39,7 @@ from .notices import TIME_LIMIT_S, Event, NotifySettings, is_address
 from .plan import GRACE_S
 from .tomllines import Place
 
-_ETC = "/usr/local/etc" if sys.platform.startswith("freebsd") else "/etc"
-DEFAULT = f"{_ETC}/atomtx/atomtx.toml"
+DEFAULT = f"{system.here.CONFIGURATION}/atomtx.toml"
 LAYOUTS = ("namespace", "tree")
 IO_CLASSES = r"idle|(best-effort|realtime)(:[0-7])?"
 JOB_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}"
@@ -129,9 +127,15 @@ class Job:
     layout: str = key(
         Text("a layout", choices=LAYOUTS),
         "Where the client reads: at the live paths, or in a tree.",
-        "namespace",
+        system.here.LAYOUT,
     )
-    root: str = key(_PATH, "The root of the tree.", "", unset="none", example="/restic")
+    root: str = key(
+        _PATH,
+        "The root of the tree.",
+        system.here.TREE,
+        unset=system.here.TREE or "none",
+        example="/restic",
+    )
     whole_root: bool = key(Flag(), "Give the client the root of the tree itself.", False)
     leave_dirs: bool = key(Flag(), "Leave the directories of the tree in place.", False)
     keep_snapshots: bool = key(Flag(), "Keep the snapshots of a good backup.", False)
@@ -296,9 +300,11 @@ def problems(job: Job) -> Iterator[tuple[Place, str]]:
         yield ("all",), "all and volumes exclude each other"
     if not job.all and not job.volumes:
         yield (), "no volumes are named; give volumes, or all = true"
+    if job.layout == "namespace" and not system.here.NAMESPACES:
+        yield ("layout",), f'{system.here.NAME} has no mount namespaces; leave out "namespace"'
     if job.layout == "tree" and not job.root.strip("/"):
         yield ("layout",), 'the layout "tree" needs a root below /, such as root = "/restic"'
-    if job.root and job.layout != "tree":
+    if job.root != system.here.TREE and job.layout != "tree":
         yield ("root",), 'root is of no use without layout = "tree"'
     for name in ("whole_root", "leave_dirs"):
         if getattr(job, name) and job.layout != "tree":
@@ -322,7 +328,7 @@ def _secrets(job: Job) -> Iterator[tuple[Place, str]]:
         yield (
             ("environment", name),
             f"environment.{name} looks like a secret; name a file with it under credentials: "
-            f'{name} = {{ file = "/etc/atomtx/..." }}',
+            f'{name} = {{ file = "{system.here.CONFIGURATION}/..." }}',
         )
     for name, each in job.credentials.items():
         if bool(each.file) == bool(each.credential):

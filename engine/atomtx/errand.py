@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from . import locks, process
+from . import locks, process, system
 from .clients import End, Progress
 from .errors import EffectError, Interrupted
 from .interrupts import Interrupts
@@ -164,7 +164,7 @@ def wait(
 
 def _open(pid: int) -> int | None:
     with suppress(ProcessLookupError):
-        return os.pidfd_open(pid)
+        return system.here.watch(pid)
     return None
 
 

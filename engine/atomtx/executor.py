@@ -322,7 +322,7 @@ class Executor:
         launch, task = moment.task_of(self._journal, self._folder, run, intent)
         self._tell.step(intent.describe())
         if intent.root:
-            tree.make(intent.mounts, intent.directories)
+            tree.make(intent.mounts, intent.directories, lock=self._front)
         env = environment_of(run.plan.client)
         self._errand = errand.Errand(task, self._folder, env=env, front=self._front)
         try:

@@ -7,8 +7,7 @@ The kernel's locks F, R and C of a run, and who holds them.
 
 flock(2) belongs to the open file description: it is held as long as any process has it open,
 however the others died.  Lock files are never unlinked while their run is in the journal.  A
-recorded pid is for messages only.  Processes are ended through a pidfd that was opened before
-the proof that they are the run's.
+recorded pid is for messages only.  How a process is found and signalled: system/.
 """
 
 from __future__ import annotations
@@ -19,10 +18,14 @@ import select
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import system
+
+# They are waited for, never stopped: a half-made change is worse than a late one.
+COMMANDS = frozenset(("zfs", "zpool", "mount", "mount_nullfs", "umount"))
 _GLANCE_S = 0.1  # `is_held` takes the lock, shared, for an instant: not to be taken for a holder
 
 
@@ -42,8 +45,8 @@ class Process:
 
 
 def boot_id() -> str:
-    """Return the identity of this boot of the machine (random(4))."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    """Return the identity of this boot of the machine."""
+    return system.here.boot_id()
 
 
 def try_acquire(path: Path) -> int | None:
@@ -70,7 +73,8 @@ def _lock(descriptor: int, kind: int) -> bool:
 def is_held(path: Path) -> bool:
     """Tell whether any process holds the lock; a file that is not there is held by nobody."""
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        # Not for writing: that tells who holds it from who looks, where nothing else does.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return False
     try:
@@ -96,88 +100,38 @@ def holders(path: Path) -> list[Process]:
 
     One that only looks at it, as `atomtx status` does, is none.
     """
-    try:
-        target = os.stat(path)
-    except FileNotFoundError:
-        return []
-    others = (pid for pid in pids() if pid != os.getpid())
-    return [Process.of(pid) for pid in others if _has_open(pid, target, locked=True)]
-
-
-def pids() -> list[int]:
-    """Return every process that /proc shows."""
-    return [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]
+    found = system.here.openers(path, locked=True)
+    return [Process.of(pid) for pid in found if pid != os.getpid()]
 
 
 def command_of(pid: int) -> str | None:
-    """Return a process's short name (proc(5), comm), or None if it is gone."""
-    try:
-        return Path(f"/proc/{pid}/comm").read_text().strip()
-    except OSError:
-        return None
-
-
-def _has_open(pid: int, target: os.stat_result, *, locked: bool = False) -> bool:
-    try:
-        names = os.listdir(f"/proc/{pid}/fd")
-    except OSError:  # gone, or another user's
-        return False
-    for name in names:
-        with suppress(OSError):  # closed in between
-            info = os.stat(f"/proc/{pid}/fd/{name}")
-            same = (info.st_dev, info.st_ino) == (target.st_dev, target.st_ino)
-            if same and (not locked or _is_locked(pid, name)):
-                return True
-    return False
-
-
-def _is_locked(pid: int, descriptor: str) -> bool:
-    """Tell whether an exclusive flock(2) is on a descriptor: proc(5), fdinfo, "lock:"."""
-    text = Path(f"/proc/{pid}/fdinfo/{descriptor}").read_text()
-    return any("FLOCK" in line and "WRITE" in line for line in text.splitlines())
+    """Return a process's short name, or None if it is gone."""
+    return system.here.command_of(pid)
 
 
 def holds(pid: int, path: Path) -> bool:
     """Tell whether process *pid* holds the lock, inherited or not."""
-    try:
-        return _has_open(pid, os.stat(path), locked=True)
-    except FileNotFoundError:
-        return False
+    return system.here.has_open(pid, path, locked=True)
 
 
 def has_lock_open(pid: int, path: Path) -> bool:
     """Tell whether process *pid* has the lock's file open."""
-    try:
-        return _has_open(pid, os.stat(path))
-    except FileNotFoundError:
-        return False
+    return system.here.has_open(pid, path, locked=False)
 
 
 def send(pid: int, signum: signal.Signals, *, if_still: Callable[[int], bool]) -> bool:
     """
-    Signal a process through a pidfd, after *if_still* proved that it is the one meant.
+    Signal a process, after *if_still* proved that it is the one meant.
 
-    The pidfd is opened first, so a reused pid cannot be hit.  False if it is gone or another.
+    False if it is gone or another.
     """
-    try:
-        descriptor = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return False
-    try:
-        if not if_still(pid):
-            return False
-        signal.pidfd_send_signal(descriptor, signum)
-    except ProcessLookupError:
-        return False
-    finally:
-        os.close(descriptor)
-    return True
+    return system.here.send(pid, signum, if_still=if_still)
 
 
 def wait_gone(pid: int, timeout_s: float) -> bool:
     """Wait until a process has ended, child or not; False when *timeout_s* passed first."""
     try:
-        descriptor = os.pidfd_open(pid)
+        descriptor = system.here.watch(pid)
     except ProcessLookupError:
         return True
     try:

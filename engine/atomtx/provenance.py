@@ -19,16 +19,16 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from . import system
 from .errors import JournalError, JournalOlderError
 
-RUN = Path("/run/atomtx")
 _UUID = re.compile(r"[0-9a-f-]{36}")
 _COUNTERS = 2**32  # SQLite's counter begins again at 0 after so many
 
 
 def machine_id() -> str:
     """Return a hash of what names this machine; empty where nothing does."""
-    for source in ("/etc/machine-id", "/etc/hostid"):
+    for source in system.here.MACHINE_IDS:
         with suppress(OSError):
             return hashlib.sha256(b"atomtx" + Path(source).read_bytes().strip()).hexdigest()
     return ""
@@ -38,7 +38,7 @@ def run_directory(env: Mapping[str, str] = os.environ) -> Path | None:
     """Return our directory on a tmpfs: systemd's, or root's; another user has none."""
     if env.get("RUNTIME_DIRECTORY"):
         return Path(env["RUNTIME_DIRECTORY"].split(":")[0])
-    return RUN if os.geteuid() == 0 else None
+    return system.here.RUN if os.geteuid() == 0 else None
 
 
 def prove(path: Path, uuid: str, machine: str, counter: int) -> Watermark:

@@ -16,7 +16,6 @@ neither the journal nor the state machine.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import select
@@ -28,7 +27,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from . import locks
+from . import locks, system
 from .clients import End, failed
 from .errors import AtomtxError, EffectError
 from .mounts import namespace
@@ -40,7 +39,6 @@ from .supervisor import Supervisor
 from .task import Task, end_to_json
 
 _ROOM_S = 120.0  # how long to wait for room for the end record when nobody else can be told
-_PR_SET_CHILD_SUBREAPER = 36
 _MAX_OPEN_FILES = 65_536
 
 
@@ -177,6 +175,8 @@ def _assemble(task: Task) -> namespace.Assembly:
 
 
 def _made(task: Task) -> namespace.Assembly:
+    if not system.here.NAMESPACES:
+        return namespace.observe(task.mounts)
     namespace.enter()
     if task.in_namespace:
         namespace.drop_pinned([*(m.mountpoint for m in task.mounts), *_needed(task)])
@@ -209,10 +209,8 @@ def _stand_in(cwd: str) -> None:
 
 
 def _prepare_process() -> socket.socket:
-    """Become the subreaper, ignore SIGHUP, and turn signals into bytes on a socket."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+    """Become the reaper, ignore SIGHUP, and turn signals into bytes on a socket."""
+    system.here.become_reaper()
     _allow_many_files()
     # restic tells a stale lock by sending its owner SIGHUP: a reused pid must not kill us.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from . import system
 from .errors import UserError
 from .inventory import Inventory, Unfit, ancestors, command, is_whole_dataset
 from .mounts.mountinfo import Entry, Table
@@ -98,6 +99,11 @@ def _check_request(request: Request) -> None:
         )
     if not request.all and not request.names:
         raise UserError("no dataset was named", hint="name datasets, or use --all")
+    if request.layout == "namespace" and not system.here.NAMESPACES:
+        raise UserError(
+            f"{system.here.NAME} has no mount namespaces: a client can only read in a tree",
+            hint="leave out the layout `namespace`, or give --layout tree",
+        )
     if request.layout != "tree" and request.root:
         raise UserError(
             f"the root {request.root} is of no use without a tree", hint="add --layout tree"
@@ -300,6 +306,8 @@ def _gap(name: str, mountpoint: str, parent: str, missing: Entry) -> UserError:
 
 def _check_root(root: str, volumes: Iterable[Chosen]) -> None:
     for volume in volumes:
+        if volume.mountpoint == "/" and not system.here.NAMESPACES:
+            continue  # no directory is outside, and no other layout could be taken
         if is_within(root, volume.mountpoint):
             raise UserError(
                 f"the root of the tree {root} is inside {volume.facts.name}, mounted at "

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from . import locks, process
+from . import locks, process, system
 from .errors import Interrupted
 from .interrupts import Interrupts
 from .output import Lines, Log
@@ -107,7 +107,7 @@ class Sessions:
         """Read what it prints until it has ended; False where *limit_s* passed before."""
         assert child.stdout
         end = time.monotonic() + limit_s if limit_s else None
-        pidfd = os.pidfd_open(child.pid)
+        pidfd = system.here.watch(child.pid)
         os.set_blocking(child.stdout.fileno(), False)
         try:
             with selectors.DefaultSelector() as selector:
@@ -142,7 +142,8 @@ class Sessions:
         proven: dict[int, dict[str, Any]] = {}
 
         def is_proven(pid: int) -> bool:
-            return pid in proven and _identity(pid) == proven[pid] and _session_of(pid) is not None
+            is_same = pid in proven and _identity(pid) == proven[pid]
+            return is_same and system.here.session_of(pid) is not None
 
         def left() -> list[int]:
             for sid in _sessions_of_hook(known, mark):
@@ -202,7 +203,7 @@ def _end_session(child: Popen[bytes], stop_signal: signal.Signals, grace_s: floa
     """End a command that is our child, with all of its session; one in the kernel's hands stays."""
     for number, wait_s in ((stop_signal, grace_s), (signal.SIGKILL, GRACE_S)):
         for pid in _session(child.pid):  # which is not reused before the child is waited for
-            locks.send(pid, number, if_still=lambda p: _session_of(p) == child.pid)
+            locks.send(pid, number, if_still=lambda p: system.here.session_of(p) == child.pid)
         if locks.wait_until(lambda: not _session(child.pid), wait_s):
             break
     locks.wait_until(lambda: child.poll() is not None, _LOOK_S)
@@ -215,27 +216,13 @@ def _trouble(status: int, last: str) -> str | None:
     return f"{how}: {last}" if last else how
 
 
-def _stat(pid: int) -> list[str]:
-    """Return proc(5)'s stat of a process from its state on; nothing where it is gone."""
-    with suppress(OSError), open(f"/proc/{pid}/stat") as file:
-        return file.read().rpartition(")")[2].split()
-    return []
-
-
 def _identity(pid: int) -> dict[str, Any]:
     """Return what tells a process from any other: its pid, its start, the boot."""
-    stat = _stat(pid)
-    return {"pid": pid, "start": stat[19] if stat else None, "boot_id": locks.boot_id()}
-
-
-def _session_of(pid: int) -> int | None:
-    """Return the session of a living process; one that only waits to be reaped is in none."""
-    stat = _stat(pid)
-    return int(stat[3]) if stat and stat[0] not in "ZX" else None
+    return {"pid": pid, "start": system.here.start_of(pid), "boot_id": locks.boot_id()}
 
 
 def _session(sid: int) -> list[int]:
-    return [pid for pid in locks.pids() if _session_of(pid) == sid]
+    return system.here.session(sid)
 
 
 def _sessions_of_hook(known: Mapping[str, Any] | None, mark: str) -> set[int]:
@@ -246,13 +233,8 @@ def _sessions_of_hook(known: Mapping[str, Any] | None, mark: str) -> set[int]:
     again while it has a process.
     """
     if known is None:  # killed before it could note the process
-        return {sid for pid in locks.pids() if _has_mark(pid, mark) and (sid := _session_of(pid))}
+        found = map(system.here.session_of, system.here.marked(mark))
+        return {sid for sid in found if sid}
     sid = int(known["pid"])
-    is_its = _identity(sid) == known or any(_has_mark(pid, mark) for pid in _session(sid))
+    is_its = _identity(sid) == known or not {*system.here.marked(mark)}.isdisjoint(_session(sid))
     return {sid} if is_its else set()
-
-
-def _has_mark(pid: int, mark: str) -> bool:
-    with suppress(OSError), open(f"/proc/{pid}/environ", "rb") as file:
-        return mark.encode() in file.read().split(b"\0")
-    return False

@@ -124,7 +124,7 @@ class Settler:
 
     def _await_command(self, folder: RunFolder) -> None:
         """
-        Wait for the `zfs` command of a killed front end: it is never killed, and holds lock F.
+        Wait for the command of a killed front end: it is never killed, and holds lock F.
 
         Not for ever, because one in a suspended pool does not end.
         """
@@ -132,7 +132,7 @@ class Settler:
         told = False
         while locks.is_held(folder.front_lock) and time.monotonic() < end:
             holders = locks.holders(folder.front_lock)
-            if not holders or any(p.command not in ("zfs", "zpool") for p in holders):
+            if not holders or any(p.command not in locks.COMMANDS for p in holders):
                 return
             if not told:
                 self._tell.step(f"waiting for the end of {holders[0]}, whose atomtx was killed")

@@ -14,10 +14,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from . import locks
+from . import locks, system
 from .errors import AtomtxError, EffectError, UserError
 
-DEFAULT = "/var/db/atomtx" if os.uname().sysname == "FreeBSD" else "/var/lib/atomtx"
 # flock and fsync mean little there, and another machine could write the same journal.
 REMOTE_FILE_SYSTEMS = frozenset(
     [
@@ -38,6 +37,8 @@ REMOTE_FILE_SYSTEMS = frozenset(
         "ocfs2",
         "gfs2",
         "virtiofs",
+        "p9fs",
+        "fusefs.sshfs",
     ]
 )
 _SWEEP_AFTER_S = 3600.0  # long after any front end would have written its row
@@ -53,7 +54,7 @@ def find(env: Mapping[str, str] = os.environ) -> Path:
         return Path(os.path.abspath(env["ATOMTX_STATE_DIR"]))
     if env.get("STATE_DIRECTORY"):
         return Path(env["STATE_DIRECTORY"].split(":")[0])
-    return Path(DEFAULT)
+    return Path(system.here.STATE)
 
 
 def prepare(path: Path) -> Path:

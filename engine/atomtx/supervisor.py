@@ -15,13 +15,13 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from . import clients, locks, process
+from . import clients, locks, process, system
 from .clients import Backup, End, Reader, failed
 from .errors import EffectError
 from .mounts.witness import Witness
+from .names import RunId
 from .output import Lines, Log
 from .redact import Redactor
 from .statedir import RunFolder
@@ -85,7 +85,8 @@ class Supervisor:
         lock = locks.try_acquire(self._folder.client_lock)
         if lock is None:
             raise EffectError("a client of this run is still alive")
-        env = {**os.environ, **self._task.env}
+        mark = system.here.client_mark(RunId(self._task.run).token)
+        env = {**os.environ, **self._task.env, **mark}
         try:
             self._child = process.spawn_client(argv, env=env, cwd=self._task.cwd, lock=lock)
         except OSError as exc:
@@ -100,7 +101,7 @@ class Supervisor:
         """Read both outputs until the child has ended and what it printed is read."""
         assert child.stdout
         assert child.stderr
-        pidfd = os.pidfd_open(child.pid)
+        pidfd = system.here.watch(child.pid)
         with selectors.DefaultSelector() as selector:
             for pipe, take in (
                 (child.stdout, self._reader.stdout),
@@ -209,19 +210,20 @@ class Supervisor:
             self._kill_at = None
             self._killed = True
             self._log.line(f"atomtx: not ended after {span(self._task.grace_s)}: killed")
-            for pid in descendants():
+            for pid in system.here.descendants():
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
 
     def _end_descendants(self) -> None:
         """End what the client left behind; as its subreaper we are the parent of all of it."""
         for signum, wait_s in ((signal.SIGTERM, DESCENDANTS_S), (signal.SIGKILL, DESCENDANTS_S)):
-            for pid in descendants():
+            for pid in system.here.descendants():
                 with suppress(ProcessLookupError):
                     os.kill(pid, signum)
             if locks.wait_until(_reaped_all, wait_s):
                 return
-        raise EffectError(f"processes of the client cannot be ended: {descendants()}")
+        left = system.here.descendants()
+        raise EffectError(f"processes of the client cannot be ended: {left}")
 
     def _redacted(self, end: End) -> End:
         def clean(text: str | None) -> str | None:
@@ -229,22 +231,6 @@ class Supervisor:
 
         backups = tuple(Backup(**{**vars(b), "reason": clean(b.reason)}) for b in end.backups)
         return End(end.outcome, clean(end.reason), end.retriable, backups)
-
-
-def descendants() -> list[int]:
-    """Return the living descendants of this process; their children before them."""
-    found: list[int] = []
-
-    def visit(pid: int) -> None:
-        with suppress(OSError):
-            for task in os.listdir(f"/proc/{pid}/task"):
-                children = Path(f"/proc/{pid}/task/{task}/children").read_text().split()
-                for child in map(int, children):
-                    visit(child)
-                    found.append(child)
-
-    visit(os.getpid())
-    return found
 
 
 def _reaped_all() -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from atomtx import statedir
+from atomtx import statedir, system
 from atomtx.errors import UserError
 from atomtx.mounts import mountinfo
 from atomtx.statedir import END_RECORD_BYTES, RunFolder, prepare
@@ -32,11 +32,11 @@ def folder(tmp_path: Path) -> RunFolder:
 @pytest.mark.parametrize(
     ("env", "expected"),
     [
-        ({}, statedir.DEFAULT),
+        ({}, system.here.STATE),
         ({"STATE_DIRECTORY": "/var/lib/a:/var/lib/b"}, "/var/lib/a"),
         ({"ATOMTX_STATE_DIR": "/own", "STATE_DIRECTORY": "/var/lib/a"}, "/own"),
         ({"ATOMTX_STATE_DIR": "/own/../x/"}, "/x"),
-        ({"ATOMTX_STATE_DIR": "", "STATE_DIRECTORY": ""}, statedir.DEFAULT),
+        ({"ATOMTX_STATE_DIR": "", "STATE_DIRECTORY": ""}, system.here.STATE),
     ],
 )
 def test_find(env: dict[str, str], expected: str) -> None:

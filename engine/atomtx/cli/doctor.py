@@ -12,7 +12,17 @@ from pathlib import Path
 
 import click
 
-from .. import __version__, aside, audit, config, history, journalfile, process, statedir
+from .. import (
+    __version__,
+    aside,
+    audit,
+    config,
+    history,
+    journalfile,
+    process,
+    statedir,
+    system,
+)
 from ..errors import AtomtxError, ExitStatus, JournalError
 from ..volumes import btrfs
 from . import echo, json_option, render
@@ -92,12 +102,12 @@ def _zfs(_: Path) -> Iterator[Check]:
     if userland:
         yield Check("zfs", "ok", userland)
     else:
-        yield Check("zfs", "missing", "not installed", "install zfsutils-linux (Debian, Ubuntu)")
+        yield Check("zfs", "missing", "not installed", system.here.ZFS_HINTS[0])
     module = _module_version()
     if module:
         yield Check("zfs module", "ok", module)
     else:
-        yield Check("zfs module", "missing", "not loaded", "`modprobe zfs`, or install zfs-dkms")
+        yield Check("zfs module", "missing", "not loaded", system.here.ZFS_HINTS[1])
     if userland and module and userland.split("-")[0] != module.split("-")[0]:
         yield Check("zfs versions", "warning", f"userland {userland}, module {module}", "reboot")
     there = os.access("/dev/zfs", os.R_OK | os.W_OK)
@@ -149,6 +159,8 @@ def _clients(_: Path) -> Iterator[Check]:
     if not any(found.values()):
         hint = "install restic or kopia; without one, only --command can be used"
         yield Check("clients", "warning", "neither restic nor kopia is installed", hint)
+    if not system.here.NAMESPACES:
+        return
     yield Check(
         "clients",
         "note",
@@ -166,6 +178,11 @@ def _rights(_: Path) -> Iterator[Check]:
         yield Check("user", "ok", "root")
     else:
         yield Check("user", "missing", f"user {user}, not root", "run atomtx as root")
+    if not system.here.NAMESPACES:
+        yield Check(
+            "mounts", "note", f"{system.here.NAME}: by nullfs, in a tree", "docs/freebsd.md"
+        )
+        return
     held = _has_capability(_CAP_SYS_ADMIN)
     yield Check("CAP_SYS_ADMIN", "ok" if held else "missing", "held" if held else "not held")
     problem = _namespace_problem()

@@ -15,9 +15,6 @@ from . import json_option, render
 from .attach import describe_end
 from .status import ADVICE, Life
 
-# The front end's children inherit its lock.  They are never killed: a half-made change to the
-# pool is worse than a late one.
-_NEVER_SIGNALLED = frozenset({"zfs", "zpool", "lvm"})
 POLL_S = 0.2
 
 
@@ -129,7 +126,7 @@ def _targets(lock: Path, recorded_pid: int) -> list[locks.Process]:
     Another `atomtx status` may have it open for an instant; the recorded pid tells them apart,
     where it is one of them (it may be another pid namespace's).
     """
-    found = [p for p in locks.holders(lock) if p.command not in _NEVER_SIGNALLED]
+    found = [p for p in locks.holders(lock) if p.command not in locks.COMMANDS]
     return [p for p in found if p.pid == recorded_pid] or found
 
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import locks
+from .. import locks, system
 from ..names import is_within, mounted_as
 from . import mountinfo
 from .namespace import identity
@@ -18,11 +18,16 @@ def of(token: str) -> list[int]:
     """
     Return the processes whose mount namespace is the one of the run with *token*.
 
+    Without namespaces: those that have the mark of the run's client in their environment.
+
     It shows the marker, a mount with the token as its source.  A mounted snapshot of the run
     would prove nothing: what somebody mounts on the host, or looks at in `.zfs/snapshot`, is
     seen in the namespace of every service as well, and these processes are ended.  For the same
     reason a mount with the token as its source that we see ourselves makes the marker worthless.
     """
+    if not system.here.NAMESPACES:
+        marks = (f"{name}={value}" for name, value in system.here.client_mark(token).items())
+        return [pid for mark in marks for pid in system.here.marked(mark)]
     if any(entry.source == token for entry in mountinfo.read()):
         return []
     return [
@@ -63,8 +68,12 @@ def users(sources: Collection[str]) -> list[str]:
     "open by 1234 (tail) at /mnt/x/log", with the first file of each process.  Nothing is opened
     or asked for its status there: that might hang.
     """
+    if not system.here.NAMESPACES:
+        from . import nullfs
+
+        return [f"used by {locks.Process.of(pid)}" for pid in nullfs.users(sources)]
     places = _Places.of(sources)
-    found = [_use(pid, places) for pid in locks.pids()] if places.ids else []
+    found = [_use(pid, places) for pid in system.here.pids()] if places.ids else []
     return [words for words in found if words]
 
 
@@ -141,8 +150,10 @@ def _mapped(pid: int, places: _Places) -> Iterator[str]:
 
 def _foreign_namespaces() -> Iterator[tuple[list[int], mountinfo.Table]]:
     """Yield the mount table of each namespace that is not ours, with who lives there."""
+    if not system.here.NAMESPACES:
+        return
     groups: dict[tuple[int, int], list[int]] = {}
-    for pid in locks.pids():
+    for pid in system.here.pids():
         with suppress(OSError):  # gone
             groups.setdefault(identity(pid), []).append(pid)
     groups.pop(identity(), None)

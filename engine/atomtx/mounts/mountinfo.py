@@ -1,5 +1,5 @@
 """
-The kernel's table of mounts, `/proc/PID/mountinfo`, and which of them a path is on.
+The kernel's table of mounts, on Linux `/proc/PID/mountinfo`, and which of them a path is on.
 
 Paths given to the functions are absolute and normal; they are the names that the process sees
 whose table it is.
@@ -11,6 +11,8 @@ import re
 from bisect import bisect_left
 from dataclasses import dataclass
 from functools import cached_property
+
+from .. import system
 
 _DELETED = "//deleted"  # fs/d_path.c
 _ESCAPE = re.compile(rb"\\([0-3][0-7]{2})")
@@ -83,7 +85,7 @@ class Table(tuple[Entry, ...]):
     def containing(self, path: str) -> Entry | None:
         """Return the mount that *path* is on, as the kernel walks: down the stacked mounts."""
         here = self._root
-        for prefix in _prefixes(path):
+        for prefix in prefixes(path):
             if here is None:
                 here = self._orphans.get(prefix)
             while here and (above := self._children.get((here.id, prefix))):
@@ -111,9 +113,22 @@ def parse(data: bytes) -> Table:
 
 
 def read(pid: int | str = "self") -> Table:
-    """Read the table of a process; an OSError where it is gone, or /proc is not there."""
+    """
+    Read the table of a process; an OSError where it is gone, or /proc is not there.
+
+    Where there is only one table it is that of everybody (nullfs.py).
+    """
+    if not system.here.NAMESPACES:
+        from . import nullfs
+
+        return nullfs.read()
     with open(f"/proc/{pid}/mountinfo", "rb") as file:
         return parse(file.read())
+
+
+def things() -> frozenset[str]:
+    """Return what is mounted somewhere that this process sees."""
+    return frozenset(entry.thing for entry in read())
 
 
 def containing(table: Table, path: str) -> Entry | None:
@@ -157,7 +172,7 @@ def _text(field: bytes) -> str:
     return plain.decode("utf-8", "surrogateescape")
 
 
-def _prefixes(path: str) -> list[str]:
+def prefixes(path: str) -> list[str]:
     """List the names that a walk from "/" to *path* passes: /a, /a/b, /a/b/c."""
     ends = [i for i, char in enumerate(path) if char == "/" and i > 0]
     return [path[:end] for end in ends] + ([path] if path != "/" else [])

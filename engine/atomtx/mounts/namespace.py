@@ -16,7 +16,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from .. import btrfsio
+from .. import btrfsio, system
 from ..errors import EffectError
 from ..intents import Mount
 from ..names import BtrfsSnapshot, is_within, mounted_as
@@ -201,7 +201,7 @@ def assemble(mounts: Sequence[Mount], *, live: Sequence[str]) -> Assembly:
 
 def observe(mounts: Sequence[Mount]) -> Assembly:
     """Pin mounts that are there, and note which they are."""
-    pins = [os.open(m.mountpoint, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC) for m in mounts]
+    pins = [os.open(m.mountpoint, system.here.PIN) for m in mounts]
     table = mountinfo.read()
     ids = {}
     for each in mounts:

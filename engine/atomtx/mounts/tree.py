@@ -1,6 +1,8 @@
 """
 The tree: the snapshots assembled under one stable root, in the host's namespace.
 
+Without namespaces, nullfs.py makes the mounts and takes them away.
+
 These mounts outlive a crash, until the next boot, so they have compensations.  A mount is ours
 if its source is our snapshot, whose name holds the run's token, at the mountpoint that the
 journal names; nothing else is ever unmounted, and never lazily or by force.
@@ -13,6 +15,7 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 
+from .. import system
 from ..errors import EffectError, UserError
 from ..intents import Mount
 from ..names import mounted_as
@@ -62,8 +65,12 @@ def _is_used(path: str) -> bool:
         return True
 
 
-def make(mounts: Sequence[Mount], directories: Sequence[str]) -> None:
-    """Make the directories and the mounts, parents first; idempotent."""
+def make(mounts: Sequence[Mount], directories: Sequence[str], *, lock: int | None = None) -> None:
+    """
+    Make the directories and the mounts, parents first; idempotent.
+
+    Where programs make the mounts, they inherit *lock*.
+    """
     for directory in directories:
         try:
             os.mkdir(directory, 0o700)
@@ -71,6 +78,11 @@ def make(mounts: Sequence[Mount], directories: Sequence[str]) -> None:
             continue
         except OSError as exc:
             raise EffectError(f"cannot make {directory}: {exc.strerror}") from exc
+    if not system.here.NAMESPACES:
+        from . import nullfs
+
+        nullfs.make(mounts, lock=lock)
+        return
     table = mountinfo.read()
     for each in mounts:
         found = mountinfo.topmost(table, each.mountpoint)
@@ -88,6 +100,19 @@ def remove(mounts: Sequence[Mount], directories: Sequence[str]) -> list[Mount]:
 
     Idempotent.  Returns the mounts that are busy; a directory with something in it stays.
     """
+    busy = _unmount_all(mounts)
+    if not busy:
+        for directory in reversed(directories):
+            with suppress(OSError):  # not empty, or gone: then it is not only ours
+                os.rmdir(directory)
+    return busy
+
+
+def _unmount_all(mounts: Sequence[Mount]) -> list[Mount]:
+    if not system.here.NAMESPACES:
+        from . import nullfs
+
+        return nullfs.remove(mounts)
     busy = []
     for each in reversed(mounts):
         while _is_ours(each):
@@ -98,10 +123,6 @@ def remove(mounts: Sequence[Mount], directories: Sequence[str]) -> list[Mount]:
                     raise EffectError(f"cannot unmount {each.mountpoint}: {exc.strerror}") from exc
                 busy.append(each)
                 break
-    if not busy:
-        for directory in reversed(directories):
-            with suppress(OSError):  # not empty, or gone: then it is not only ours
-                os.rmdir(directory)
     return busy
 
 
@@ -118,6 +139,11 @@ def expire_automounts(snapshots: Sequence[str]) -> None:
     the snapshot is busy.  One that is in use stays.
     """
     ours = frozenset(snapshots)
+    if not system.here.NAMESPACES:
+        from . import nullfs
+
+        nullfs.expire(ours)
+        return
     for entry in reversed(mountinfo.read()):
         if entry.source in ours and "/.zfs/snapshot/" in entry.mountpoint + "/":
             with suppress(OSError):

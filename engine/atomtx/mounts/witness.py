@@ -15,6 +15,8 @@ import struct
 from collections.abc import Sequence
 from contextlib import suppress
 
+from .. import system
+
 _FAN_CLOEXEC, _FAN_NONBLOCK = 0x1, 0x2
 _FAN_MARK_ADD, _FAN_MARK_MOUNT, _FAN_MARK_FLUSH = 0x1, 0x10, 0x80
 _FAN_OPEN, _FAN_ONDIR = 0x20, 0x40000000
@@ -30,6 +32,8 @@ class Witness:
     def __init__(self, mountpoints: Sequence[str]) -> None:
         self.saw: bool | None = None
         self.descriptor = -1
+        if not system.here.NAMESPACES:  # fanotify is Linux's, and nobody leaves what is the host's
+            return
         with suppress(OSError):  # a kernel without fanotify, or a container: then nobody knows
             self._watch(mountpoints)
 

@@ -14,8 +14,9 @@ import json
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
-from .. import process
+from .. import process, system
 from ..errors import EffectError
+from ..mounts import mountinfo
 from ..names import MARK, Dataset
 from ..plan import DatasetFacts, Pool
 from .kind import Identity
@@ -24,9 +25,6 @@ _SCRIPT = Path(__file__).with_name("destroy.lua")
 _ABSENT = ("dataset does not exist", "snapshot does not exist", "no such pool")
 # The last line of a `zfs holds` that found none of its snapshots (zfs_main.c, zfs_do_holds).
 _NONE_FOUND = "no datasets available"
-# execve(2) takes 2 MiB of arguments and environment in all by default; one command must hold
-# every name of a pool, or the snapshots would not be of one moment.
-_MAX_ARGUMENT_BYTES = 1_900_000
 _EBUSY, _EEXIST = 16, 17
 
 
@@ -205,6 +203,8 @@ class Zfs:
         verdict = self._proven(identity, run)
         if verdict != "ours":
             return verdict
+        if system.here.DESTROY_FORCES and identity.name in mountinfo.things():
+            return "busy"
         self._run("zfs", "destroy", checked(identity.name))
         return "busy" if self._proven(identity, run) == "ours" else "done"
 
@@ -274,8 +274,9 @@ def _says_absent(line: str) -> bool:
 
 
 def _check_length(snapshots: Sequence[str]) -> None:
+    # One command must hold every name of a pool, or the snapshots would not be of one moment.
     size = sum(len(name.encode()) + 9 for name in snapshots)
-    if size > _MAX_ARGUMENT_BYTES:
+    if size > system.here.MAX_ARGUMENT_BYTES:
         raise EffectError(
             f"{len(snapshots)} datasets are too many for one `zfs snapshot` command, "
             "and two commands would not be one moment",
