@@ -131,8 +131,8 @@ def _page(*lines: str) -> str:
 
 
 def _command(program: Program, *words: str) -> str:
-    own = (word(each).replace("$", "$$") for each in program.words)
-    return " ".join([*own, *words])
+    first, *rest = map(word, program.words)  # in the first no variable is looked for
+    return " ".join([first, *(each.replace("$", "$$") for each in rest), *words])
 
 
 def _variables(program: Program, more: Mapping[str, str] | None = None) -> Iterator[str]:
