@@ -179,7 +179,6 @@ def _backup(program: Program) -> str:
     return _page(
         "[Unit]",
         "Description=Back up the job %i",
-        "Documentation=man:systemd.timer(5)",
         "Wants=network-online.target",
         f"After=network-online.target local-fs.target zfs.target {RECOVER}",
         "",

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from atomtx import installing, units
 from atomtx.config_schema import Job
+from atomtx.errors import UserError
 from atomtx.units import Program, Schedule, Service
 
 PROGRAM = Program(("/bin/true",), {"HOME": "/root", "XDG_CACHE_HOME": units.CACHE})
@@ -144,7 +145,7 @@ def test_foreign(tmp_path: Path, kind: str) -> None:
         path.symlink_to("/dev/null")  # `systemctl mask`
     else:
         path.write_text("[Unit]\n" if kind == "file" else f"\n{units.MARKER}\n")
-    with pytest.raises(installing.UserError, match="was not written by"):
+    with pytest.raises(UserError, match="was not written by"):
         installing.write(tmp_path, units.files([SERVICES["zfs"]], PROGRAM))
     assert list(tmp_path.iterdir()) == [path]
     installing.remove(tmp_path, [units.NOTIFY])
