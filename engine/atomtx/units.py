@@ -253,8 +253,9 @@ def _notify(program: Program) -> str:
 def _told(tells: bool) -> list[str]:
     if not tells:
         return []
-    unit = NOTIFY.replace("@.", "@%N.")
-    return [f"OnFailure={unit}", f"OnSuccess={unit}"]
+    # By two names: of a unit that both name, systemd does not tell the other one how it ended.
+    failed, ended = (NOTIFY.replace("@.", f"@{each}.") for each in ("%N", "ended-%N"))
+    return [f"OnFailure={failed}", f"OnSuccess={ended}"]
 
 
 def _drop_in(service: Service) -> str:
