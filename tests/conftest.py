@@ -43,6 +43,7 @@ LONGEST_FIRST = (
     "vm/test_crash.py",
     "vm/test_behaviour.py",
     "vm/test_power_cut_run.py",
+    "vm/test_systemd.py",
     "vm/test_refusals.py",
     "vm/test_power_cut.py",
     "vm/test_machine.py",

@@ -193,12 +193,12 @@ class Scene:
 
         return self._in_front_end(work, {"at": at, "who": who, **options})
 
-    def recover(self, at: str = "", who: str = "front", *, rollback: bool = False) -> Ended:
-        """Settle every open run in a front end of its own."""
+    def recover(self, at: str = "", who: str = "front", **options: Any) -> Ended:
+        """Settle every open run in a front end of its own, with *options* of the settler."""
 
         def work(journal: Journal, tell: Tell, interrupts: Interrupts, ended: Ended) -> None:
             for run in journal.open_runs():
-                settled = Settler(journal, interrupts, tell, rollback=rollback).settle(run)
+                settled = Settler(journal, interrupts, tell, **options).settle(run)
                 ended.run, ended.interrupted = settled.run, _words(settled.interrupted)
                 ended.decisions.append(settled.decision)
 

@@ -38,10 +38,12 @@ The modules, in reading order:
     system/         what differs between operating systems: linux.py, freebsd.py
     locks.py        the kernel locks F, R and C, and who holds them
     process.py      the only module that starts programs
+    sdnotify.py     tell the service manager where we are
     btrfsio.py      btrfs as the kernel shows it: ioctls, a mount that nobody else sees
     interrupts.py   SIGINT and SIGTERM as a request to compensate
     delivery.py     give one message to a server: a program of its own
     notifiers.py    tell somebody of a run: command, mail, pings, apprise
+    outbox.py       notices that another process is to give
     volumes/        kind.py, zfs.py, btrfs.py ...: find, snapshot, hold, probe, destroy
     mounts/         mountinfo.py, namespace.py, nullfs.py, tree.py: mount, probe, unmount
     clients/        restic.py, kopia.py, command.py ...: the backup programs
@@ -49,6 +51,7 @@ The modules, in reading order:
     config_schema.py  what a configuration can hold: the one definition                pure
     config.py       the configuration: found, trusted, read and checked; jobs by name
     config_text.py  the configuration as text: shown, or begun                         pure
+    units.py        the units of systemd for the jobs                                  pure
     task.py         what a front end asks of a runner, and what that leaves
     output.py       the client's output: lines, redacted, capped
     supervisor.py   the client under the runner's eyes: read, stopped, ended
@@ -64,6 +67,7 @@ The modules, in reading order:
     executor.py     journal the intent, make the effect, journal the outcome; and backwards
     settling.py     interrupted runs: probe, decide, act
     adoption.py     objects with our marks that are in no journal
+    installing.py   units of systemd, written and taken away
     cli/            one command, one file
 """
 

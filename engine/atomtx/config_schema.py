@@ -31,6 +31,7 @@ from .config_kinds import (
     default_text,
     key,
     keys,
+    shown,
 )
 from .credentials import Sources, clashes, thing_of
 from .errors import UserError
@@ -190,6 +191,14 @@ class Job:
         Span(), "A hook that takes longer is ended and has failed. 0: no limit.", 300
     )
 
+    write_paths: tuple[str, ...] = key(
+        Words(),
+        "Paths that hooks or a command of your own write, for the service of systemd.",
+        (),
+        unset="none",
+        example=["/var/backups"],
+    )
+
     notify_mail: tuple[str, ...] = key(
         Words(), "Tell these addresses of trouble.", (), unset="none", example=["root"]
     )
@@ -310,6 +319,9 @@ def problems(job: Job) -> Iterator[tuple[Place, str]]:
         if getattr(job, name) and job.layout != "tree":
             dashed = name.replace("_", "-")
             yield (dashed,), f'{dashed} is of no use without layout = "tree"'
+    for word in job.write_paths:
+        if not word.startswith("/"):
+            yield ("write-paths",), f"write-paths: {shown(word)} is no absolute path"
     for word in job.notify_on:
         if word not in set(Event):
             yield ("notify-on",), f"notify-on: {word!r} is none of {', '.join(Event)}"

@@ -132,7 +132,7 @@ def make_plan(
     Raises UserError for what is wrong with the request, the datasets or the client.
     """
     client = clients.load(client_name)
-    table = mountinfo.read()
+    table = mountinfo.read().without_echoes()
     pools, datasets = inventory(request, zfs, table)
     found = filesystems(request, table)
     chosen = selection.select(request, datasets, pools, table, found)

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from . import clients, errand, locks, recovery, states
+from . import clients, errand, locks, plan, recovery, states
 from .errors import (
     AtomtxError,
     BusyError,
@@ -37,6 +37,7 @@ from .statedir import RunFolder
 from .states import Event, Outcome
 from .volumes.kinds import Kinds
 
+LEFT = recovery.LeaveAlone("`atomtx recover` goes on with it when its repository is there")
 _COMMAND_S = 60.0
 _LOOK_S = 0.2
 
@@ -85,6 +86,8 @@ class Settler:
     Settles the open runs of a journal.
 
     *sources* tell where the credentials of a job are now: its key -> variable -> source.
+    Unless it *may_resume*, only what needs neither the client nor its repository is done, and a
+    client that is stopped can go on later.
     """
 
     def __init__(
@@ -96,12 +99,14 @@ class Settler:
         rollback: bool = False,
         patience: Patience = Patience.WAIT,
         sources: Mapping[str, Mapping[str, str]] | None = None,
+        may_resume: bool = True,
     ) -> None:
         self._journal = journal
         self._interrupts = interrupts
         self._tell = tell
-        self._rollback = rollback or patience is Patience.STOP
+        self._rollback = rollback or (patience is Patience.STOP and may_resume)
         self._patience = patience
+        self._may_resume = may_resume
         self._sources = sources or {}
 
     def settle(self, run: Run) -> Settled:
@@ -153,7 +158,7 @@ class Settler:
     def _decide(self, run: Run, folder: RunFolder, kinds: Kinds) -> Decision:
         probes, _ = probe(run, folder, kinds)
         decision = recovery.decide(run, probes, self._wish())
-        if isinstance(decision, recovery.Resume):
+        if isinstance(decision, recovery.Resume) and self._may_resume:
             # Asking the repository may take a minute: only when everything else is ready.
             not_ready = self._not_ready(self._updated(run), kinds)
             decision = recovery.decide(run, replace(probes, not_ready=not_ready), self._wish())
@@ -205,6 +210,8 @@ class Settler:
             elif isinstance(decision, recovery.Wait):
                 executor.take_over(run)
                 raise self._waiting(run, decision)
+            elif not self._may_resume and _is_for_later(run, decision):
+                return Settled(executor.take_over(run), LEFT)
             else:
                 run = self._act(executor.take_over(run), decision, executor)
                 return Settled(run, decision, executor.interrupted)
@@ -231,7 +238,7 @@ class Settler:
     def _adopt(self, run: Run, folder: RunFolder) -> None:
         if self._patience is Patience.STOP:
             self._tell.step(f"stopping the client of run {run.id}")
-            errand.stop(folder, signal.SIGINT)
+            errand.stop(folder, signal.SIGINT if self._may_resume else signal.SIGTERM)
         else:
             self._tell.step(f"the client of run {run.id} ({run.label}) lives: waiting for its end")
         errand.wait(folder, self._interrupts, self._tell.progress, stop_on_signal=False)
@@ -261,6 +268,12 @@ class Settler:
             case _:
                 raise AssertionError(decision)
         return executor.advance(run)
+
+
+def _is_for_later(run: Run, decision: Decision) -> bool:
+    """Tell whether what is left to do needs the client, its repository or hooks of the end."""
+    ends = run.plan.retention or plan.hooks_after(run.plan, None)
+    return isinstance(decision, recovery.Resume) or bool(ends)
 
 
 @contextmanager

@@ -149,3 +149,35 @@ def test_many_mounts() -> None:
         assert mountinfo.containing(mounts, f"/m/{n}/x/y") is mounts[n - 1]
         assert mountinfo.visible_below(mounts, f"/m/{n}") == ()
     assert time.process_time() - start < 1
+
+
+def bind(i: int, parent: int, at: str, root: str, dev: str = "0:1") -> Entry:
+    return Entry(i, parent, dev, root, at, "rw", (), "zfs", "tank/ROOT", "rw")
+
+
+def test_echoes() -> None:
+    """A directory mounted over itself, as in a service of systemd, is no mount of its own."""
+    sandbox = Table(
+        [
+            bind(1, 0, "/", "/"),
+            bind(2, 1, "/home/ann", "/", "0:2"),  # a dataset of its own, hidden now
+            bind(3, 1, "/home", "/home"),
+            bind(4, 3, "/home/ann", "/", "0:2"),  # and seen again
+            bind(5, 4, "/home/ann/repo", "/repo", "0:2"),
+            bind(6, 5, "/home/ann/repo/x", "/repo/x", "0:2"),
+            bind(7, 1, "/mnt", "/home"),  # another directory
+            bind(8, 1, "/srv", "/srv", "0:3"),  # of another file system
+        ]
+    )
+    plain = sandbox.without_echoes()
+    assert ids(plain) == [1, 2, 4, 7, 8]
+    assert ids(plain.visible_below("/")) == [4, 7, 8]
+    assert [entry.parent for entry in plain] == [0, 1, 1, 1, 1]
+
+
+def test_no_echo_of_a_whole() -> None:
+    """What a mount stacked on another one hides is not told apart, and is left."""
+    stacked = Table([bind(1, 0, "/", "/"), bind(2, 1, "/", "/"), bind(3, 3, "/x", "/x")])
+    assert stacked.without_echoes() == stacked
+    below = Table([bind(1, 0, "/a", "/@/sub"), bind(2, 1, "/a/b", "/@/sub/b")])
+    assert ids(below.without_echoes()) == [1]

@@ -33,6 +33,9 @@ COMMANDS = {
     "stop": ("atomtx.cli.stop:stop", "Stop a living run and undo it."),
     "check": ("atomtx.cli.check:check", "Tell a monitoring system whether backups are fresh."),
     "config": ("atomtx.cli.config:config", "Check, show or begin the configuration."),
+    "install": ("atomtx.cli.install:install", "Make a service and a timer of systemd of each job."),
+    "uninstall": ("atomtx.cli.install:uninstall", "Take away what `atomtx install` wrote."),
+    "notify": ("atomtx.cli.notify:notify", "Give the notices that services have left."),
     "journal": ("atomtx.cli.journal:journal", "Check, copy, export or set aside the journal."),
     "doctor": ("atomtx.cli.doctor:doctor", "Check what is installed, allowed and healthy."),
 }

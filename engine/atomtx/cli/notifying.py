@@ -8,6 +8,7 @@ lock is held: `Notifier.delivering` is around all of the command's work.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,8 +18,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .. import history, journalfile, notices
-from ..errors import AtomtxError, BusyError, ExitStatus
+from .. import history, journalfile, notices, outbox
+from ..errors import AtomtxError, BusyError, EffectError, ExitStatus
 from ..notices import Facts, NotifySettings
 from ..records import Run
 from ..redact import Redactor
@@ -147,8 +148,23 @@ class Notifier:
         for settings in dict.fromkeys(settings for settings, _ in self._facts):
             with self._harmless():
                 told = [notices.notice(facts, redact) for s, facts in self._facts if s == settings]
-                self._tell(partial(_send, settings=settings, told=told))
+                if outbox.is_wanted():
+                    settings = self._leave(settings, told)
+                if not settings.is_empty:
+                    self._tell(partial(_send, settings=settings, told=told))
         self._facts.clear()
+
+    def _leave(self, settings: NotifySettings, told: list[notices.Notice]) -> NotifySettings:
+        """Leave to another process what it gives; return the settings for the rest."""
+        now, later = outbox.parted(settings)
+        started = os.environ.get("INVOCATION_ID", "")
+        for n, (each, notice) in enumerate((s, notice) for notice in told for s in later):
+            name = f"{time.time_ns():020}-{os.getpid()}-{n}"
+            try:
+                outbox.leave(self._state, name, each, notice, started)
+            except EffectError as exc:
+                self._warn(f"not notified: {exc.message}")
+        return now
 
     def _tell(self, effect: Callable[[ModuleType], list[str]]) -> None:
         with self._harmless():

@@ -8,11 +8,12 @@ from typing import Any
 
 import click
 
-from .. import adoption, process, recovery, statedir, states
+from .. import adoption, config, process, recovery, statedir, states
 from ..errors import EffectError, ExitStatus, UserError, WaitingError, worst
 from ..executor import Tell
 from ..interrupts import Interrupts
 from ..journal import Journal, NoRunError
+from ..plan import job_key
 from ..records import Run
 from ..settling import Patience, Settled, Settler, abandon
 from ..volumes import btrfs
@@ -25,7 +26,13 @@ from .summary import result
 
 @click.command()
 @click.option("--run", "prefix", metavar="ID", help="This run alone.")
+@click.option("--job", "job_name", metavar="NAME", help="The runs of this job alone.")
 @click.option("--rollback", is_flag=True, help="Undo; do not resume.")
+@click.option(
+    "--no-resume",
+    is_flag=True,
+    help="Clean up alone: leave what needs the client or its repository for later.",
+)
 @click.option("--stop", is_flag=True, help="Stop a client that is still running.")
 @click.option("--no-wait", is_flag=True, help="Leave a client that is still running alone.")
 @click.option("-n", "--dry-run", is_flag=True, help="Say what would be done, change nothing.")
@@ -50,6 +57,7 @@ def recover(as_json: bool, **options: Any) -> ExitStatus:
       atomtx recover --rollback --run 7f3c
       atomtx recover --scan
       atomtx recover --config /etc/atomtx/atomtx.toml    the credentials were moved
+      atomtx recover --no-resume       at boot, before there is a network
 
     \b
     EXIT STATUS
@@ -76,13 +84,22 @@ class _Recover:
             raise UserError("only root can recover", hint="run it with sudo")
         if self._options["stop"] and self._options["no_wait"]:
             raise UserError("--stop and --no-wait exclude each other")
+        if self._options["rollback"] and self._options["no_resume"]:
+            raise UserError("--rollback and --no-resume exclude each other")
         if self._options["dry_run"] and (self._options["adopt"] or self._options["abandoned"]):
             raise UserError("--dry-run goes with neither --adopt nor --abandon")
-        self._sources = jobs.sources(self._options["config_path"])
+        self._sources = jobs.sources(self._config())
         if self._options["dry_run"] or self._options["scan"]:
             return self._recover()
         with self._notifier.delivering("atomtx recover"):
             return self._recover()
+
+    def _config(self) -> str | None:
+        """Return the configuration to take credentials from; that of a job where it is named."""
+        given: str | None = self._options["config_path"]
+        if given is None and self._options["job_name"] and config.is_there():
+            return config.find()
+        return given
 
     def _recover(self) -> ExitStatus:
         self._interrupts.install()
@@ -102,6 +119,9 @@ class _Recover:
 
     def _settle_all(self, journal: Journal) -> ExitStatus:
         runs = _chosen(journal.open_runs(), self._options["prefix"])
+        if self._options["job_name"]:
+            wanted = job_key(self._options["job_name"])
+            runs = [run for run in runs if run.job == wanted]
         settler = Settler(
             journal,
             self._interrupts,
@@ -109,6 +129,7 @@ class _Recover:
             rollback=self._options["rollback"],
             patience=self._patience(),
             sources=self._sources,
+            may_resume=not self._options["no_resume"],
         )
         if self._options["dry_run"]:
             for run in runs:

@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Protocol, Self, TextIO
 
+from .. import sdnotify
 from ..words import age as age
 from ..words import duration as duration
 from ..words import local_time as local_time
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from ..clients import Progress
 
 PLAIN_INTERVAL_S = 600.0
+STATUS_INTERVAL_S = 5.0
 JSON_INTERVAL_S = 1.0
 
 
@@ -130,6 +132,7 @@ def reporter(
     """
     Return the reporter that fits: JSON lines on stdout, a live line on a terminal, or plain lines.
 
+    In a service of systemd, plain lines and the status that `systemctl status` shows.
     *quiet* leaves warnings alone (as JSON has its own, it has no effect there).
     """
     stream = stderr if stderr is not None else sys.stderr
@@ -139,7 +142,7 @@ def reporter(
         return QuietReporter(stream)
     if stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb":
         return TerminalReporter(stream)
-    return PlainReporter(stream)
+    return ServiceReporter(stream) if sdnotify.is_listened_to() else PlainReporter(stream)
 
 
 class PlainReporter:
@@ -196,6 +199,34 @@ class PlainReporter:
             print(text, file=self._stream, flush=True)
         except (OSError, ValueError):  # the terminal or the reader went away, or it is closed
             self._stream = None
+
+
+class ServiceReporter(PlainReporter):
+    """Plain lines, and what is done now, with percent, as the status of the service."""
+
+    def __init__(
+        self, stream: TextIO | None, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        super().__init__(stream, clock=clock)
+        self._now = ""
+        self._told_at = clock() - STATUS_INTERVAL_S
+
+    def step(self, text: str) -> None:
+        super().step(text)
+        self._now = printable(text.partition("\n")[0])
+        sdnotify.status(self._now)
+
+    def progress(self, progress: Progress) -> None:
+        super().progress(progress)
+        now = self._clock()
+        if now - self._told_at >= STATUS_INTERVAL_S:
+            self._told_at = now
+            words = progress_words(progress)
+            sdnotify.status(f"{self._now}: {words}" if words else self._now)
+
+    def done(self, text: str) -> None:
+        super().done(text)
+        sdnotify.status(printable(text.partition("\n")[0]))
 
 
 class QuietReporter(PlainReporter):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from .. import system
@@ -104,6 +104,31 @@ class Table(tuple[Entry, ...]):
         first = bisect_left(mountpoints, prefix)
         last = bisect_left(mountpoints, prefix[:-1] + "0")  # "0" follows "/"
         return tuple(e for e in entries[first:last] if e.mountpoint != mountpoint)
+
+    def without_echoes(self) -> Table:
+        """
+        Leave out mounts of a directory over itself, which show what is seen there anyway.
+
+        The sandbox of a systemd service is made of them (ProtectHome=, ReadWritePaths=, ...);
+        they hide nothing, and a snapshot of what is below them has what they show.
+        """
+        known = {entry.id: entry for entry in self}
+        gone: dict[int, int] = {}
+        kept = []
+        for entry in self:
+            entry = replace(entry, parent=gone.get(entry.parent, entry.parent))
+            if _is_echo(entry, known.get(entry.parent)):
+                gone[entry.id] = entry.parent
+            else:
+                kept.append(entry)
+        return Table(kept)
+
+
+def _is_echo(entry: Entry, parent: Entry | None) -> bool:
+    if parent is None or parent.id == entry.id or entry.dev != parent.dev:
+        return False
+    below = entry.mountpoint.removeprefix(parent.mountpoint.rstrip("/"))
+    return entry.mountpoint != parent.mountpoint and entry.root == parent.root.rstrip("/") + below
 
 
 def parse(data: bytes) -> Table:

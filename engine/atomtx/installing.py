@@ -1,0 +1,275 @@
+"""
+Units of systemd, written and taken away.
+
+Only files that begin with our marker are ever replaced or removed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from . import clients, credentials, process, units
+from .clients import Settings
+from .config import Config
+from .config_schema import Job
+from .errors import AtomtxError, EffectError, UserError
+from .names import is_within
+from .preparing import choose_client
+from .statedir import sync_directory
+from .units import Program, Schedule, Service
+
+# What a service may write without our word; see units.py.
+_WRITABLE = (units.CACHE, "/tmp", "/var/tmp", "/var/lib/atomtx", "/run", "/dev", "/proc", "/sys")
+_PASSED_ON = ("ATOMTX_CONFIG", "ATOMTX_STATE_DIR")
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_SYSTEMCTL_S = 120.0
+
+
+def program(env: Mapping[str, str], *, config_path: str | None = None) -> Program:
+    """Return how a unit starts this very program."""
+    variables = {name: os.path.abspath(env[name]) for name in _PASSED_ON if env.get(name)}
+    if config_path:
+        variables["ATOMTX_CONFIG"] = os.path.abspath(config_path)
+    home = os.path.expanduser("~root")
+    return Program(_words(), {"HOME": home, "XDG_CACHE_HOME": units.CACHE, **variables})
+
+
+def _words() -> tuple[str, ...]:
+    own = Path(sys.argv[0])
+    if own.name == "atomtx" and own.is_file() and os.access(own, os.X_OK):
+        return (str(own.absolute()),)
+    return (sys.executable, "-P", "-m", "atomtx")
+
+
+# -- from a job to its service -----------------------------------------------------------------
+
+
+def service(name: str, job: Job, made: Program) -> tuple[Service, list[str]]:
+    """Return what the service of a job needs, and what its user should know."""
+    env = _environment(job, made)
+    notes: list[str] = []
+    wanted = [*_paths(job, env, notes), *job.write_paths]
+    wanted += [job.root] if job.layout == "tree" else []
+    state = made.environment.get("ATOMTX_STATE_DIR")
+    wanted += [state] if state else []
+    writes = tuple(dict.fromkeys(os.path.normpath(path) for path in wanted))
+    writes = tuple(path for path in writes if not any(is_within(path, w) for w in _WRITABLE))
+    notes += [
+        f"job {name}: {path} is not there yet, and the service cannot make it"
+        for path in writes
+        if not os.path.lexists(path)
+    ]
+    there, missing = _credentials(job)
+    notes += [f"job {name}: {note}" for note in missing]
+    made_of = Service(
+        job=name,
+        grace_s=job.grace,
+        writes=writes,
+        credentials=there,
+        has_hooks=bool(job.hooks),
+        is_command=bool(job.command) or job.client == "command",
+        has_priority=bool(job.nice or job.io_class),
+        quiesces=bool(job.quiesce),
+        tells=not job.notices.is_empty,
+    )
+    return made_of, notes
+
+
+def _environment(job: Job, made: Program) -> dict[str, str]:
+    """Return the client's environment in a service, as far as it is known outside of one."""
+    env = {"PATH": _PATH, **made.environment, **job.environment}
+    for variable, source in job.sources:
+        try:
+            env |= credentials.read(((variable, source),), {})
+        except UserError:  # systemd's, or not there yet: it names no path that we could know
+            continue
+    return env
+
+
+def _paths(job: Job, env: Mapping[str, str], notes: list[str]) -> Iterator[str]:
+    """Yield what the client writes: its cache, a repository on this machine, its settings."""
+    wanted = Settings(job.command, job.arguments, env, job.working_directory)
+    try:
+        client = clients.load(choose_client(job.client, job.command, env))
+        yield from client.live_paths(wanted)
+    except AtomtxError as exc:
+        notes.append(f"what its client writes is not known: {exc}")
+
+
+def _credentials(job: Job) -> tuple[dict[str, str], list[str]]:
+    """Return the files of systemd's credentials, and which are not there."""
+    there, missing = {}, []
+    for name in dict.fromkeys(each.credential for each in job.credentials.values()):
+        if not name:
+            continue
+        files = units.credential_files(name)
+        found = next((file for file in files if os.path.lexists(file)), None)
+        there[name] = found or files[0]
+        if found is None:
+            missing.append(
+                f"the credential {name} is not there: `systemd-creds encrypt --name={name} - "
+                f"{files[0]}`"
+            )
+    return there, missing
+
+
+# -- files -------------------------------------------------------------------------------------
+
+
+def pages(
+    config: Config, names: Sequence[str], schedule: Schedule | None, made: Program, directory: Path
+) -> tuple[dict[str, str], list[str]]:
+    """
+    Return the files to write, by their names below the directory, and what to know of them.
+
+    Without a *schedule* a timer that is there stays as it is.
+    """
+    found = {name: service(name, config.job(name), made) for name in config.jobs}
+    wanted = [found[name][0] for name in names]
+    shared = units.files([each for each, _ in found.values()], made)
+    texts = {name: shared[name] for name in units.SHARED}
+    texts |= {name: text for name, text in units.files(wanted, made).items() if "/" in name}
+    for name in names:
+        file = units.timer_name(name)
+        if schedule or not (directory / file).exists():
+            texts[file] = units.timer(name, schedule or Schedule())
+    return texts, [note for name in names for note in found[name][1]]
+
+
+def write(directory: Path, texts: Mapping[str, str]) -> list[str]:
+    """
+    Write what is not there or differs, each atomically; return the names of those.
+
+    Raises UserError, before anything is written, for a file that is not ours.
+    """
+    foreign = [name for name in texts if not _is_ours_or_absent(directory / name)]
+    if foreign:
+        raise UserError(
+            f"{directory / foreign[0]} was not written by `atomtx install systemd`",
+            hint="nothing was changed; move it away, or look at `--print`",
+        )
+    changed = [name for name, text in texts.items() if _text(directory / name) != text]
+    try:
+        for name in changed:
+            _replace(directory / name, texts[name])
+    except OSError as exc:
+        raise EffectError(f"cannot write {exc.filename or directory}: {exc.strerror}") from exc
+    return changed
+
+
+def _replace(path: Path, text: str) -> None:
+    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.new")
+    with open(new, "w", encoding="utf-8") as file:
+        os.fchmod(file.fileno(), 0o644)
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
+    sync_directory(path.parent)
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return None
+    except OSError as exc:
+        raise EffectError(f"cannot read {path}: {exc.strerror}") from exc
+
+
+def _is_ours_or_absent(path: Path) -> bool:
+    text = None if path.is_symlink() else _text(path)
+    return text.startswith(f"{units.MARKER}\n") if text is not None else not os.path.lexists(path)
+
+
+def ours(directory: Path, names: Sequence[str] = ()) -> list[str]:
+    """Return the names of our files that are there: those of some jobs, or all."""
+    patterns = [*units.SHARED, "atomtx@*.timer", f"atomtx@*.d/{units.DROP_IN}"]
+    patterns.append(f"atomtx-resume@*.d/{units.DROP_IN}")
+    if names:
+        patterns = [
+            pattern
+            for name in names
+            for pattern in (
+                units.timer_name(name),
+                *(f"{units.instance(t, name)}.d/{units.DROP_IN}" for t in units.SHARED[:2]),
+            )
+        ]
+    found = sorted(path for pattern in patterns for path in directory.glob(pattern))
+    return [str(path.relative_to(directory)) for path in found if _is_ours_or_absent(path)]
+
+
+def remove(directory: Path, names: Iterable[str]) -> None:
+    """Remove files of ours, and the directories of drop-ins that are then empty; idempotent."""
+    try:
+        for name in names:
+            path = directory / name
+            if _is_ours_or_absent(path):
+                path.unlink(missing_ok=True)
+            if path.parent != directory and path.parent.is_dir() and not any(path.parent.iterdir()):
+                path.parent.rmdir()
+        sync_directory(directory)
+    except OSError as exc:
+        raise EffectError(f"cannot remove {exc.filename}: {exc.strerror}") from exc
+
+
+def jobs_of(names: Iterable[str]) -> list[str]:
+    """Return the jobs to which files belong."""
+    found = (name.partition("@")[2] for name in names if name.startswith("atomtx@"))
+    jobs = (rest.split("/")[0].removesuffix(".d").rpartition(".")[0] for rest in found)
+    return [job for job in dict.fromkeys(jobs) if job]
+
+
+# -- the service manager -----------------------------------------------------------------------
+
+
+def is_booted() -> bool:
+    """Tell whether systemd runs this machine: sd_booted(3)."""
+    return os.path.isdir("/run/systemd/system")
+
+
+def check_calendar(expression: str) -> None:
+    """Raise UserError for what is no time of systemd's; systemd itself is asked."""
+    if process.which("systemd-analyze") is None:
+        return
+    answer = process.run(["systemd-analyze", "calendar", "--", expression], timeout_s=_SYSTEMCTL_S)
+    if not answer.ok:
+        raise UserError(
+            f"{expression!r} is no time for OnCalendar=",
+            hint="such as 'Mon *-*-* 03:00' or daily; see systemd.time(7)",
+        )
+
+
+def systemctl(*words: str) -> None:
+    """Run `systemctl`; EffectError with its own words where it fails."""
+    answer = process.run(["systemctl", *words], timeout_s=_SYSTEMCTL_S)
+    if not answer.ok:
+        raise answer.error(f"systemctl {words[0]} failed", hint=f"`systemctl {' '.join(words)}`")
+
+
+def start(names: Sequence[str]) -> None:
+    """Let the service manager read the units, and start the timers of the jobs *names*."""
+    systemctl("daemon-reload")
+    resumed = [units.instance(units.RESUME, name) for name in names]
+    systemctl("enable", units.RECOVER, *resumed)
+    timers = [units.timer_name(name) for name in names]
+    systemctl("enable", "--now", *timers)
+
+
+def stop(directory: Path, found: Sequence[str]) -> None:
+    """Stop the timers among our files, and start nothing at boot; a backup at work goes on."""
+    timers = [name for name in found if name.endswith(".timer")]
+    if timers:
+        systemctl("disable", "--now", *timers)
+    for name in timers:  # the time of its last start
+        if "\nPersistent=true\n" in (_text(directory / name) or ""):
+            systemctl("clean", "--what=state", name)
+    resumed = [units.instance(units.RESUME, name) for name in jobs_of(found)]
+    if resumed:
+        systemctl("disable", *resumed)
+    if units.RECOVER in found:
+        systemctl("disable", units.RECOVER)

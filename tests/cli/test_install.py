@@ -1,0 +1,159 @@
+"""`atomtx install systemd`, `uninstall systemd` and `notify`, as a user types them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from atomtx import notices, outbox, units
+from atomtx.notices import Facts, NotifySettings
+from tests.cli.conftest import Run
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="units are root's")
+CONFIG = """
+[jobs.home]
+volumes = ["tank/home"]
+client = "restic"
+environment = {{ RESTIC_REPOSITORY = "/srv/restic" }}
+notify-command = ["{tell}"]
+[jobs.my-photos]
+volumes = ["/srv/photos"]
+client = "restic"
+environment = {{ RESTIC_REPOSITORY = "sftp:u@h:/x" }}
+credentials.RESTIC_PASSWORD = {{ credential = "no-such" }}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path, env: dict[str, str]) -> Path:
+    path = tmp_path / "atomtx.toml"
+    tell = tmp_path / "tell"
+    tell.write_text(f"#!/bin/sh\necho $ATOMTX_EVENT $ATOMTX_REASON >>{tmp_path}/told\n")
+    tell.chmod(0o755)
+    path.write_text(CONFIG.format(tell=tell))
+    env["ATOMTX_CONFIG"] = str(path)
+    return path
+
+
+def test_install(file: Path, tmp_path: Path, atomtx_: Run) -> None:
+    """Units are written for all jobs, what is missing is told, and all of it is taken away."""
+    where = tmp_path / "units"
+    words = ("install", "systemd", "--directory", str(where))
+    done = atomtx_(*words, "--on-calendar", "Mon *-*-* 03:00", "--randomized-delay", "1h")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "note: job home: /srv/restic is not there yet" in done.stdout
+    assert "note: job my-photos: the credential no-such is not there" in done.stdout
+    timer = (where / "atomtx@my-photos.timer").read_text()
+    assert "OnCalendar=Mon *-*-* 03:00\n" in timer
+    assert "RandomizedDelaySec=3600\n" in timer
+    assert f"Environment=ATOMTX_CONFIG={file}" in (where / units.BACKUP).read_text()
+    # Once more: the timer stays as it is, though nothing is said of it.
+    again = atomtx_(*words)
+    assert again.stdout.startswith("nothing has changed\n")
+    assert (where / "atomtx@my-photos.timer").read_text() == timer
+    one = atomtx_("uninstall", "systemd", "--directory", str(where), "--job", "home")
+    assert one.stdout.count("removed") == 3
+    atomtx_("uninstall", "systemd", "--directory", str(where))
+    assert list(where.iterdir()) == []
+    last = atomtx_("uninstall", "systemd", "--directory", str(where))
+    assert (last.returncode, last.stdout) == (0, "nothing of ours is there\n")
+
+
+def test_print(file: Path, tmp_path: Path, atomtx_: Run) -> None:
+    """`--print` shows each unit under its name, and writes nothing."""
+    where = tmp_path / "units"
+    done = atomtx_("install", "systemd", "--print", "--job", "home", "--directory", str(where))
+    assert done.returncode == 0
+    assert f"# {where}/atomtx@home.timer\n{units.MARKER}\n" in done.stdout
+    assert "my-photos" not in done.stdout
+    assert not where.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--job", "hom"), 'has no job "hom"'),
+        (("--on-calendar", "sometime"), "'sometime' is no time for OnCalendar="),
+        (("--randomized-delay", "long"), "'long'"),
+    ],
+)
+def test_refused(
+    file: Path, tmp_path: Path, atomtx_: Run, words: tuple[str, ...], message: str
+) -> None:
+    """What makes no sense is refused before anything is written."""
+    where = tmp_path / "units"
+    done = atomtx_("install", "systemd", "--directory", str(where), *words)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert not where.exists()
+
+
+def test_foreign(file: Path, tmp_path: Path, atomtx_: Run) -> None:
+    """A unit that somebody else wrote is kept, and nothing is written beside it."""
+    foreign = tmp_path / "units" / "atomtx@home.timer"
+    foreign.parent.mkdir()
+    foreign.write_text("[Timer]\nOnCalendar=weekly\n")
+    done = atomtx_(
+        "install", "systemd", "--directory", str(foreign.parent), "--on-calendar", "daily"
+    )
+    assert done.returncode == 2
+    assert f"{foreign} was not written by `atomtx install systemd`" in done.stderr
+    assert list(foreign.parent.iterdir()) == [foreign]
+
+
+# -- notices -----------------------------------------------------------------------------------
+
+
+def test_notify(file: Path, tmp_path: Path, env: dict[str, str], atomtx_: Run) -> None:
+    """What was left is given once; what cannot be given is kept, and said."""
+    state = tmp_path / "state"
+    state.mkdir()
+    notice = notices.notice(Facts("nas", "home", datetime.now(UTC), reason="no route"), str)
+    tell = NotifySettings(command=(str(tmp_path / "tell"),))
+    broken = NotifySettings(command=("/no/such",))
+    for n, settings in enumerate((tell, broken)):
+        outbox.leave(state, str(n), settings, notice)
+    done = atomtx_("notify")
+    assert done.returncode == 1
+    assert "warning: not notified: command: cannot start /no/such" in done.stderr
+    assert (tmp_path / "told").read_text() == "failed no route\n"
+    assert [path.name for path in (state / "outbox").iterdir()] == ["1.json"]
+
+
+@pytest.mark.parametrize("spoke", [True, False])
+def test_killed(file: Path, tmp_path: Path, env: dict[str, str], atomtx_: Run, spoke: bool) -> None:
+    """Of a service that was killed without a word it is said; of one that spoke, nothing more."""
+    state = tmp_path / "state"
+    state.mkdir()
+    if spoke:
+        notice = notices.notice(Facts("nas", "home", datetime.now(UTC)), str)
+        outbox.leave(state, "1", NotifySettings(), notice, "abc")
+    monitor = {"SERVICE_RESULT": "oom-kill", "EXIT_CODE": "killed", "EXIT_STATUS": "KILL"}
+    env |= {f"MONITOR_{n}": v for n, v in monitor.items()} | {"MONITOR_INVOCATION_ID": "abc"}
+    done = atomtx_("notify", "atomtx@home")
+    assert (done.returncode, done.stdout) == (0, "")
+    told = tmp_path / "told"
+    expected = "failed atomtx@home.service was ended: oom-kill (killed KILL)\n"
+    assert (told.read_text() if told.exists() else "") == ("" if spoke else expected)
+    env["MONITOR_SERVICE_RESULT"] = "success"
+    told.unlink(missing_ok=True)
+    assert atomtx_("notify", "atomtx@home").returncode == 0
+    assert not told.exists()
+
+
+def test_left_for_later(file: Path, tmp_path: Path, env: dict[str, str], atomtx_: Run) -> None:
+    """In a service, a backup that fails leaves its notice, and `notify` gives it."""
+    env |= {outbox.VARIABLE: "1", "INVOCATION_ID": "abc", "PATH": os.path.dirname(sys.executable)}
+    (tmp_path / "state").mkdir()
+    assert atomtx_("backup", "--job", "home").returncode in (1, 2)  # with zfs or without it
+    assert not (tmp_path / "told").exists()
+    env |= {"MONITOR_SERVICE_RESULT": "exit-code", "MONITOR_INVOCATION_ID": "abc"}
+    del env[outbox.VARIABLE]
+    env["PATH"] += ":/bin"
+    assert atomtx_("notify", "atomtx@home").returncode == 0
+    (line,) = (tmp_path / "told").read_text().splitlines()
+    assert line.startswith("failed ")

@@ -1,0 +1,165 @@
+"""The units of systemd: their text, and what systemd itself says of them."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from atomtx import installing, units
+from atomtx.config_schema import Job
+from atomtx.errors import UserError
+from atomtx.units import Program, Schedule, Service
+
+PROGRAM = Program(("/bin/true",), {"HOME": "/root", "XDG_CACHE_HOME": units.CACHE})
+SERVICES = {
+    "zfs": Service("home", 60),
+    "btrfs, a local repository": Service("my-photos", 60, writes=("/mnt/my disk/restic 100%",)),
+    "B2 with credentials": Service(
+        "b2",
+        600,
+        credentials={
+            "b2": "/etc/credstore.encrypted/b2",
+            "b2-key": "/etc/credstore/b2-key",
+        },
+        tells=True,
+    ),
+    "hooks": Service("db.1", 60, ("/var/backups",), has_hooks=True, quiesces=True, tells=True),
+    "a command": Service("tar_x", 60, ("/srv/$x",), is_command=True, has_priority=True),
+}
+
+
+def verify(folder: Path, *names: str) -> str:
+    """Return what systemd has to say of units."""
+    argv = ["systemd-analyze", "verify", "--man=no", *(str(folder / name) for name in names)]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    return done.stdout + done.stderr + ("" if done.returncode == 0 else f"{done.returncode}")
+
+
+def written(folder: Path, services: list[Service], program: Program = PROGRAM) -> list[str]:
+    """Write units; return the names of those to be looked at."""
+    texts = units.files(services, program)
+    schedule = Schedule(("Mon *-*-* 03:00", "daily"), randomized_delay_s=300, wakes=True)
+    texts |= {units.timer_name(each.job): units.timer(each.job, schedule) for each in services}
+    installing.write(folder, texts)
+    instances = [
+        units.instance(template, each.job)
+        for each in services
+        for template in (units.BACKUP, units.RESUME, units.NOTIFY)
+    ]
+    return [*instances, units.RECOVER, *(units.timer_name(each.job) for each in services)]
+
+
+def test_verify(tmp_path: Path) -> None:
+    """systemd has nothing to say of any unit, and finds a fault where there is one."""
+    names = written(tmp_path, list(SERVICES.values()))
+    assert verify(tmp_path, *names) == ""
+    drop_in = tmp_path / "atomtx@home.service.d" / units.DROP_IN
+    drop_in.write_text(drop_in.read_text() + "ReadWritePath=/x\n")
+    assert "ReadWritePath'" in verify(tmp_path, *names)
+
+
+def test_program_not_there(tmp_path: Path) -> None:
+    """Words of a program are quoted; a program that is not there is seen by systemd."""
+    program = Program(("/no where/python $x", "$y"), {"A": 'b "c" 100%'})
+    names = written(tmp_path, [SERVICES["zfs"]], program)
+    text = (tmp_path / units.BACKUP).read_text()
+    assert 'ExecStart="/no where/python $x" $$y backup --wait --on-stop keep --job %i' in text
+    assert 'Environment="A=b \\"c\\" 100%%"' in text
+    assert "/no where/python $x is not executable" in verify(tmp_path, *names)
+
+
+@given(st.text(st.characters(codec="utf-8", exclude_characters="\0\r"), min_size=1))
+def test_word(text: str) -> None:
+    """Whatever a path holds, its word stays on its line and has no specifier in it."""
+    word = units.word(text)
+    assert "\n" not in word
+    assert "%" not in word.replace("%%", "")
+
+
+def test_job() -> None:
+    """A job's drop-in has what its configuration needs, for the service and the resumption."""
+    texts = units.files(list(SERVICES.values()), PROGRAM)
+    assert 'ReadWritePaths="-/mnt/my disk/restic 100%%"' in texts[of("my-photos")]
+    b2 = texts[of("b2")]
+    assert "LoadCredentialEncrypted=b2:/etc/credstore.encrypted/b2\n" in b2
+    assert "LoadCredential=b2-key:/etc/credstore/b2-key\n" in b2
+    assert "OnFailure=atomtx-notify@%N.service\n" in b2
+    assert "TimeoutStopSec=780\n" in b2
+    assert "CAP_SETUID" in texts[of("db.1")]
+    assert "CAP_SETUID" not in texts[of("home")] + texts[units.BACKUP]
+    assert "RestrictSUIDSGID=no" in texts[of("tar_x")]
+    for service in SERVICES.values():
+        assert texts[of(service.job)] == texts[of(service.job, units.RESUME)]
+    assert "/var/backups" in texts[units.RECOVER]
+
+
+def of(job: str, template: str = units.BACKUP) -> str:
+    return f"{units.instance(template, job)}.d/{units.DROP_IN}"
+
+
+def test_paths() -> None:
+    """What the service may write is what the client, the hooks and the tree write."""
+
+    job = Job(
+        volumes=("tank/home",),
+        client="restic",
+        environment={"RESTIC_REPOSITORY": "/srv/restic", "RESTIC_CACHE_DIR": "/srv/cache"},
+        write_paths=("/var/backups", "/tmp/x"),
+        layout="tree",
+        root="/restic",
+    )
+    made, notes = installing.service("home", job, PROGRAM)
+    assert made.writes == ("/srv/cache", "/srv/restic", "/var/backups", "/restic")
+    assert any("/srv/restic is not there yet" in note for note in notes)
+
+
+def test_remote_repository() -> None:
+    """A repository elsewhere needs no path, and the client's cache is the service's own."""
+    env = {"RESTIC_REPOSITORY": "b2:bucket:/x"}
+    made, notes = installing.service("b2", Job(volumes=("a/b",), environment=env), PROGRAM)
+    assert (made.writes, notes) == ((), [])
+
+
+# -- files -------------------------------------------------------------------------------------
+
+
+def test_write_twice(tmp_path: Path) -> None:
+    """What is the same is not written again; what we wrote and changed is replaced."""
+    texts = units.files([SERVICES["zfs"]], PROGRAM)
+    assert installing.write(tmp_path, texts) == list(texts)
+    assert installing.write(tmp_path, texts) == []
+    (tmp_path / units.BACKUP).write_text(f"{units.MARKER}\nold\n")
+    assert installing.write(tmp_path, texts) == [units.BACKUP]
+    assert (tmp_path / units.BACKUP).read_text() == texts[units.BACKUP]
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "marked later"])
+def test_foreign(tmp_path: Path, kind: str) -> None:
+    """A file that is not ours is never overwritten nor removed, and nothing else is written."""
+    path = tmp_path / units.NOTIFY
+    if kind == "link":
+        path.symlink_to("/dev/null")  # `systemctl mask`
+    else:
+        path.write_text("[Unit]\n" if kind == "file" else f"\n{units.MARKER}\n")
+    with pytest.raises(UserError, match="was not written by"):
+        installing.write(tmp_path, units.files([SERVICES["zfs"]], PROGRAM))
+    assert list(tmp_path.iterdir()) == [path]
+    installing.remove(tmp_path, [units.NOTIFY])
+    assert path.is_symlink() or path.exists()
+
+
+def test_remove(tmp_path: Path) -> None:
+    """Removal leaves nothing of ours, and what the user has put beside it."""
+    written(tmp_path, [SERVICES["zfs"], SERVICES["hooks"]])
+    own = tmp_path / "atomtx@home.service.d" / "own.conf"
+    own.write_text("[Service]\nNice=19\n")
+    assert installing.jobs_of(installing.ours(tmp_path)) == ["db.1", "home"]
+    installing.remove(tmp_path, installing.ours(tmp_path, ["db.1"]))
+    assert installing.jobs_of(installing.ours(tmp_path)) == ["home"]
+    for _ in range(2):
+        installing.remove(tmp_path, installing.ours(tmp_path))
+        assert [p for p in tmp_path.rglob("*") if p.is_file()] == [own]

@@ -1,0 +1,311 @@
+"""
+The services of systemd, installed by the commands of docs/systemd.md themselves.
+
+Timers fire, the power is cut in mid-run, the machine boots, what was interrupted goes on with the
+same moment, mails arrive in a mailbox, and what is restored is equal.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.vm.machine import CHECKOUT, Machine
+from tests.vm.remote import atomtx, runs
+from tests.vm.tank import fill, leftovers, make_datasets
+
+DOCUMENT = CHECKOUT / "docs" / "systemd.md"
+BLOCK = re.compile(r"^<!-- (run|file): (\S+) -->\n```\w+\n(.*?)^```$", re.M | re.S)
+# Writes where a confined service may not.
+SENDMAIL = "#!/bin/sh\n(echo From atomtx; cat; echo) >> /var/mail/root\n"
+SLOW = '[jobs.{}]\narguments = ["--limit-upload", "150"]\n'
+BOOTED = "/venv/bin/python /root/agent.py start"
+
+
+def document(kind: str, name: str) -> Iterator[str]:
+    """Yield the blocks of the document for a set-up: files, or commands a line each."""
+    for what, of, text in BLOCK.findall(DOCUMENT.read_text()):
+        if (what, of) == (kind, name):
+            yield text
+
+
+def commands(name: str) -> list[str]:
+    lines = [line for text in document("run", name) for line in text.splitlines()]
+    assert lines
+    assert all(line.startswith("# ") for line in lines)
+    return [line.removeprefix("# ") for line in lines]
+
+
+class Host:
+    """The machine with what a reader has before the document's first line."""
+
+    def __init__(self, vm: Machine, job: str) -> None:
+        self.vm = vm
+        self.job = job
+        self.service = f"atomtx@{job}.service"
+        vm.run("mkdir -p /mnt/backup /var/mail && : >/var/mail/root")
+        vm.run("cat >/usr/sbin/sendmail && chmod 755 /usr/sbin/sendmail", input=SENDMAIL)
+
+    def follow(self, name: str, part: slice = slice(None)) -> None:
+        """Do what the document says, a part of it."""
+        for command in commands(name)[part]:
+            self.vm.run(command, timeout=600)
+
+    def configure(self, text: str) -> None:
+        self.vm.run("mkdir -p /etc/atomtx && cat >/etc/atomtx/atomtx.toml", input=text)
+
+    def show(self, unit: str, *names: str) -> dict[str, str]:
+        out = self.vm.run(f"systemctl show {unit} " + " ".join(f"-p {n}" for n in names)).stdout
+        return dict(line.split("=", 1) for line in out.splitlines())
+
+    def start(self) -> None:
+        """Start a backup and return when its client sends data."""
+        self.vm.run(f"systemctl start --no-block {self.service}")
+        self.until(f"pgrep -f 'restic backu[p]' && ! {self.is_still('/mnt/backup')}", 300)
+
+    def is_still(self, folder: str) -> str:
+        count = f"find {folder} -path '*/data/*' -type f | wc -l"
+        return f"test $({count}) = $(cat /tmp/before 2>/dev/null || echo 0)"
+
+    def count(self) -> None:
+        self.vm.run("find /mnt/backup -path '*/data/*' -type f | wc -l >/tmp/before")
+
+    def until(self, condition: str, seconds: int) -> None:
+        """Wait for a shell condition; what the services said is shown where it does not come."""
+        look = f"({condition}) >/dev/null 2>&1 && exit 0"
+        wait = f"for i in $(seq {seconds}); do {look}; sleep 1; done; exit 1"
+        if self.vm.run(wait, check=False, timeout=seconds * 3 + 60).status:
+            raise AssertionError(f"not within {seconds} s: {condition}\n{self.said()}")
+
+    def ended(self, unit: str = "", seconds: int = 600) -> dict[str, str]:
+        """Wait until a service has ended; return how."""
+        unit = unit or self.service
+        self.until(
+            f"systemctl show -p ActiveState {unit} | grep -Eq '=(inactive|failed)$'", seconds
+        )
+        return self.show(unit, "ActiveState", "Result", "ExecMainStatus")
+
+    def said(self) -> str:
+        return self.vm.run(
+            "journalctl -o short-monotonic --no-pager -u 'atomtx*' | tail -60"
+        ).stdout
+
+    def mails(self, count: int = 0) -> str:
+        """Return the mailbox, when it has *count* mails."""
+        self.until(f"test $(grep -c '^From atomtx' /var/mail/root) -ge {count}", 120)
+        return self.vm.run("cat /var/mail/root").stdout
+
+    def boot(self, *, order: str = "") -> None:
+        """Cut the power, or shut down in *order*, and boot."""
+        if order:
+            self.vm.run(order, check=False)
+            end = time.monotonic() + 400
+            while self.vm._alive() and time.monotonic() < end:
+                time.sleep(1)
+            assert not self.vm._alive(), "the machine does not shut down"
+        self.vm.power_off_hard()
+        self.vm.boot()
+        self.vm.run(BOOTED, timeout=300)
+
+    def resumed(self) -> None:
+        """Wait until the boot's clean-up and the resumption have ended, and well."""
+        assert self.ended("atomtx-recover.service")["Result"] == "success", self.said()
+        resume = f"atomtx-resume@{self.job}.service"
+        self.until(
+            f"systemctl show -p ExecMainStartTimestampMonotonic {resume} | grep -v '=0$'", 200
+        )
+        assert self.ended(resume)["Result"] == "success", self.said()
+
+
+def restored(vm: Machine, live: str, below: str) -> None:
+    """Check that what was restored is equal to what is live."""
+    found = vm.run(
+        f"diff -r {live} {below}{live} && find {below}{live} -type f | wc -l", check=False
+    )
+    assert found.status == 0, found.stdout + found.stderr
+    assert int(found.stdout) > 0
+
+
+def test_zfs(vm: Machine) -> None:
+    """The ZFS set-up of the document: timer, power cut, boot, mails, stop, shutdown, removal."""
+    vm.run("systemctl unmask zfs-import-cache.service && systemctl enable zfs-import-cache.service")
+    vm.run("zpool set cachefile=/etc/zfs/zpool.cache tank")
+    make_datasets(vm, "tank/home", "tank/home/ann")
+    for name in ("tank/home", "tank/home/ann"):
+        fill(vm, f"/{name}", files=3, size_bytes=300_000)
+    host = Host(vm, "home")
+    (text,) = document("file", "zfs")
+    host.configure(text)
+    before_start = next(n for n, c in enumerate(commands("zfs")) if c.startswith("systemctl start"))
+    host.follow("zfs", slice(before_start))
+
+    # The timer.
+    vm.run("date -s 02:59:55")
+    host.until(
+        f"systemctl show -p ExecMainStartTimestampMonotonic {host.service} | grep -v '=0$'", 120
+    )
+    assert host.ended()["Result"] == "success", host.said()
+    (run,) = runs(vm)
+    assert (run["outcome"], run["state"]) == ("completed", "destroyed")
+    assert leftovers(vm) == []
+
+    # By hand, and restored.
+    host.follow("zfs", slice(before_start, None))
+    restored(vm, "/tank/home", "/var/tmp/restored")
+    assert host.mails() == ""
+
+    # The power is cut.
+    host.configure(text.replace("[jobs.home]\n", SLOW.format("home")))
+    host.count()
+    fill(vm, "/tank/home/ann", files=3, size_bytes=1_500_000)
+    vm.run("cp -a /tank/home /var/tmp/expected && sync")
+    host.start()
+    vm.run("echo later >/tank/home/later; sync")
+    host.boot()
+    host.resumed()
+    assert [run["attempts"] for run in runs(vm)] == [2, 1, 1]
+    assert {run["outcome"] for run in runs(vm)} == {"completed"}
+    assert leftovers(vm) == []
+    assert "found unfinished" in host.mails(1)
+    vm.run("rm -rf /var/tmp/restored")
+    host.follow("zfs", slice(-1, None))
+    vm.run("diff -r /var/tmp/expected /var/tmp/restored/tank/home")
+    check_boot(host)
+
+    # It is stopped: the moment is kept, and the next start goes on with it.
+    host.count()
+    fill(vm, "/tank/home/ann", files=3, size_bytes=1_500_000)
+    host.start()
+    vm.run(f"systemctl stop {host.service}", timeout=300)
+    assert host.ended()["ActiveState"] == "inactive", host.said()
+    assert vm.run("pgrep restic", check=False).status == 1
+    assert len(vm.run("zfs list -H -t snapshot -o name").stdout.split()) == 2
+    host.configure(text)
+    vm.run(f"systemctl start {host.service}", timeout=600)
+    assert [run["attempts"] for run in runs(vm)[:2]] == [1, 2]
+    assert leftovers(vm) == []
+
+    # The machine is shut down.
+    host.configure(text.replace("[jobs.home]\n", SLOW.format("home")))
+    host.count()
+    fill(vm, "/tank/home/ann", files=3, size_bytes=1_500_000)
+    host.start()
+    host.boot(order="systemctl --no-block poweroff")
+    host.resumed()
+    assert (runs(vm)[0]["outcome"], runs(vm)[0]["attempts"]) == ("completed", 2)
+    assert leftovers(vm) == []
+
+    # Nothing is left of the units.
+    host.follow("removal")
+    assert vm.run("find /etc/systemd /var/lib/systemd/timers -name '*atomtx*'").stdout == ""
+
+
+def check_boot(host: Host) -> None:
+    """Check that the boot has not waited for the resumption, nor for the clean-up."""
+    resume = f"atomtx-resume@{host.job}.service"
+    up = int(host.show("multi-user.target", "ActiveEnterTimestampMonotonic").popitem()[1])
+    done = int(host.show(resume, "ExecMainExitTimestampMonotonic").popitem()[1])
+    assert up < done
+    after = host.show("multi-user.target", "After")["After"].split()
+    assert "atomtx-recover.service" not in after
+
+
+def test_failures(vm: Machine) -> None:
+    """A run that fails and a service that is killed are told by a mail, with what to type."""
+    make_datasets(vm, "tank/home")
+    fill(vm, "/tank/home", files=2, size_bytes=100_000)
+    host = Host(vm, "home")
+    (text,) = document("file", "zfs")
+    host.configure(text)
+    before_start = next(n for n, c in enumerate(commands("zfs")) if c.startswith("systemctl start"))
+    host.follow("zfs", slice(before_start))
+
+    vm.run("mv /mnt/backup/restic /mnt/backup/away")
+    assert vm.run(f"systemctl start {host.service}", check=False, timeout=300).status != 0
+    mail = host.mails(1)
+    assert "Subject: atomtx: home on atomtx-vm: failed" in mail
+    assert "the repository is absent or out of reach" in mail
+    assert "Next, as root on atomtx-vm:\n  atomtx doctor" in mail
+    assert vm.run("ls /var/lib/atomtx/outbox").stdout == ""
+    vm.run("mv /mnt/backup/away /mnt/backup/restic")
+
+    host.configure(text.replace("[jobs.home]\n", SLOW.format("home")))
+    fill(vm, "/tank/home", files=3, size_bytes=1_500_000)
+    host.start()
+    vm.run(f"systemctl kill --kill-whom=main -s KILL {host.service}")
+    assert host.ended()["Result"] == "signal"
+    mail = host.mails(2)
+    assert "atomtx@home.service was ended: signal (killed KILL)" in mail
+    assert vm.run("pgrep restic", check=False).status == 1
+    host.configure(text)
+    vm.run(f"systemctl start {host.service}", timeout=600)
+    assert {run["outcome"] for run in runs(vm)} == {"completed"}
+    assert leftovers(vm) == []
+
+
+# -- btrfs -------------------------------------------------------------------------------------
+
+SUBVOLUME = """
+import fcntl, os, struct
+top = os.open("/mnt/top", os.O_RDONLY)
+fcntl.ioctl(top, 0x5000940E, struct.pack("=q4088s", 0, b"@photos"))  # BTRFS_IOC_SUBVOL_CREATE
+"""
+
+
+@pytest.fixture
+def btrfs_vm(bare_vm: Machine, tmp_path: Path) -> Machine:
+    """The machine with a subvolume at /srv/photos, mounted at each boot."""
+    image = tmp_path / "btrfs"
+    with open(image, "wb") as file:
+        file.truncate(128 << 20)
+    subprocess.run(["mkfs.btrfs", "-q", str(image)], check=True)
+    packed = tmp_path / "btrfs.gz"
+    packed.write_bytes(subprocess.run(["gzip", "-1c", image], stdout=-1, check=True).stdout)
+    bare_vm.put(packed, "/root/btrfs.gz")
+    bare_vm.run("gzip -dc /root/btrfs.gz | dd of=/dev/disk/by-id/virtio-data1 bs=1M status=none")
+    bare_vm.run("mkdir -p /mnt/top /srv/photos && mount /dev/disk/by-id/virtio-data1 /mnt/top")
+    bare_vm.run("python3 -", input=SUBVOLUME)
+    line = "/dev/disk/by-id/virtio-data1 /srv/photos btrfs subvol=@photos 0 0"
+    bare_vm.run(f"umount /mnt/top && echo '{line}' >>/etc/fstab && mount /srv/photos")
+    return bare_vm
+
+
+def test_btrfs(btrfs_vm: Machine) -> None:
+    """The btrfs set-up of the document: started, the power cut, resumed, told, restored."""
+    vm = btrfs_vm
+    fill(vm, "/srv/photos", files=3, size_bytes=300_000)
+    host = Host(vm, "photos")
+    (text,) = document("file", "btrfs")
+    host.configure(text)
+    host.follow("btrfs", slice(-2))
+    vm.run("date -s 03:59:55")
+    host.until(
+        f"systemctl show -p ExecMainStartTimestampMonotonic {host.service} | grep -v '=0$'", 120
+    )
+    assert host.ended()["Result"] == "success", host.said()
+    host.follow("btrfs", slice(-2, None))
+    restored(vm, "/srv/photos", "/var/tmp/photos")
+
+    host.configure(text.replace("[jobs.photos]\n", SLOW.format("photos")))
+    host.count()
+    fill(vm, "/srv/photos", files=3, size_bytes=1_500_000)
+    vm.run("cp -a /srv/photos /var/tmp/expected; sync")
+    host.start()
+    vm.run("echo later >/srv/photos/later; sync")
+    host.boot()
+    host.resumed()
+    assert [run["attempts"] for run in runs(vm)] == [2, 1, 1]
+    assert {run["outcome"] for run in runs(vm)} == {"completed"}
+    assert "found unfinished" in host.mails(1)
+    vm.run("rm -rf /var/tmp/photos")
+    host.follow("btrfs", slice(-1, None))
+    vm.run("diff -r /var/tmp/expected /var/tmp/photos/srv/photos")
+    left = atomtx(vm, "status")
+    assert "unfinished" not in left.output, left.output
+    mount = "mount /dev/disk/by-id/virtio-data1 /mnt/top && ls -A /mnt/top && umount /mnt/top"
+    assert vm.run(mount).stdout.split() == ["@photos"]
