@@ -13,10 +13,17 @@ _FILE = Path(__file__).with_name("seeded.toml")
 
 def seeded() -> list[Trial]:
     """Return them; a text that is not in the engine, or more than once, is an error."""
-    return [_trial(mutant) for mutant in tomllib.loads(_FILE.read_text())["mutant"]]
+    return [trial_of(mutant) for mutant in written()]
 
 
-def _trial(mutant: dict[str, str]) -> Trial:
+def written() -> list[dict[str, str]]:
+    """Return what the file holds."""
+    found: list[dict[str, str]] = tomllib.loads(_FILE.read_text())["mutant"]
+    return found
+
+
+def trial_of(mutant: dict[str, str]) -> Trial:
+    """Put a defect into the engine's text; SystemExit where it does not fit."""
     path = f"engine/atomtx/{mutant['in']}"
     text = (CHECKOUT / path).read_text()
     if text.count(mutant["old"]) != 1:

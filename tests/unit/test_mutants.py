@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from tests.mutants.results import Trial
-from tests.mutants.seeded import seeded
+from tests.mutants.seeded import trial_of, written
 
 
-@pytest.mark.parametrize("trial", seeded(), ids=lambda trial: trial.key)
-def test_seeded(trial: Trial) -> None:
+@pytest.mark.parametrize("mutant", written(), ids=lambda mutant: mutant["name"])
+def test_seeded(mutant: dict[str, str]) -> None:
     """A seeded defect is a program, so that it is found by a test, and not for its syntax."""
+    trial = trial_of(mutant)
     for path, text in trial.files.items():
         compile(text, path, "exec")
     assert trial.tests
