@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections import Counter
 from collections.abc import Iterator
 
@@ -18,6 +19,7 @@ hypothesis.settings.register_profile("atomtx", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("atomtx")
 
 FOREIGN = (
+    "ATOMTX_CONFIG",
     "ATOMTX_STATE_DIR",
     "ATOMTX_NOTIFY_",
     "ATOMTX_PING_",
@@ -45,6 +47,7 @@ LONGEST_FIRST = (
     "vm/test_power_cut_run.py",
     "vm/test_systemd.py",
     "vm/test_refusals.py",
+    "vm/test_from_restomic.py",
     "vm/test_power_cut.py",
     "vm/test_machine.py",
 )
@@ -53,6 +56,9 @@ LONGEST_FIRST = (
 @pytest.fixture(scope="session", autouse=True)
 def _own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keep the tests away from the machine's journal, its repositories and their passwords."""
+    # A shell starts what runs in the background with SIGINT ignored, and so would we.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith(FOREIGN)]:
             patch.delenv(name)
