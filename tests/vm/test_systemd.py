@@ -217,7 +217,7 @@ def test_zfs(vm: Machine) -> None:
 
     # Nothing is left of the units.
     host.follow("removal")
-    assert vm.run("find /etc/systemd /var/lib/systemd/timers -name '*atomtx*'").stdout == ""
+    assert vm.run("find /etc/systemd/system /var/lib/systemd/timers -name '*atomtx*'").stdout == ""
 
 
 def check_boot(host: Host) -> None:
@@ -268,7 +268,7 @@ def test_failures(vm: Machine) -> None:
 SUBVOLUME = """
 import fcntl, os, struct
 top = os.open("/mnt/top", os.O_RDONLY)
-fcntl.ioctl(top, 0x5000940E, struct.pack("=q4088s", 0, b"@photos"))  # BTRFS_IOC_SUBVOL_CREATE
+fcntl.ioctl(top, 0x5000940E, bytearray(struct.pack("=q4088s", 0, b"@photos")))  # BTRFS_IOC_SUBVOL_CREATE
 """
 
 
