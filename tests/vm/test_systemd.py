@@ -268,7 +268,8 @@ def test_failures(vm: Machine) -> None:
 SUBVOLUME = """
 import fcntl, os, struct
 top = os.open("/mnt/top", os.O_RDONLY)
-fcntl.ioctl(top, 0x5000940E, bytearray(struct.pack("=q4088s", 0, b"@photos")))  # BTRFS_IOC_SUBVOL_CREATE
+name = bytearray(struct.pack("=q4088s", 0, b"@photos"))
+fcntl.ioctl(top, 0x5000940E, name)  # BTRFS_IOC_SUBVOL_CREATE
 """
 
 
