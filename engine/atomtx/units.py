@@ -190,10 +190,26 @@ def _backup(program: Program) -> str:
     )
 
 
+def _unawaited() -> list[str]:
+    """
+    Return what keeps targets from waiting for a unit that they want: systemd.target(5).
+
+    The resumption as well: it waits for the clean-up, and a target would with it.
+    """
+    return [
+        "DefaultDependencies=no",
+        "Requires=sysinit.target",
+        "After=sysinit.target basic.target",
+        "Conflicts=shutdown.target",
+        "Before=shutdown.target",
+    ]
+
+
 def _resume(program: Program) -> str:
     return _page(
         "[Unit]",
         "Description=Go on with the interrupted backup of the job %i",
+        *_unawaited(),
         "Wants=network-online.target",
         f"After=network-online.target local-fs.target zfs.target {RECOVER}",
         "",
@@ -217,12 +233,8 @@ def _recover(program: Program, services: Sequence[Service]) -> str:
     return _page(
         "[Unit]",
         "Description=Clean up after interrupted backups",
-        # Without these, targets would wait for it: systemd.target(5).
-        "DefaultDependencies=no",
-        "Requires=sysinit.target",
-        "After=sysinit.target local-fs.target zfs-import.target zfs-mount.service",
-        "Conflicts=shutdown.target",
-        "Before=shutdown.target",
+        *_unawaited(),
+        "After=local-fs.target zfs-import.target zfs-mount.service",
         *_told(any(service.tells for service in services)),
         "",
         "[Service]",

@@ -464,3 +464,19 @@ def test_nothing_loaded(play: Play) -> None:
     """
     assert play(code, ATOMTX_NOTIFY_COMMAND="").said.endswith("False\n")
     assert play(f"{code}\n        {FAILS}").said.endswith("True\n")
+
+
+@pytest.mark.parametrize("in_service", [True, False])
+def test_service_stopped(play: Play, tmp_path: Path, in_service: bool) -> None:
+    """A service that is stopped keeps its moment for the next start: that is no failure to tell."""
+    code = """
+        def advance(self, run):
+            os.kill(os.getpid(), 15)
+            return run
+        Executor.advance = advance
+    """
+    later = {"ATOMTX_NOTIFY_LATER": "1"} if in_service else {}
+    played = play(code, **later)
+    assert played.status == 143
+    assert bool(played.notices) is not in_service
+    assert not list((tmp_path / "state" / "outbox").glob("*"))

@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from .. import history, journalfile, notices, outbox
-from ..errors import AtomtxError, BusyError, EffectError, ExitStatus
+from ..errors import AtomtxError, BusyError, EffectError, ExitStatus, Interrupted
 from ..notices import Facts, NotifySettings
 from ..records import Run
 from ..redact import Redactor
@@ -75,10 +75,13 @@ class Notifier:
 
     def ended(self, run: Run, status: ExitStatus) -> None:
         """Note how a run of this command ended."""
-        self._note(run.job, lambda: self._facts_of(run, status))
+        if not _is_kept_by_service(run, status):
+            self._note(run.job, lambda: self._facts_of(run, status))
 
     def interrupted(self, run: Run, status: ExitStatus, *, pings: bool = True) -> None:
         """Note a run that was found unfinished, and what became of it."""
+        if _is_kept_by_service(run, status):
+            return
         self._note(run.job, lambda: self._facts_of(run, status, found_unfinished=True, pings=pings))
 
     def still_parked(self, run: Run, status: ExitStatus) -> None:
@@ -116,12 +119,17 @@ class Notifier:
         """
         Tell what was noted when the block ends, and how it failed where it did.
 
-        That another run of the job is at work is no news.
+        That another run of the job is at work is no news, nor that a service was stopped.
         """
         self.job = job
         try:
             yield
         except BusyError:
+            raise
+        except Interrupted as exc:
+            if not outbox.is_wanted():
+                interruption = exc
+                self._note("", lambda: self._refused(interruption))
             raise
         except Exception as exc:
             failure = exc
@@ -222,6 +230,11 @@ def _send(
 ) -> list[str]:
     problems: list[str] = notifiers.send(settings, told)
     return problems
+
+
+def _is_kept_by_service(run: Run, status: ExitStatus) -> bool:
+    """Tell whether a service was stopped, as by a shutdown, and its run is kept for the next."""
+    return outbox.is_wanted() and status == ExitStatus.SIGTERM and run.outcome is None
 
 
 def _host() -> str:
