@@ -81,6 +81,8 @@ class Field:
         if ended.status or ended.raised:
             yield f"recovery ended with {ended.status}, {ended.raised}"
         yield from (f"left: {what}" for what in stage.left())
+        if stage.tree.exists():
+            yield "left: the tree's directories"
         for row in stage.rows("SELECT state, outcome FROM runs"):
             if row["outcome"] == "completed" and not stage.copies():
                 yield "completed, and there is no backup"
