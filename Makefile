@@ -46,7 +46,7 @@ bench: $(READY)
 
 crash-full: $(READY)
 	$(BIN)/python -m tests.crash.full
-	ATOMTX_CRASH=full $(BIN)/pytest tests/crash tests/btrfs/test_sweep.py tests/vm/test_power_cut.py tests/vm/test_power_cut_run.py
+	ATOMTX_CRASH=full $(BIN)/pytest tests/crash tests/freebsd tests/btrfs/test_sweep.py tests/vm/test_power_cut.py tests/vm/test_power_cut_run.py
 
 mutants: $(READY)
 	nice $(BIN)/python -m tests.mutants.run $(MUTANTS)

@@ -42,6 +42,8 @@ _PR_SET_CHILD_SUBREAPER = 36
 class FreeBSD(Scene):
     """A scene on FreeBSD; each plan is a tree's."""
 
+    hangs_s = 900.0  # each of fifty programs starts a Python, maybe on a machine at work
+
     def __init__(self, home: Path) -> None:
         super().__init__(home)
         for name in PROGRAMS:
@@ -125,7 +127,6 @@ class FreeBSD(Scene):
         state = self.mounts
         found = [str(m) for m in state["mounts"] if "@" in m["special"] or m["fstype"] == "nullfs"]
         found += [f"unmounted by force: {name}" for name in state["forced"]]
-        found += [str(path) for path in [self.tree] if path.exists()]
         return [*super().left(), *found]
 
 

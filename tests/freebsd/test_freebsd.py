@@ -157,6 +157,24 @@ def test_make_and_remove(on_freebsd: FreeBSD) -> None:
 
 
 @as_root
+def test_inherits_the_lock(on_freebsd: FreeBSD, tmp_path: Path) -> None:
+    """Promise 6: a recovery waits for the mount program of a killed front end: it holds F."""
+    from atomtx import locks
+
+    (path := tmp_path / "front.lock").touch()
+    program = on_freebsd.home / "bin" / "mount"
+    seen = f'case "$1" in -t) ls -l /proc/$$/fd > {on_freebsd.home}/fds ;; esac'
+    real = program.rename(program.with_name("mount-real"))
+    program.write_text(f'#!/bin/sh\n{seen}\nexec {real} "$@"\n')
+    program.chmod(0o755)
+    mounts = taken(on_freebsd, "tank/a")
+    with locks.acquired(path) as held:
+        nullfs.make(mounts, lock=held)
+        assert str(path) in (on_freebsd.home / "fds").read_text()
+    assert nullfs.remove(mounts) == []
+
+
+@as_root
 def test_busy(on_freebsd: FreeBSD) -> None:
     """What is in use is left, named, and never unmounted by force."""
     mounts = taken(on_freebsd, "tank/a", "tank/a/b")

@@ -35,7 +35,6 @@ _FOCUS = {
         "_escalate": _STOP,
         "_end_descendants": "daemon or orphan or commands",
         "_redacted": "secrets or test_go or failure",
-        "descendants": "daemon or grace or orphan",
         "_reaped_all": "daemon or orphan or commands or go",
     },
     "runner": {
