@@ -176,7 +176,9 @@ class Scene:
         repository = "repo" if client == "played" else None
         command = ClientPlan(client, (self.client,), (), "/", "1.2", repository, env, ())
         targets = plan.targets(v.mountpoint for v in volumes)
-        given = {"volumes": volumes, "targets": targets, "client": command}
+        found: tuple[str, ...] = values.pop("found", ())  # by -r: the others were named
+        named = tuple(v.mountpoint for v in volumes if v.name not in found)
+        given = {"volumes": volumes, "targets": targets, "client": command, "named": named}
         return a_plan("tank/a", run=run, **given | values)
 
     # -- front ends ------------------------------------------------------------------------

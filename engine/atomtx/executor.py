@@ -164,7 +164,10 @@ class Executor:
 
     def _waiting(self, run: Run, exc: CredentialError) -> WaitingError:
         """Keep the moment for `recover`: a password that is not there now may be in a minute."""
-        self.undo_hooks(self.resume(self._journal.load(run.id)))
+        try:
+            self.resume(self._journal.load(run.id))
+        finally:  # also where a mount is in use
+            self.undo_hooks(self._journal.load(run.id))
         return WaitingError(
             f"run {run.id} ({run.label}) waits: {exc.message}",
             hint="its moment is kept: mend that and run `atomtx recover`, or `recover --rollback`",

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 
 from . import clients
@@ -157,7 +158,8 @@ class Hooks:
                 except Interrupted as exc:
                     trouble = exc.message
                     if step.id in self._started:
-                        self._mend(run)
+                        with suppress(AtomtxError):  # the next run of the job tries again
+                            self._mend(run)
                 except AtomtxError as exc:
                     trouble = exc.message
                 self._end(step, trouble)

@@ -23,6 +23,7 @@ from sqlalchemy import (
     Engine,
     Row,
     bindparam,
+    func,
     insert,
     select,
     update,
@@ -321,10 +322,14 @@ class Journal:
         """
         Forget runs that ended over *keep_s* seconds ago, with their files; return how many.
 
-        One whose front end is yet to tell its result stays.
+        One whose front end is yet to tell its result stays, and so does the last completed one of
+        each job: it knows which volumes were not empty (promise 7).
         """
         before = now_us() - int(keep_s * 1e6)
-        old = (runs.c.state == "destroyed") & (runs.c.ended_at < before)
+        whole = (runs.c.outcome == "completed") & runs.c.moment_at.is_not(None)
+        last = select(func.max(runs.c.started_at)).where(whole).group_by(runs.c.job)
+        is_last = whole & runs.c.started_at.in_(last)
+        old = (runs.c.state == "destroyed") & (runs.c.ended_at < before) & ~is_last
         with self._transaction() as connection:
             found = connection.scalars(select(runs.c.id).where(old))
             ids = [r for r in found if not locks.is_held(RunFolder.of(self.state, r).front_lock)]

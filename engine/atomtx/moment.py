@@ -144,9 +144,9 @@ def _newer_parent(journal: Journal, run: Run) -> str | None:
 
 def check_empty(journal: Journal, run: Run, empty: frozenset[str]) -> str | None:
     """
-    Raise EffectError for an empty set, or a volume of the uppermost that was not empty before.
+    Raise EffectError for an empty set, or a volume that was named and was not empty before.
 
-    Of one below return a warning: see `judged`.  (Promise 7.)
+    Of one that -r or -a found return a warning: see `judged`.  (Promise 7.)
     """
     if empty and len(empty) == len(run.volumes):
         raise EffectError(
@@ -154,9 +154,9 @@ def check_empty(journal: Journal, run: Run, empty: frozenset[str]) -> str | None
             hint="is what belongs there mounted?",
         )
     lost = _emptied(journal, run, empty)
-    tops = {path for path in lost if path in plan.tops(run.plan)}
-    if tops:
-        raise EffectError(_emptied_words(tops), hint=_EMPTIED_HINT)
+    named = lost.intersection(run.plan.named)
+    if named:
+        raise EffectError(_emptied_words(named), hint=_EMPTIED_HINT)
     return f"{_emptied_words(lost)} ({_EMPTIED_HINT})" if lost else None
 
 
@@ -169,7 +169,7 @@ def _emptied(journal: Journal, run: Run, empty: Collection[str]) -> set[str]:
 
 
 def judged(journal: Journal, run: Run, end: End) -> End:
-    """Call a backup partial that lacks what a volume below the named ones once had."""
+    """Call a backup partial that lacks what a volume that was not named itself once had."""
     lost = _emptied(journal, run, journal.seen_empty(run.id))
     if not lost or end.outcome is not Outcome.COMPLETED:
         return end

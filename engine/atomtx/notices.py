@@ -365,6 +365,8 @@ def distinct(every: Iterable[NotifySettings]) -> list[NotifySettings]:
     for settings in every:
         for names in _WAYS:
             way = (names, *(getattr(settings, name) for name in names))
+            if "ping_url" not in names:
+                way = (*way, settings.events)
             if way in seen:
                 nobody = {name: type(getattr(settings, name))() for name in names}
                 settings = replace(settings, **nobody)

@@ -160,6 +160,7 @@ class Plan:
     leave_dirs: bool = False
     retention: tuple[str, ...] = ()  # rules, each a word, as the client has them
     on_stop: str = "undo"  # or "keep": what a SIGTERM makes of the moment
+    named: tuple[str, ...] = ()  # the mountpoints of the volumes that were named themselves
     nice: int = 0
     io_class: str = ""  # such as "idle", "best-effort:7"; empty: as it is
 
@@ -223,6 +224,7 @@ def assemble(
         hooks=tuple(hooks),
         retention=retention,
         on_stop=on_stop,
+        named=tuple(path for facts, path in chosen if _is_named(facts.name, selection)),
         whole_root=request.whole_root,
         leave_dirs=request.leave_dirs,
         nice=nice,
@@ -245,7 +247,7 @@ def _part(
         if path is None:
             chosen.append(volume)
             continue
-        if name in selection.asked or any(_parent_in(p, [name]) for p in selection.parts):
+        if _is_named(name, selection):
             raise UserError(
                 f"{name} cannot be backed up as it was: the client needs {path} as it is now",
                 hint="move the client's cache, repository or temporary files elsewhere",
@@ -254,6 +256,12 @@ def _part(
     if not chosen:
         raise UserError("there is nothing to back up", hint=str(lost[0]))
     return tuple(chosen), tuple(lost)
+
+
+def _is_named(volume: str, selection: Selection) -> bool:
+    """Tell whether a volume, or something in it, was named itself."""
+    in_it = any(_parent_in(part, [volume]) for part in selection.parts)
+    return volume in selection.asked or in_it
 
 
 def _planned(

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from . import clients, errand, locks, plan, recovery, states
+from . import clients, errand, locks, moment, plan, recovery, states
 from .errors import (
     AtomtxError,
     BusyError,
@@ -310,7 +310,8 @@ def abandon(journal: Journal, run: Run) -> None:
         run = Executor(journal, folder, front=lock, interrupts=Interrupts(), tell=Tell()).take_over(
             run
         )
-        _close(journal, run, known[0] if known else None, "abandoned at the user's word")
+        end = moment.judged(journal, run, known[0]) if known else None
+        _close(journal, run, end, "abandoned at the user's word")
 
 
 def _close(journal: Journal, run: Run, end: clients.End | None, reason: str) -> None:

@@ -315,6 +315,8 @@ def test_recover_fails(play: Play, tmp_path: Path) -> None:
             raise JournalError("the disk does not answer")
         Journal.open_runs = open_runs
     """
+    typed_wrong = play("", "recover", "--run", "7g", ATOMTX_CONFIG=str(config))
+    assert (typed_wrong.status, len(typed_wrong.notices)) == (2, 1)
     played = play(code, "recover", ATOMTX_CONFIG=str(config))
     assert (played.status, len(played.notices)) == (1, 2)
     assert all("the disk does not answer" in notice["TEXT"] for notice in played.notices)

@@ -361,20 +361,30 @@ def test_empty_volume(scene: Scene, root: str) -> None:
     assert len(scene.calls()) == 1
 
 
-def test_empty_below(scene: Scene) -> None:
-    """Promise 7: where a volume below was emptied, the rest is saved, and the run is partial."""
-    sets = ("tank/a", "tank/a/b")
-    scene.backup(scene.plan(*sets))
-    below = scene.live("tank/a/b")
+@pytest.mark.parametrize("found", ["tank/a/b", "tank/c"])
+def test_empty_found(scene: Scene, found: str) -> None:
+    """Promise 7: where one that -r or -a found was emptied, the rest is saved: it is partial."""
+    sets = ("tank/a", found)
+    scene.backup(scene.plan(*sets, found=(found,)))
+    below = scene.live(found)
     (below / "file").unlink()
     for _ in range(2):  # nor is the emptied one taken for what is usual
-        scene.backup(scene.plan(*sets))
+        scene.backup(scene.plan(*sets, found=(found,)))
         row = run_of(scene)
         reason = f"{below} is empty, and was not in the last completed backup"
         assert (row["outcome"], row["reason"]) == ("partial", reason)
     (below / "file").write_text("again")
-    scene.backup(scene.plan(*sets))
+    scene.backup(scene.plan(*sets, found=(found,)))
     assert run_of(scene)["outcome"] == "completed"
+
+
+def test_empty_named_below(scene: Scene) -> None:
+    """Promise 7: one that was named is refused, wherever it lies."""
+    scene.backup(scene.plan("tank/a", "tank/a/b"))
+    (scene.live("tank/a/b") / "file").unlink()
+    scene.backup(scene.plan("tank/a", "tank/a/b"))
+    assert run_of(scene)["outcome"] == "failed"
+    assert len(scene.calls()) == 1
 
 
 def test_empty_before(scene: Scene) -> None:

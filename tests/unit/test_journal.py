@@ -554,6 +554,22 @@ def test_expire(journal: Journal, state: Path) -> None:
     assert journal.expire(30 * 86_400) == 0
 
 
+def test_expire_spares(journal: Journal) -> None:
+    """The last completed run of a job stays: it knows which volumes were not empty."""
+    ids = [RunId(f"{n:016x}") for n in range(4)]
+    for n, (run_id, job) in enumerate(zip(ids, ("job a", "job a", "job a", "job b"), strict=True)):
+        destroy(journal, begin(journal, a_plan(run=run_id, job=job)))
+        outcome = "failed" if n == 2 else "completed"
+        with journal._transaction() as connection:
+            connection.exec_driver_sql(
+                "UPDATE runs SET ended_at = 1, moment_at = 1, started_at = ?, outcome = ? "
+                "WHERE id = ?",
+                (n, outcome, run_id),
+            )
+    assert journal.expire(0) == 2
+    assert set(journal.known()) == {ids[1], ids[3]}
+
+
 def test_sweep(journal: Journal, state: Path) -> None:
     """
     The folder of a run that never began is removed after a while.

@@ -264,6 +264,8 @@ def test_distinct() -> None:
     two = NotifySettings(mail=("root",), ping_url_file="/b", command=("tell",))
     found = distinct([one, two, one])
     assert found == [one, replace(two, mail=()), NotifySettings()]
+    other = replace(one, on=frozenset({Event.COMPLETED}))
+    assert distinct([other, one])[1].mail == ("root",)  # who wants other events is told of them
 
 
 def test_settings() -> None:

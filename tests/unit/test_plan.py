@@ -260,6 +260,12 @@ def test_live_volume_under_all() -> None:
     assert "zroot/boot is not in the backup: the client needs /boot as it is now" in made.notes
 
 
+def test_named() -> None:
+    """The plan knows which volumes were named, and which were only found."""
+    assert assemble(HOME, BOOT, asked=(BOOT[0],)).named == (BOOT[1],)
+    assert assemble(HOME, BOOT).named == ()
+
+
 def test_all_volumes_are_live() -> None:
     """A set of which nothing can be frozen is refused."""
     with pytest.raises(UserError, match="there is nothing to back up"):

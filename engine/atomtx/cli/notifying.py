@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from .. import history, journalfile, notices, outbox
-from ..errors import AtomtxError, BusyError, EffectError, ExitStatus, Interrupted
+from ..errors import AtomtxError, BusyError, EffectError, ExitStatus, Interrupted, UserError
 from ..notices import Facts, NotifySettings
 from ..records import Run
 from ..redact import Redactor
@@ -133,7 +133,9 @@ class Notifier:
             raise
         except Exception as exc:
             failure = exc
-            self._note_to(self._everybody(), lambda: self._refused(failure))
+            # What was typed wrong concerns no job.
+            told = [self._settings] if isinstance(exc, UserError) else self._everybody()
+            self._note_to(told, lambda: self._refused(failure))
             raise
         finally:
             self._deliver()

@@ -47,8 +47,8 @@ _COLUMNS = ("pid", "ppid", "sid", "stat", "comm")  # the last one alone may have
 _BOOT_ID = re.compile(r"Dump:0x([0-9a-f]{32})\s*")
 # USER CMD PID FD MOUNT INUM MODE SZ|DV R/W [NAME]; a command and a mount may have blanks.
 _FSTAT = re.compile(
-    r"\S+\s+(?P<command>.*?)\s+(?P<pid>\d+)\s+(?:\d+|[a-z]+)\*?\s+/.*?\s+\d+\s+"
-    r"[-a-z]\S{9,10}\s+\d+\s+(?P<rw>rw?|w)(?:\s.*)?"
+    r"\S+\s+(?P<command>.*?)\s+(?P<pid>\d+)\s+(?:\d+|[a-z]+)\*?\s+(?:/.*?|-)\s+\d+\s+"
+    r"[-a-z]\S{9,10}\s+\d+(?:\s+(?P<rw>rw?|w))?(?:\s.*)?"
 )
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -165,23 +165,22 @@ def become_reaper() -> None:
 # -- what they have open -----------------------------------------------------------------------
 
 
-def openers(path: Path, *, locked: bool) -> list[int]:
-    return _openers(path, locked=locked) if path.exists() else []
-
-
 def has_open(pid: int, path: Path, *, locked: bool) -> bool:
-    return path.exists() and pid in _openers(path, "-p", str(pid), locked=locked)
+    return pid in openers(path, locked=locked)  # fstat fails for the pid of one that is gone
 
 
-def _openers(path: Path, *which: str, locked: bool) -> list[int]:
+def openers(path: Path, *, locked: bool) -> list[int]:
     """
     Return who has a file open; with *locked* for writing.
 
-    No program tells whose descriptor holds an flock(2).  But a lock is taken through one that is
-    open for writing, and looked at through one that is not (locks.py).
+    No program tells whose descriptor holds an flock(2): the mark that procstat(1) shows stays on
+    one that only tried.  But a lock is taken through one that is open for writing, and looked at
+    through one that is not (locks.py).
     """
-    found = [match for line in _lines("fstat", *which, str(path)) if (match := parse_fstat(line))]
-    return sorted({int(m["pid"]) for m in found if not locked or "w" in m["rw"]})
+    if not path.exists():
+        return []
+    found = [match for line in _lines("fstat", str(path)) if (match := parse_fstat(line))]
+    return sorted({int(m["pid"]) for m in found if not locked or "w" in (m["rw"] or "")})
 
 
 def parse_fstat(line: str) -> re.Match[str] | None:
