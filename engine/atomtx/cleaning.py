@@ -52,12 +52,15 @@ class Cleaner:
         kinds: Kinds,
         hooks: Hooks,
         warn: Callable[[str], None],
+        *,
+        front: int | None = None,
     ) -> None:
         self._journal = journal
         self._folder = folder
         self._kinds = kinds
         self._hooks = hooks
         self._warn = warn
+        self._front = front  # the descriptor that holds lock F
         # Proven by this process and held ever since: nobody can have put others in their place.
         self.held: dict[str, Identity] = {}
 
@@ -152,7 +155,7 @@ class Cleaner:
             left = [identity for identity in left if verdicts[identity.name] == "busy"]
             if not left or pause is None:
                 break
-            tree.expire_automounts([identity.name for identity in left])
+            tree.expire_automounts([identity.name for identity in left], lock=self._front)
             time.sleep(pause)
         return verdicts
 
@@ -169,7 +172,7 @@ class Cleaner:
 
     def _remove_tree(self, intent: MountVolumes) -> None:
         for pause in (*PAUSES_S, None):
-            busy = tree.remove(intent.mounts, intent.to_remove)
+            busy = tree.remove(intent.mounts, intent.to_remove, lock=self._front)
             if not busy:
                 return
             if pause is None:

@@ -89,7 +89,7 @@ class Executor:
         self._interrupts = interrupts
         self._tell = tell
         self._hooks = Hooks(folder, interrupts, step=tell.step, warn=tell.warn)
-        self._cleaner = Cleaner(journal, folder, self._kinds, self._hooks, tell.warn)
+        self._cleaner = Cleaner(journal, folder, self._kinds, self._hooks, tell.warn, front=front)
         self._errand: errand.Errand | None = None
         self._unwritten: dict[str, Any] | None = None  # the end record that found no room
         self._taken = False  # the snapshots of a planned run are there already

@@ -140,7 +140,7 @@ def _mount(each: Mount, origin: str, lock: int | None) -> None:
         raise done.error(f"cannot mount {each.source} at {each.mountpoint}", hint=hint)
 
 
-def remove(mounts: Sequence[Mount]) -> list[Mount]:
+def remove(mounts: Sequence[Mount], *, lock: int | None = None) -> list[Mount]:
     """
     Unmount what is ours, children first, then what the kernel mounted for it; idempotent.
 
@@ -152,13 +152,15 @@ def remove(mounts: Sequence[Mount]) -> list[Mount]:
     for each in reversed(mounts):
         stack = [e for e in table if e.mountpoint == each.mountpoint and e.fstype == "nullfs"]
         ours = [e for e in stack if e.source == each.source]
-        if not all(_unmount(entry) for entry in reversed(ours)):
+        if not all(_unmount(entry, lock) for entry in reversed(ours)):
             busy.append(each)
-    expire({each.source for each in mounts}, table)
+    expire({each.source for each in mounts}, table, lock=lock)
     return busy
 
 
-def expire(snapshots: Collection[str], table: Table | None = None) -> None:
+def expire(
+    snapshots: Collection[str], table: Table | None = None, *, lock: int | None = None
+) -> None:
     """
     Unmount what the kernel mounted of *snapshots* below `.zfs/snapshot`; idempotent.
 
@@ -167,19 +169,21 @@ def expire(snapshots: Collection[str], table: Table | None = None) -> None:
     """
     for entry in reversed(table or read()):
         if entry.fstype == "zfs" and entry.source in snapshots and _CONTROL in entry.mountpoint:
-            _unmount(entry)
+            _unmount(entry, lock)
 
 
-def _unmount(entry: Entry) -> bool:
+def _unmount(entry: Entry, lock: int | None) -> bool:
     """
     Unmount one mount, never by force; False where it is busy.
 
     Idempotent.  umount(8) takes what is no fsid for a path: hence the directory that it stands
-    in.  EffectError for any other failure.
+    in; and where the fsid is gone, it tries the path, where another's may be by now: hence it
+    inherits *lock*, and a recovery waits for it.  EffectError for any other failure.
     """
     if entry.id < 0:
         raise EffectError(f"cannot tell which mount is at {entry.mountpoint}", hint="run as root")
-    done = process.run(["umount", f"{entry.id:016x}"], cwd="/")
+    held = () if lock is None else (lock,)
+    done = process.run(["umount", f"{entry.id:016x}"], cwd="/", pass_fds=held)
     if done.ok or all(e.id != entry.id for e in read()):
         return True
     if "busy" in done.stderr:  # "Device busy": strerror(3), untranslated in our environment

@@ -94,13 +94,16 @@ def make(mounts: Sequence[Mount], directories: Sequence[str], *, lock: int | Non
             raise EffectError(f"cannot mount {each.source} at {each.mountpoint}: {exc}") from exc
 
 
-def remove(mounts: Sequence[Mount], directories: Sequence[str]) -> list[Mount]:
+def remove(
+    mounts: Sequence[Mount], directories: Sequence[str], *, lock: int | None = None
+) -> list[Mount]:
     """
     Unmount what is ours, children first, and remove the directories that were made.
 
     Idempotent.  Returns the mounts that are busy; a directory with something in it stays.
+    Programs that are started for it inherit *lock*.
     """
-    busy = _unmount_all(mounts)
+    busy = _unmount_all(mounts, lock)
     if not busy:
         for directory in reversed(directories):
             with suppress(OSError):  # not empty, or gone: then it is not only ours
@@ -108,11 +111,11 @@ def remove(mounts: Sequence[Mount], directories: Sequence[str]) -> list[Mount]:
     return busy
 
 
-def _unmount_all(mounts: Sequence[Mount]) -> list[Mount]:
+def _unmount_all(mounts: Sequence[Mount], lock: int | None) -> list[Mount]:
     if not system.here.NAMESPACES:
         from . import nullfs
 
-        return nullfs.remove(mounts)
+        return nullfs.remove(mounts, lock=lock)
     busy = []
     for each in reversed(mounts):
         while _is_ours(each):
@@ -131,7 +134,7 @@ def _is_ours(each: Mount) -> bool:
     return found is not None and found.thing == mounted_as(each.source)
 
 
-def expire_automounts(snapshots: Sequence[str]) -> None:
+def expire_automounts(snapshots: Sequence[str], *, lock: int | None = None) -> None:
     """
     Unmount what somebody's look into `.zfs/snapshot` mounted of our snapshots.
 
@@ -142,7 +145,7 @@ def expire_automounts(snapshots: Sequence[str]) -> None:
     if not system.here.NAMESPACES:
         from . import nullfs
 
-        nullfs.expire(ours)
+        nullfs.expire(ours, lock=lock)
         return
     for entry in reversed(mountinfo.read()):
         if entry.source in ours and "/.zfs/snapshot/" in entry.mountpoint + "/":
