@@ -215,10 +215,10 @@ def test_export_to_a_slow_reader(path: Path, env: dict[str, str]) -> None:
         assert b'"journals"' in child.stdout.readline()
         assert child.poll() is None
         with closing(sqlite3.connect(path, timeout=0)) as connection:
-            connection.execute("UPDATE runs SET pid = 7")
+            connection.execute("UPDATE runs SET pid = 70000000")
             connection.commit()
         rest = child.stdout.read()
-    assert b'"pid": 7' not in rest
+    assert b'"pid": 70000000' not in rest
 
 
 # -- set aside -------------------------------------------------------------------------------
