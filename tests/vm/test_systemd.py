@@ -11,6 +11,7 @@ import re
 import subprocess
 import time
 from collections.abc import Iterator
+from datetime import date, timedelta
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,8 @@ ExecStart=/usr/sbin/zpool import -d /dev/disk/by-id tank
 [Install]
 WantedBy=zfs-import.target
 """
+# Each boot sets the clock right again, so that nothing of a test is of the future then.
+YESTERDAY = f"{date.today() - timedelta(days=1)}"
 BOOTED = "/venv/bin/python /root/agent.py start"
 
 
@@ -63,6 +66,8 @@ class Host:
         self.vm = vm
         self.job = job
         self.service = f"atomtx@{job}.service"
+        # A timer counts from its own start: the clock may only be set forward after that.
+        vm.run(f"date -s '{YESTERDAY} 02:00'")
         vm.run("mkdir -p /mnt/backup /var/mail && : >/var/mail/root")
         vm.run("cat >/usr/sbin/sendmail && chmod 755 /usr/sbin/sendmail", input=SENDMAIL)
 
@@ -85,8 +90,7 @@ class Host:
 
     def wait_for_timer(self, before: str) -> None:
         """Set the clock to just before the timer's time, and wait until it has started a backup."""
-        # A timer that never fired counts from its own start, which may be later than that.
-        self.vm.run(f"date -s {before} && systemctl restart atomtx@{self.job}.timer")
+        self.vm.run(f"date -s '{YESTERDAY} {before}'")
         started = f"systemctl show -p ExecMainStartTimestampMonotonic {self.service}"
         self.until(f"{started} | grep -v '=0$'", 120)
 
