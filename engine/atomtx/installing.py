@@ -21,8 +21,8 @@ from .preparing import choose_client
 from .statedir import sync_directory
 from .units import Program, Schedule, Service
 
-# What a service may write without our word; see units.py.
-_WRITABLE = (units.CACHE, "/tmp", "/var/tmp", "/var/lib/atomtx", "/run", "/dev", "/proc", "/sys")
+# What a service may write without our word: units.py, and ProtectSystem= in systemd.exec(5).
+_WRITABLE = (units.CACHE, "/tmp", "/var/tmp", "/var/lib/atomtx", "/run/atomtx", "/dev")
 _PASSED_ON = ("ATOMTX_CONFIG", "ATOMTX_STATE_DIR")
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _SYSTEMCTL_S = 120.0

@@ -145,6 +145,22 @@ def test_killed(file: Path, tmp_path: Path, env: dict[str, str], atomtx_: Run, s
     assert not told.exists()
 
 
+def test_broken_configuration(
+    file: Path, tmp_path: Path, env: dict[str, str], atomtx_: Run
+) -> None:
+    """With a configuration that is wrong, what was left is given; whom nobody told, is said."""
+    state = tmp_path / "state"
+    state.mkdir()
+    notice = notices.notice(Facts("nas", "home", datetime.now(UTC), reason="no route"), str)
+    outbox.leave(state, "1", NotifySettings(command=(str(tmp_path / "tell"),)), notice)
+    file.write_text("[jobs.home\n")
+    env |= {"MONITOR_SERVICE_RESULT": "oom-kill", "MONITOR_INVOCATION_ID": "abc"}
+    done = atomtx_("notify", "atomtx@home", "--config", str(file))
+    assert done.returncode == 1
+    assert f"not notified: who is told is not known: {file}:" in done.stderr
+    assert (tmp_path / "told").read_text() == "failed no route\n"
+
+
 def test_left_for_later(file: Path, tmp_path: Path, env: dict[str, str], atomtx_: Run) -> None:
     """In a service, a backup that fails leaves its notice, and `notify` gives it."""
     env |= {outbox.VARIABLE: "1", "INVOCATION_ID": "abc", "PATH": os.path.dirname(sys.executable)}

@@ -480,3 +480,20 @@ def test_service_stopped(play: Play, tmp_path: Path, in_service: bool) -> None:
     assert played.status == 143
     assert bool(played.notices) is not in_service
     assert not list((tmp_path / "state" / "outbox").glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "warned"),
+    [(("--stop", "--no-resume", "--job", "a"), 1), (("--job", "a"), 2), (("--config", ""), None)],
+)
+def test_broken_configuration(
+    play: Play, tmp_path: Path, words: tuple[str, ...], warned: int | None
+) -> None:
+    """A configuration that is wrong keeps no service from its clean-up, unless it was named."""
+    config = tmp_path / "atomtx.toml"
+    config.write_text("[jobs.a\n")
+    config.chmod(0o600)
+    words = tuple(word or str(config) for word in words)
+    played = play("", "recover", *words, ATOMTX_CONFIG=str(config))
+    assert played.status == (2 if warned is None else 0)
+    assert warned is None or len(played.warnings) == warned

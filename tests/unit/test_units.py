@@ -108,12 +108,13 @@ def test_paths() -> None:
         volumes=("tank/home",),
         client="restic",
         environment={"RESTIC_REPOSITORY": "/srv/restic", "RESTIC_CACHE_DIR": "/srv/cache"},
-        write_paths=("/var/backups", "/tmp/x"),
+        write_paths=("/var/backups", "/tmp/x", "/run/dumps", "/run/atomtx/x"),
         layout="tree",
         root="/restic",
     )
     made, notes = installing.service("home", job, PROGRAM)
-    assert made.writes == ("/srv/cache", "/srv/restic", "/var/backups", "/restic")
+    # /run is read-only in the service, but for its own directory.
+    assert made.writes == ("/srv/cache", "/srv/restic", "/var/backups", "/run/dumps", "/restic")
     assert any("/srv/restic is not there yet" in note for note in notes)
 
 

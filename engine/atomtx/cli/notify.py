@@ -61,15 +61,29 @@ def _give(state: Path, unit: str, config_path: str | None, show: Reporter) -> Ex
     spoken = {letter.invocation for letter in letters}
     ended = _ended_unit(os.environ)
     if unit and ended and os.environ.get("MONITOR_INVOCATION_ID", "") not in spoken:
-        own = jobs.notices(config_path, show.warn).get(job_key(_job_of(unit)), NotifySettings())
-        general, _ = notices.settings_of(os.environ)
-        settings = notices.combined(general, own)
+        settings, troubles = _who(_job_of(unit), config_path)
+        problems += troubles
         redact = Redactor(os.environ).redact
         problems += notifiers.send(settings, [notices.notice(_facts(state, unit, ended), redact)])
     for problem in problems:
         show.warn(f"not notified: {problem}")
     show.done(f"{len(letters)} notices, {len(problems)} could not be given")
     return ExitStatus.FAILED if problems else ExitStatus.COMPLETED
+
+
+def _who(job: str, config_path: str | None) -> tuple[NotifySettings, list[str]]:
+    """Return who is told of a job's service that was killed, and why it may be too few."""
+    from .. import config
+
+    general, problems = notices.settings_of(os.environ)
+    if not config.is_there(config_path):
+        return general, problems
+    try:
+        there = config.load(config.find(config_path))
+    except UserError as exc:
+        return general, [*problems, f"who is told is not known: {exc.message}"]
+    named = there.jobs.get(job)
+    return notices.combined(general, named.notices if named else NotifySettings()), problems
 
 
 def _job_of(unit: str) -> str:

@@ -88,18 +88,29 @@ class _Recover:
             raise UserError("--rollback and --no-resume exclude each other")
         if self._options["dry_run"] and (self._options["adopt"] or self._options["abandoned"]):
             raise UserError("--dry-run goes with neither --adopt nor --abandon")
-        self._sources = jobs.sources(self._config())
+        self._sources = self._sources_found()
         if self._options["dry_run"] or self._options["scan"]:
             return self._recover()
         with self._notifier.delivering("atomtx recover"):
             return self._recover()
 
-    def _config(self) -> str | None:
-        """Return the configuration to take credentials from; that of a job where it is named."""
+    def _sources_found(self) -> dict[str, dict[str, str]]:
+        """
+        Return where credentials are now, by the configuration that was given, or a job's own.
+
+        One that nobody named and that is wrong is warned of: it must not keep hooks from being
+        undone, and the journal has the places as they were.
+        """
         given: str | None = self._options["config_path"]
-        if given is None and self._options["job_name"] and config.is_there():
-            return config.find()
-        return given
+        if given is not None:
+            return jobs.sources(given)
+        if self._options["no_resume"] or not self._options["job_name"] or not config.is_there():
+            return {}
+        try:
+            return jobs.sources(config.find())
+        except UserError as exc:
+            self._show.warn(f"credentials are looked for where they were: {exc.message}")
+            return {}
 
     def _recover(self) -> ExitStatus:
         self._interrupts.install()
