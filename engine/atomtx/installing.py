@@ -73,7 +73,6 @@ def service(name: str, job: Job, made: Program) -> tuple[Service, list[str]]:
         is_command=bool(job.command) or job.client == "command",
         has_priority=bool(job.nice or job.io_class),
         quiesces=bool(job.quiesce),
-        tells=not job.notices.is_empty,
     )
     return made_of, notes
 

@@ -75,7 +75,6 @@ class Service:
     is_command: bool = False  # its client is a program of the user's own
     has_priority: bool = False  # its configuration says how nice its client is
     quiesces: bool = False
-    tells: bool = False  # somebody wants notices
 
 
 @dataclass(frozen=True)
@@ -181,6 +180,7 @@ def _backup(program: Program) -> str:
         "Description=Back up the job %i",
         "Wants=network-online.target",
         f"After=network-online.target local-fs.target zfs.target {RECOVER}",
+        *_told(),
         "",
         "[Service]",
         "Type=oneshot",
@@ -212,6 +212,7 @@ def _resume(program: Program) -> str:
         *_unawaited(),
         "Wants=network-online.target",
         f"After=network-online.target local-fs.target zfs.target {RECOVER}",
+        *_told(),
         "",
         "[Service]",
         # It is started when its program is: the boot does not wait for an upload.
@@ -235,7 +236,7 @@ def _recover(program: Program, services: Sequence[Service]) -> str:
         "Description=Clean up after interrupted backups",
         *_unawaited(),
         "After=local-fs.target zfs-import.target zfs-mount.service",
-        *_told(any(service.tells for service in services)),
+        *_told(),
         "",
         "[Service]",
         "Type=oneshot",
@@ -262,17 +263,15 @@ def _notify(program: Program) -> str:
     )
 
 
-def _told(tells: bool) -> list[str]:
-    if not tells:
-        return []
+def _told() -> list[str]:
+    """Return what starts the notices: always, for a drop-in's Environment= may ask for them."""
     # By two names: of a unit that both name, systemd does not tell the other one how it ended.
     failed, ended = (NOTIFY.replace("@.", f"@{each}.") for each in ("%N", "ended-%N"))
     return [f"OnFailure={failed}", f"OnSuccess={ended}"]
 
 
 def _drop_in(service: Service) -> str:
-    head = _told(service.tells)
-    return _page(*(["[Unit]", *head, ""] if head else []), "[Service]", *_of_job(service))
+    return _page("[Service]", *_of_job(service))
 
 
 def _of_job(service: Service) -> Iterator[str]:

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from atomtx import notices, outbox, units
+from atomtx import locks, notices, outbox, units
+from atomtx.cli import notify
+from atomtx.cli.render import reporter
 from atomtx.notices import Facts, NotifySettings
 from tests.cli.conftest import Run
 
@@ -143,6 +145,38 @@ def test_killed(file: Path, tmp_path: Path, env: dict[str, str], atomtx_: Run, s
     told.unlink(missing_ok=True)
     assert atomtx_("notify", "atomtx@home").returncode == 0
     assert not told.exists()
+
+
+def test_two_units(file: Path, tmp_path: Path, env: dict[str, str], atomtx_: Run) -> None:
+    """A unit leaves another's letter to it; who gives it first does not make that one lie."""
+    state = tmp_path / "state"
+    state.mkdir()
+    tell = NotifySettings(command=(str(tmp_path / "tell"),))
+    notice = notices.notice(Facts("nas", "home", datetime.now(UTC), reason="no route"), str)
+    outbox.leave(state, "1", tell, notice, "abc")
+    other = {**env, "MONITOR_SERVICE_RESULT": "success", "MONITOR_INVOCATION_ID": "other"}
+    assert atomtx_("notify", "ended-atomtx@my-photos", env=other).returncode == 0
+    assert [path.name for path in (state / "outbox").iterdir()] == ["1.json"]
+    assert atomtx_("notify").returncode == 0
+    assert [path.name for path in (state / "outbox").iterdir()] == ["given-abc"]
+    own = {**env, "MONITOR_SERVICE_RESULT": "exit-code", "MONITOR_INVOCATION_ID": "abc"}
+    assert atomtx_("notify", "atomtx@home", env=own).returncode == 0
+    assert list((state / "outbox").iterdir()) == []
+    assert (tmp_path / "told").read_text() == "failed no route\n"
+
+
+def test_another_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While another gives notices, none is given a second time, and that is said."""
+    monkeypatch.setattr(locks, "wait_until", lambda condition, *_, **__: condition())
+    notice = notices.notice(Facts("nas", "home", datetime.now(UTC)), str)
+    outbox.leave(tmp_path, "1", NotifySettings(), notice)
+    with reporter(as_json=False) as show:
+        with outbox.giving(tmp_path) as is_ours:
+            assert is_ours
+            count, (problem,) = notify.empty(tmp_path, "", "", show)
+        assert (count, len(list(outbox.letters(tmp_path)))) == (0, 1)
+        assert problem.startswith("another `atomtx notify` is at work")
+        assert notify.empty(tmp_path, "", "", show) == (1, [])
 
 
 def test_broken_configuration(

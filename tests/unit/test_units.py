@@ -25,9 +25,8 @@ SERVICES = {
             "b2": "/etc/credstore.encrypted/b2",
             "b2-key": "/etc/credstore/b2-key",
         },
-        tells=True,
     ),
-    "hooks": Service("db.1", 60, ("/var/backups",), has_hooks=True, quiesces=True, tells=True),
+    "hooks": Service("db.1", 60, ("/var/backups",), has_hooks=True, quiesces=True),
     "a command": Service("tar_x", 60, ("/srv/$x",), is_command=True, has_priority=True),
 }
 
@@ -87,7 +86,6 @@ def test_job() -> None:
     b2 = texts[of("b2")]
     assert "LoadCredentialEncrypted=b2:/etc/credstore.encrypted/b2\n" in b2
     assert "LoadCredential=b2-key:/etc/credstore/b2-key\n" in b2
-    assert "OnFailure=atomtx-notify@%N.service\n" in b2
     assert "TimeoutStopSec=780\n" in b2
     assert "CAP_SETUID" in texts[of("db.1")]
     assert "CAP_SETUID" not in texts[of("home")] + texts[units.BACKUP]
@@ -95,6 +93,14 @@ def test_job() -> None:
     for service in SERVICES.values():
         assert texts[of(service.job)] == texts[of(service.job, units.RESUME)]
     assert "/var/backups" in texts[units.RECOVER]
+
+
+def test_told() -> None:
+    """Each end of each service is told: who wants to know may stand in a drop-in of theirs."""
+    texts = units.files([SERVICES["zfs"]], PROGRAM)
+    for name in (units.BACKUP, units.RESUME, units.RECOVER):
+        assert "OnFailure=atomtx-notify@%N.service\n" in texts[name]
+        assert "OnSuccess=atomtx-notify@ended-%N.service\n" in texts[name]
 
 
 def of(job: str, template: str = units.BACKUP) -> str:
