@@ -70,11 +70,19 @@ def service(name: str, job: Job, made: Program) -> tuple[Service, list[str]]:
         writes=writes,
         credentials=there,
         has_hooks=bool(job.hooks),
+        hooks_s=_hooks_s(job),
         is_command=bool(job.command) or job.client == "command",
         has_priority=bool(job.nice or job.io_class),
         quiesces=bool(job.quiesce),
     )
     return made_of, notes
+
+
+def _hooks_s(job: Job) -> int | None:
+    """Return how long all hooks and their undoing may take; None where nothing limits them."""
+    if job.hooks and not job.hook_limit:
+        return None
+    return sum(1 + bool(hook.undo) for hook in job.hooks) * job.hook_limit
 
 
 def _environment(job: Job, made: Program) -> dict[str, str]:
@@ -186,9 +194,14 @@ def _is_ours_or_absent(path: Path) -> bool:
 
 
 def ours(directory: Path, names: Sequence[str] = ()) -> list[str]:
-    """Return the names of our files that are there: those of some jobs, or all."""
-    patterns = [*units.SHARED, "atomtx@*.timer", f"atomtx@*.d/{units.DROP_IN}"]
-    patterns.append(f"atomtx-resume@*.d/{units.DROP_IN}")
+    """
+    Return the names of our files that are there: those of some jobs, or all.
+
+    In the order in which they are removed: what all jobs share is the last to go, because
+    systemd disables no instance of a template that is not there.
+    """
+    drop_ins = (f"{units.instance(t, '*')}.d/{units.DROP_IN}" for t in units.SHARED[:2])
+    patterns = ["atomtx@*.timer", *drop_ins, *reversed(units.SHARED)]
     if names:
         patterns = [
             pattern
@@ -198,7 +211,7 @@ def ours(directory: Path, names: Sequence[str] = ()) -> list[str]:
                 *(f"{units.instance(t, name)}.d/{units.DROP_IN}" for t in units.SHARED[:2]),
             )
         ]
-    found = sorted(path for pattern in patterns for path in directory.glob(pattern))
+    found = [path for pattern in patterns for path in sorted(directory.glob(pattern))]
     return [str(path.relative_to(directory)) for path in found if _is_ours_or_absent(path)]
 
 
@@ -218,7 +231,8 @@ def remove(directory: Path, names: Iterable[str]) -> None:
 
 def jobs_of(names: Iterable[str]) -> list[str]:
     """Return the jobs to which files belong."""
-    found = (name.partition("@")[2] for name in names if name.startswith("atomtx@"))
+    of_job = ("atomtx@", "atomtx-resume@")
+    found = (name.partition("@")[2] for name in names if name.startswith(of_job))
     jobs = (rest.split("/")[0].removesuffix(".d").rpartition(".")[0] for rest in found)
     return [job for job in dict.fromkeys(jobs) if job]
 
@@ -268,7 +282,7 @@ def stop(directory: Path, found: Sequence[str]) -> None:
         if "\nPersistent=true\n" in (_text(directory / name) or ""):
             systemctl("clean", "--what=state", name)
     resumed = [units.instance(units.RESUME, name) for name in jobs_of(found)]
-    if resumed:
+    if resumed and (directory / units.RESUME).exists():  # else they were disabled before
         systemctl("disable", *resumed)
     if units.RECOVER in found:
         systemctl("disable", units.RECOVER)

@@ -24,6 +24,7 @@ DROP_IN = "10-job.conf"
 SHARED = (BACKUP, RESUME, RECOVER, NOTIFY)
 _STORES = ("/etc/credstore.encrypted", "/etc/credstore")
 _STOP_S = 180  # for cleaning up, when the client has ended
+_START_S = 900  # for cleaning up at boot
 # What a program of the user's own may need: to become another user, and to signal one.
 _FOR_HOOKS = ("CAP_KILL", "CAP_SETGID", "CAP_SETUID")
 # And to write files as they are: other owners, devices, set-user-id.
@@ -72,6 +73,7 @@ class Service:
     writes: tuple[str, ...] = ()  # paths
     credentials: Mapping[str, str] = field(default_factory=dict)  # name -> file
     has_hooks: bool = False
+    hooks_s: int | None = 0  # the longest that all of them take; None: without a limit
     is_command: bool = False  # its client is a program of the user's own
     has_priority: bool = False  # its configuration says how nice its client is
     quiesces: bool = False
@@ -228,7 +230,10 @@ def _resume(program: Program) -> str:
 
 def _recover(program: Program, services: Sequence[Service]) -> str:
     ours = [path for service in services for path in service.writes]
-    lines = [*_common(program), *_read_write(dict.fromkeys(ours))]
+    limits = [service.hooks_s for service in services]
+    hooks_s = None if None in limits else sum(each or 0 for each in limits)
+    lines = [*_common(program), f"TimeoutStopSec={_span(60 + _STOP_S, hooks_s)}"]
+    lines += _read_write(dict.fromkeys(ours))
     if any(service.has_hooks for service in services):
         lines.append(f"CapabilityBoundingSet={' '.join(_FOR_HOOKS)}")
     return _page(
@@ -241,7 +246,7 @@ def _recover(program: Program, services: Sequence[Service]) -> str:
         "[Service]",
         "Type=oneshot",
         f"ExecStart={_command(program, 'recover', '--no-resume', '--no-wait')}",
-        "TimeoutStartSec=15min",
+        f"TimeoutStartSec={_span(_START_S, hooks_s)}",
         *lines,
         "",
         "[Install]",
@@ -275,7 +280,7 @@ def _drop_in(service: Service) -> str:
 
 
 def _of_job(service: Service) -> Iterator[str]:
-    yield f"TimeoutStopSec={service.grace_s + _STOP_S}"
+    yield f"TimeoutStopSec={_span(service.grace_s + _STOP_S, service.hooks_s)}"
     yield from _read_write(service.writes)
     for name, path in service.credentials.items():
         kind = "LoadCredentialEncrypted" if path.startswith(_STORES[0]) else "LoadCredential"
@@ -289,6 +294,11 @@ def _of_job(service: Service) -> Iterator[str]:
         # The configuration's count, for the client alone; and what is frozen must not wait long.
         yield "Nice=0"
         yield "IOSchedulingClass=best-effort"
+
+
+def _span(seconds: int, hooks_s: int | None) -> str:
+    """Return a time limit: hooks are undone at a stop as well, and nothing cuts that short."""
+    return "infinity" if hooks_s is None else str(seconds + hooks_s)
 
 
 def _read_write(paths: Iterable[str]) -> Iterator[str]:

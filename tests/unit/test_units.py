@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atomtx import installing, units
+from atomtx.cli import install
 from atomtx.config_schema import Job
 from atomtx.errors import UserError
 from atomtx.units import Program, Schedule, Service
@@ -124,6 +127,27 @@ def test_paths() -> None:
     assert any("/srv/restic is not there yet" in note for note in notes)
 
 
+HOOKS = Job(pre_hook=("a",), post_hook=("b",), quiesce=("c",), hook_limit=300, grace=60)
+
+
+@pytest.mark.parametrize(
+    ("job", "stop", "start"),
+    [
+        (Job(grace=60), "240", "900"),
+        (HOOKS, "1140", "1800"),
+        (dataclasses.replace(HOOKS, hook_limit=0), "infinity", "infinity"),
+    ],
+)
+def test_time_for_hooks(job: Job, stop: str, start: str) -> None:
+    """A stop waits for the hooks that are undone, and so does the clean-up at boot."""
+    made, _ = installing.service("home", dataclasses.replace(job, client="restic"), PROGRAM)
+    texts = units.files([made], PROGRAM)
+    assert f"TimeoutStopSec={stop}\n" in texts[of("home")]
+    assert f"TimeoutStartSec={start}\n" in texts[units.RECOVER]
+    last = [line for line in texts[units.RECOVER].splitlines() if line.startswith("TimeoutStop")]
+    assert last[-1] == f"TimeoutStopSec={stop}"
+
+
 def test_remote_repository() -> None:
     """A repository elsewhere needs no path, and the client's cache is the service's own."""
     env = {"RESTIC_REPOSITORY": "b2:bucket:/x"}
@@ -170,3 +194,41 @@ def test_remove(tmp_path: Path) -> None:
     for _ in range(2):
         installing.remove(tmp_path, installing.ours(tmp_path))
         assert [p for p in tmp_path.rglob("*") if p.is_file()] == [own]
+
+
+class _KilledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("after", range(8))
+def test_killed_uninstall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    """Removal that was killed, wherever, is finished by the next one, and systemd reads it."""
+    written(tmp_path, [SERVICES["zfs"]])
+    called: list[tuple[str, ...]] = []
+
+    def systemctl(*words: str) -> None:
+        called.append(words)
+        if words[0] == "disable":  # systemd refuses units that are not there
+            files = [name.replace("@home.service", "@.service") for name in words[1:]]
+            assert all((tmp_path / name).exists() for name in files if name != "--now")
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        nonlocal after
+        if after == 0:
+            raise _KilledError
+        after -= 1
+        path.chmod(0o600)
+        path.rename(tmp_path.parent / "gone")
+
+    monkeypatch.setattr(installing, "systemctl", systemctl)
+    monkeypatch.setattr(installing, "is_booted", lambda: True)
+    monkeypatch.setattr(units, "DIRECTORY", str(tmp_path))
+    uninstall = install.uninstall.callback
+    assert uninstall
+    words = {"what": "systemd", "names": (), "no_stop": False, "directory": str(tmp_path)}
+    with monkeypatch.context() as patch, suppress(_KilledError):
+        patch.setattr(Path, "unlink", unlink)
+        uninstall(**words)
+    uninstall(**words)
+    assert list(tmp_path.iterdir()) == []
+    assert called[-1] == ("daemon-reload",)

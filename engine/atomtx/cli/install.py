@@ -149,7 +149,7 @@ def uninstall(what: str, names: tuple[str, ...], no_stop: bool, directory: str) 
     if found and live:
         installing.stop(where, found)
     installing.remove(where, found)
-    if found and live:
+    if live:  # also where one that was killed has removed all
         installing.systemctl("daemon-reload")
     echo("\n".join(f"{where / name}: removed" for name in found) or "nothing of ours is there")
     return ExitStatus.COMPLETED
