@@ -14,7 +14,7 @@ from pathlib import Path
 from . import clients, credentials, process, units
 from .clients import Settings
 from .config import Config
-from .config_schema import Job
+from .config_schema import DEFAULT, Job
 from .errors import AtomtxError, EffectError, UserError
 from .names import is_within
 from .preparing import choose_client
@@ -23,16 +23,14 @@ from .units import Program, Schedule, Service
 
 # What a service may write without our word: units.py, and ProtectSystem= in systemd.exec(5).
 _WRITABLE = (units.CACHE, "/tmp", "/var/tmp", "/var/lib/atomtx", "/run/atomtx", "/dev")
-_PASSED_ON = ("ATOMTX_CONFIG", "ATOMTX_STATE_DIR")
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _SYSTEMCTL_S = 120.0
 
 
-def program(env: Mapping[str, str], *, config_path: str | None = None) -> Program:
+def program(env: Mapping[str, str], config_path: str) -> Program:
     """Return how a unit starts this very program."""
-    variables = {name: os.path.abspath(env[name]) for name in _PASSED_ON if env.get(name)}
-    if config_path:
-        variables["ATOMTX_CONFIG"] = os.path.abspath(config_path)
+    variables = {name: os.path.abspath(env[name]) for name in units.PASSED_ON if env.get(name)}
+    variables["ATOMTX_CONFIG"] = os.path.abspath(config_path)
     home = os.path.expanduser("~root")
     return Program(_words(), {"HOME": home, "XDG_CACHE_HOME": units.CACHE, **variables})
 
@@ -143,7 +141,45 @@ def pages(
         file = units.timer_name(name)
         if schedule or not (directory / file).exists():
             texts[file] = units.timer(name, schedule or Schedule())
-    return texts, [note for name in names for note in found[name][1]]
+    notes = [note for name in names for note in found[name][1]]
+    notes += [
+        f"job {name} is installed, and is not in {config.path}: its service will fail; "
+        f"`atomtx uninstall systemd --job {name}` takes it away"
+        for name in jobs_of(ours(directory))
+        if name not in config.jobs
+    ]
+    return texts, notes
+
+
+def check_shared(
+    config: Config, names: Sequence[str], texts: Mapping[str, str], directory: Path
+) -> None:
+    """
+    Refuse what would leave jobs that are installed without their configuration or state.
+
+    The clean-up at boot and the notices of all jobs have one of each.  Raises UserError.
+    """
+    there = _text(directory / units.BACKUP)
+    if there is None:
+        return
+    installed = jobs_of(ours(directory))
+    left = (set(config.jobs), set(names))  # those of the new configuration; the new drop-ins
+    for variable, known in zip(units.PASSED_ON, left, strict=True):
+        others = [name for name in installed if name not in known]
+        old, new = (_variable(text, variable) for text in (there, texts[units.BACKUP]))
+        if others and old != new:
+            raise UserError(
+                f"job {others[0]} is installed with another {variable}: {old}",
+                hint=f"nothing was changed; `atomtx uninstall systemd --job {others[0]}` first, "
+                "or install all jobs from one configuration",
+            )
+
+
+def _variable(text: str, name: str) -> str:
+    """Return a variable's value in a unit, as it is written there."""
+    lines = (line.removeprefix("Environment=").strip('"') for line in text.splitlines())
+    found = [line.partition("=")[2] for line in lines if line.startswith(f"{name}=")]
+    return found[0] if found else {"ATOMTX_CONFIG": DEFAULT}.get(name, "the usual one")
 
 
 def write(directory: Path, texts: Mapping[str, str]) -> list[str]:

@@ -22,6 +22,8 @@ RECOVER, NOTIFY = "atomtx-recover.service", "atomtx-notify@.service"
 BACKUP, RESUME = "atomtx@.service", "atomtx-resume@.service"
 DROP_IN = "10-job.conf"
 SHARED = (BACKUP, RESUME, RECOVER, NOTIFY)
+# Of each job, empty ones as well: what all jobs share may be written anew for another.
+PASSED_ON = ("ATOMTX_CONFIG", "ATOMTX_STATE_DIR")
 _STORES = ("/etc/credstore.encrypted", "/etc/credstore")
 _STOP_S = 180  # for cleaning up, when the client has ended
 _START_S = 900  # for cleaning up at boot
@@ -99,7 +101,7 @@ def files(services: Sequence[Service], program: Program) -> dict[str, str]:
     }
     for service in services:
         for template in (BACKUP, RESUME):
-            found[f"{instance(template, service.job)}.d/{DROP_IN}"] = _drop_in(service)
+            found[f"{instance(template, service.job)}.d/{DROP_IN}"] = _drop_in(program, service)
     return found
 
 
@@ -275,8 +277,9 @@ def _told() -> list[str]:
     return [f"OnFailure={failed}", f"OnSuccess={ended}"]
 
 
-def _drop_in(service: Service) -> str:
-    return _page("[Service]", *_of_job(service))
+def _drop_in(program: Program, service: Service) -> str:
+    own = {name: program.environment.get(name, "") for name in PASSED_ON}
+    return _page("[Service]", *_variables(Program((), own)), *_of_job(service))
 
 
 def _of_job(service: Service) -> Iterator[str]:

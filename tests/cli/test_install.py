@@ -65,6 +65,31 @@ def test_install(file: Path, tmp_path: Path, atomtx_: Run) -> None:
     assert (last.returncode, last.stdout) == (0, "nothing of ours is there\n")
 
 
+def test_other_configuration(file: Path, tmp_path: Path, env: dict[str, str], atomtx_: Run) -> None:
+    """A job that has gone is told; no configuration is put in the place of an installed job's."""
+    where = tmp_path / "units"
+    words = ("install", "systemd", "--directory", str(where))
+    assert atomtx_(*words).returncode == 0
+    drop_in = where / "atomtx@home.service.d" / units.DROP_IN
+    assert f"Environment=ATOMTX_CONFIG={file}\n" in drop_in.read_text()
+    assert f"Environment=ATOMTX_STATE_DIR={tmp_path}/state\n" in drop_in.read_text()
+    before = {path: path.read_text() for path in where.rglob("*") if path.is_file()}
+    moved = tmp_path / "moved.toml"
+    moved.write_text(file.read_text().replace("[jobs.home]", "[jobs.away]"))
+    refused = atomtx_(*words, "--config", str(moved))
+    assert refused.returncode == 2
+    assert f"job home is installed with another ATOMTX_CONFIG: {file}" in refused.stderr
+    elsewhere = atomtx_(*words, "--job", "home", env={**env, "ATOMTX_STATE_DIR": "/srv/state"})
+    assert elsewhere.returncode == 2
+    assert "job my-photos is installed with another ATOMTX_STATE_DIR" in elsewhere.stderr
+    assert before == {path: path.read_text() for path in where.rglob("*") if path.is_file()}
+    moved.replace(file)
+    done = atomtx_(*words)
+    assert done.returncode == 0
+    assert f"note: job home is installed, and is not in {file}" in done.stdout
+    assert "note: job away is" not in done.stdout
+
+
 def test_print(file: Path, tmp_path: Path, atomtx_: Run) -> None:
     """`--print` shows each unit under its name, and writes nothing."""
     where = tmp_path / "units"

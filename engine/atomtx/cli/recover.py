@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from .. import adoption, config, process, recovery, statedir, states
+from .. import adoption, config, outbox, process, recovery, statedir, states
 from ..errors import EffectError, ExitStatus, UserError, WaitingError, worst
 from ..executor import Tell
 from ..interrupts import Interrupts
@@ -167,7 +167,8 @@ class _Recover:
         except (WaitingError, EffectError) as exc:
             # One run that must wait, or cannot be settled, does not keep the others from their end.
             self._show.warn(str(exc))
-            self._notifier.unsettled(run, exc)
+            if not self._is_told_by_service():
+                self._notifier.unsettled(run, exc)
             return exc.exit_status
         except NoRunError:  # ended, and forgotten at its --keep-history, since we looked
             return ExitStatus.COMPLETED
@@ -182,8 +183,20 @@ class _Recover:
             return
         if not before.is_parked:
             self._notifier.interrupted(settled.run, settled.status)
-        elif settled.run.is_parked:
+        elif settled.run.is_parked and not self._is_told_by_service():
             self._notifier.still_parked(settled.run, settled.status)
+
+    def _is_told_by_service(self) -> bool:
+        """
+        Tell whether we clean up after a service of whose trouble a notice is given anyway.
+
+        It has left one itself, or it failed (systemd.exec(5)), and `notify` would tell of it.
+        """
+        if not (self._options["stop"] and self._options["no_resume"] and outbox.is_wanted()):
+            return False
+        started = os.environ.get("INVOCATION_ID", "")
+        failed = os.environ.get("SERVICE_RESULT", "success") != "success"
+        return failed or bool(started and outbox.has_spoken(statedir.find(), started))
 
     # -- lost journals ---------------------------------------------------------------------
 
