@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from . import clients, credentials, process, units
 from .clients import Settings
@@ -205,14 +205,23 @@ def write(directory: Path, texts: Mapping[str, str]) -> list[str]:
 
 def _replace(path: Path, text: str) -> None:
     path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.new")
-    with open(new, "w", encoding="utf-8") as file:
-        os.fchmod(file.fileno(), 0o644)
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
+    new = path.with_name(_new(path.name))
+    new.unlink(missing_ok=True)  # of a write that was killed, or a link of somebody else's
+    try:
+        with open(new, "x", encoding="utf-8") as file:
+            os.fchmod(file.fileno(), 0o644)
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
     sync_directory(path.parent)
+
+
+def _new(name: str) -> str:
+    return f".{name}.new"
 
 
 def _text(path: Path) -> str | None:
@@ -247,8 +256,11 @@ def ours(directory: Path, names: Sequence[str] = ()) -> list[str]:
                 *(f"{units.instance(t, name)}.d/{units.DROP_IN}" for t in units.SHARED[:2]),
             )
         ]
-    found = [path for pattern in patterns for path in sorted(directory.glob(pattern))]
-    return [str(path.relative_to(directory)) for path in found if _is_ours_or_absent(path)]
+    found: list[Path] = []
+    for pattern in map(PurePath, patterns):
+        found += sorted(directory.glob(str(pattern.with_name(_new(pattern.name)))))
+        found += filter(_is_ours_or_absent, sorted(directory.glob(str(pattern))))
+    return [str(path.relative_to(directory)) for path in found]
 
 
 def remove(directory: Path, names: Iterable[str]) -> None:
@@ -256,7 +268,7 @@ def remove(directory: Path, names: Iterable[str]) -> None:
     try:
         for name in names:
             path = directory / name
-            if _is_ours_or_absent(path):
+            if _is_ours_or_absent(path) or path.suffix == ".new":
                 path.unlink(missing_ok=True)
             if path.parent != directory and path.parent.is_dir() and not any(path.parent.iterdir()):
                 path.parent.rmdir()

@@ -122,7 +122,7 @@ def credential_files(name: str) -> tuple[str, ...]:
 def word(text: str) -> str:
     """Return one word of a list in a unit: quoted and escaped where it must be."""
     text = text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
-    text = text.replace("\n", "\\n").replace("\t", "\\t")
+    text = text.replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
     return f'"{text}"' if any(c in text for c in " \"'\\;#") or not text else text
 
 
@@ -183,7 +183,7 @@ def _backup(program: Program) -> str:
         "[Unit]",
         "Description=Back up the job %i",
         "Wants=network-online.target",
-        f"After=network-online.target local-fs.target zfs.target {RECOVER}",
+        f"After=network-online.target local-fs.target remote-fs.target zfs.target {RECOVER}",
         *_told(),
         "",
         "[Service]",
@@ -215,7 +215,7 @@ def _resume(program: Program) -> str:
         "Description=Go on with the interrupted backup of the job %i",
         *_unawaited(),
         "Wants=network-online.target",
-        f"After=network-online.target local-fs.target zfs.target {RECOVER}",
+        f"After=network-online.target local-fs.target remote-fs.target zfs.target {RECOVER}",
         *_told(),
         "",
         "[Service]",

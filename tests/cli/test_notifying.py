@@ -534,3 +534,20 @@ def test_after_service(
     words = ("recover", "--stop", "--no-resume")
     assert play(TROUBLES[trouble], *words, **in_service).status != 0
     assert len(list(outbox.letters(tmp_path / "state"))) == letters
+
+
+@pytest.mark.parametrize(("job", "warned"), [("home", False), ("old", False), ("hom", True)])
+def test_unknown_job(play: Play, tmp_path: Path, job: str, warned: bool) -> None:
+    """A name that is mistyped is not passed for a job with nothing to recover."""
+    config = tmp_path / "atomtx.toml"
+    config.write_text('[jobs.home]\nvolumes = ["tank/home"]\nclient = "restic"\n')
+    config.chmod(0o600)
+    code = """
+        with Journal.open(statedir.prepare(statedir.find())) as journal:
+            RunFolder.of(journal.state, RUN).make()
+            end(journal, journal.begin(a_plan(job="job old"), []), "completed")
+    """
+    played = play(code, "recover", "--job", job, ATOMTX_CONFIG=str(config))
+    expected = 'warning: no configuration and no run has a job "hom"; did you mean "home"?'
+    assert played.status == 0
+    assert played.warnings == ([expected] if warned else [])

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
 import subprocess
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from atomtx import installing, units
 from atomtx.cli import install
 from atomtx.config_schema import Job
-from atomtx.errors import UserError
+from atomtx.errors import EffectError, UserError
 from atomtx.units import Program, Schedule, Service
 
 PROGRAM = Program(("/bin/true",), {"HOME": "/root", "XDG_CACHE_HOME": units.CACHE})
@@ -74,11 +76,12 @@ def test_program_not_there(tmp_path: Path) -> None:
     assert "/no where/python $x is not executable" in verify(tmp_path, *names)
 
 
-@given(st.text(st.characters(codec="utf-8", exclude_characters="\0\r"), min_size=1))
+@given(st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1))
+@example("a\rb")
 def test_word(text: str) -> None:
     """Whatever a path holds, its word stays on its line and has no specifier in it."""
     word = units.word(text)
-    assert "\n" not in word
+    assert not {"\n", "\r"} & set(word)
     assert "%" not in word.replace("%%", "")
 
 
@@ -104,6 +107,14 @@ def test_told() -> None:
     for name in (units.BACKUP, units.RESUME, units.RECOVER):
         assert "OnFailure=atomtx-notify@%N.service\n" in texts[name]
         assert "OnSuccess=atomtx-notify@ended-%N.service\n" in texts[name]
+
+
+def test_after_remote() -> None:
+    """A repository on a network's file system is mounted before its job begins."""
+    texts = units.files([SERVICES["zfs"]], PROGRAM)
+    for name in (units.BACKUP, units.RESUME):
+        (after,) = (line for line in texts[name].splitlines() if line.startswith("After=network"))
+        assert "remote-fs.target" in after.split()
 
 
 def of(job: str, template: str = units.BACKUP) -> str:
@@ -181,6 +192,42 @@ def test_foreign(tmp_path: Path, kind: str) -> None:
     assert list(tmp_path.iterdir()) == [path]
     installing.remove(tmp_path, [units.NOTIFY])
     assert path.is_symlink() or path.exists()
+
+
+def test_planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is written through a link of somebody else's; a write that fails leaves nothing."""
+    texts = {units.BACKUP: f"{units.MARKER}\n"}
+    target = tmp_path / "target"
+    target.write_text("precious")
+    (tmp_path / f".{units.BACKUP}.new").symlink_to(target)
+    installing.write(tmp_path, texts)
+    assert target.read_text() == "precious"
+    (tmp_path / units.BACKUP).unlink()
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(EffectError, match="No space left"):
+        installing.write(tmp_path, texts)
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_killed_install(tmp_path: Path) -> None:
+    """What a write that was killed has left is taken away as well, each job's own alone too."""
+    written(tmp_path, [SERVICES["zfs"], SERVICES["hooks"]])
+    halves = [
+        tmp_path / ".atomtx@.service.new",
+        tmp_path / ".atomtx@home.timer.new",
+        tmp_path / "atomtx@home.service.d" / f".{units.DROP_IN}.new",
+    ]
+    for path in halves:
+        path.write_text("")
+    installing.remove(tmp_path, installing.ours(tmp_path, ["home"]))
+    assert [path.exists() for path in halves] == [True, False, False]
+    assert not (tmp_path / "atomtx@home.service.d").exists()
+    installing.remove(tmp_path, installing.ours(tmp_path))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_remove(tmp_path: Path) -> None:

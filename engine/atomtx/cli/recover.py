@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from .. import adoption, config, outbox, process, recovery, statedir, states
+from .. import adoption, config, history, outbox, process, recovery, statedir, states
+from ..config_kinds import near, shown
 from ..errors import EffectError, ExitStatus, UserError, WaitingError, worst
 from ..executor import Tell
 from ..interrupts import Interrupts
@@ -153,8 +154,24 @@ class _Recover:
             statuses.append(self._settle(settler, journal, run))
             self._interrupts.stop()
         if not runs:
+            self._check_job(journal)
             self._show.done("nothing to recover")
         return worst(statuses)
+
+    def _check_job(self, journal: Journal) -> None:
+        """Warn of a job that nobody knows: its name is mistyped, or the configuration another."""
+        name: str | None = self._options["job_name"]
+        if not name or history.runs(journal.path, limit=1, job=job_key(name)):
+            return
+        given = self._options["config_path"]
+        try:
+            known = config.load(config.find(given)).jobs if config.is_there(given) else {}
+        except UserError:  # it was warned of, and may well have the job
+            return
+        if name not in known:
+            meant = near(name, tuple(known))
+            hint = f'; did you mean "{meant}"?' if meant else ""
+            self._show.warn(f"no configuration and no run has a job {shown(name)}{hint}")
 
     def _patience(self) -> Patience:
         if self._options["stop"]:
