@@ -60,11 +60,14 @@ class Letter:
         return time.time() - self.written_s > OLDEST_S
 
     def is_for(self, invocation: str) -> bool:
-        """Tell whether the `notify` of that start of a unit gives it, or leaves it to another's."""
-        return (
-            self.invocation in ("", invocation)
-            or not 0 <= time.time() - self.written_s < OWN_FIRST_S
-        )
+        """
+        Tell whether the `notify` of that start of a unit gives it, or leaves it to another's.
+
+        One of before the boot is nobody's: a shutdown may have kept its own from starting.
+        """
+        own_first_s = min(OWN_FIRST_S, time.monotonic())
+        is_young = 0 <= time.time() - self.written_s < own_first_s
+        return self.invocation in ("", invocation) or not is_young
 
 
 def is_wanted(env: Mapping[str, str] = os.environ) -> bool:

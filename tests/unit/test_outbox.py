@@ -101,7 +101,7 @@ def test_tidy(tmp_path: Path) -> None:
     assert outbox.tidy(tmp_path) == []
 
 
-def test_given(tmp_path: Path) -> None:
+def test_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One gives at a time; a unit whose letter another gave has spoken all the same."""
     outbox.leave(tmp_path, "1", SETTINGS, NOTICE, "a")
     with outbox.giving(tmp_path) as first, outbox.giving(tmp_path, 0) as second:
@@ -117,6 +117,12 @@ def test_given(tmp_path: Path) -> None:
     outbox.leave(tmp_path, "2", SETTINGS, NOTICE, "c")
     age(tmp_path / outbox.FOLDER / "2.json", outbox.OWN_FIRST_S + 1)
     (letter,) = outbox.letters(tmp_path)
+    assert letter.is_for("b")
+    age(tmp_path / outbox.FOLDER / "2.json", 120)
+    (letter,) = outbox.letters(tmp_path)
+    monkeypatch.setattr(time, "monotonic", lambda: 180.0)
+    assert not letter.is_for("b")
+    monkeypatch.setattr(time, "monotonic", lambda: 60.0)  # since the boot
     assert letter.is_for("b")
     outbox.remove(letter, "c")
     assert not outbox.has_spoken(tmp_path, "c")
