@@ -9,30 +9,28 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from . import clients, credentials, process, units
 from .clients import Settings
 from .config import Config
-from .config_schema import Job
+from .config_schema import DEFAULT, Job
 from .errors import AtomtxError, EffectError, UserError
 from .names import is_within
 from .preparing import choose_client
 from .statedir import sync_directory
 from .units import Program, Schedule, Service
 
-# What a service may write without our word; see units.py.
-_WRITABLE = (units.CACHE, "/tmp", "/var/tmp", "/var/lib/atomtx", "/run", "/dev", "/proc", "/sys")
-_PASSED_ON = ("ATOMTX_CONFIG", "ATOMTX_STATE_DIR")
+# What a service may write without our word: units.py, and ProtectSystem= in systemd.exec(5).
+_WRITABLE = (units.CACHE, "/tmp", "/var/tmp", "/var/lib/atomtx", "/run/atomtx", "/dev")
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _SYSTEMCTL_S = 120.0
 
 
-def program(env: Mapping[str, str], *, config_path: str | None = None) -> Program:
+def program(env: Mapping[str, str], config_path: str) -> Program:
     """Return how a unit starts this very program."""
-    variables = {name: os.path.abspath(env[name]) for name in _PASSED_ON if env.get(name)}
-    if config_path:
-        variables["ATOMTX_CONFIG"] = os.path.abspath(config_path)
+    variables = {name: os.path.abspath(env[name]) for name in units.PASSED_ON if env.get(name)}
+    variables["ATOMTX_CONFIG"] = os.path.abspath(config_path)
     home = os.path.expanduser("~root")
     return Program(_words(), {"HOME": home, "XDG_CACHE_HOME": units.CACHE, **variables})
 
@@ -70,12 +68,19 @@ def service(name: str, job: Job, made: Program) -> tuple[Service, list[str]]:
         writes=writes,
         credentials=there,
         has_hooks=bool(job.hooks),
+        hooks_s=_hooks_s(job),
         is_command=bool(job.command) or job.client == "command",
         has_priority=bool(job.nice or job.io_class),
         quiesces=bool(job.quiesce),
-        tells=not job.notices.is_empty,
     )
     return made_of, notes
+
+
+def _hooks_s(job: Job) -> int | None:
+    """Return how long all hooks and their undoing may take; None where nothing limits them."""
+    if job.hooks and not job.hook_limit:
+        return None
+    return sum(1 + bool(hook.undo) for hook in job.hooks) * job.hook_limit
 
 
 def _environment(job: Job, made: Program) -> dict[str, str]:
@@ -136,7 +141,45 @@ def pages(
         file = units.timer_name(name)
         if schedule or not (directory / file).exists():
             texts[file] = units.timer(name, schedule or Schedule())
-    return texts, [note for name in names for note in found[name][1]]
+    notes = [note for name in names for note in found[name][1]]
+    notes += [
+        f"job {name} is installed, and is not in {config.path}: its service will fail; "
+        f"`atomtx uninstall systemd --job {name}` takes it away"
+        for name in jobs_of(ours(directory))
+        if name not in config.jobs
+    ]
+    return texts, notes
+
+
+def check_shared(
+    config: Config, names: Sequence[str], texts: Mapping[str, str], directory: Path
+) -> None:
+    """
+    Refuse what would leave jobs that are installed without their configuration or state.
+
+    The clean-up at boot and the notices of all jobs have one of each.  Raises UserError.
+    """
+    there = _text(directory / units.BACKUP)
+    if there is None:
+        return
+    installed = jobs_of(ours(directory))
+    left = (set(config.jobs), set(names))  # those of the new configuration; the new drop-ins
+    for variable, known in zip(units.PASSED_ON, left, strict=True):
+        others = [name for name in installed if name not in known]
+        old, new = (_variable(text, variable) for text in (there, texts[units.BACKUP]))
+        if others and old != new:
+            raise UserError(
+                f"job {others[0]} is installed with another {variable}: {old}",
+                hint=f"nothing was changed; `atomtx uninstall systemd --job {others[0]}` first, "
+                "or install all jobs from one configuration",
+            )
+
+
+def _variable(text: str, name: str) -> str:
+    """Return a variable's value in a unit, as it is written there."""
+    lines = (line.removeprefix("Environment=").strip('"') for line in text.splitlines())
+    found = [line.partition("=")[2] for line in lines if line.startswith(f"{name}=")]
+    return found[0] if found else {"ATOMTX_CONFIG": DEFAULT}.get(name, "the usual one")
 
 
 def write(directory: Path, texts: Mapping[str, str]) -> list[str]:
@@ -162,14 +205,23 @@ def write(directory: Path, texts: Mapping[str, str]) -> list[str]:
 
 def _replace(path: Path, text: str) -> None:
     path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.new")
-    with open(new, "w", encoding="utf-8") as file:
-        os.fchmod(file.fileno(), 0o644)
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
+    new = path.with_name(_new(path.name))
+    new.unlink(missing_ok=True)  # of a write that was killed, or a link of somebody else's
+    try:
+        with open(new, "x", encoding="utf-8") as file:
+            os.fchmod(file.fileno(), 0o644)
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
     sync_directory(path.parent)
+
+
+def _new(name: str) -> str:
+    return f".{name}.new"
 
 
 def _text(path: Path) -> str | None:
@@ -187,9 +239,14 @@ def _is_ours_or_absent(path: Path) -> bool:
 
 
 def ours(directory: Path, names: Sequence[str] = ()) -> list[str]:
-    """Return the names of our files that are there: those of some jobs, or all."""
-    patterns = [*units.SHARED, "atomtx@*.timer", f"atomtx@*.d/{units.DROP_IN}"]
-    patterns.append(f"atomtx-resume@*.d/{units.DROP_IN}")
+    """
+    Return the names of our files that are there: those of some jobs, or all.
+
+    In the order in which they are removed: what all jobs share is the last to go, because
+    systemd disables no instance of a template that is not there.
+    """
+    drop_ins = (f"{units.instance(t, '*')}.d/{units.DROP_IN}" for t in units.SHARED[:2])
+    patterns = ["atomtx@*.timer", *drop_ins, *reversed(units.SHARED)]
     if names:
         patterns = [
             pattern
@@ -199,8 +256,11 @@ def ours(directory: Path, names: Sequence[str] = ()) -> list[str]:
                 *(f"{units.instance(t, name)}.d/{units.DROP_IN}" for t in units.SHARED[:2]),
             )
         ]
-    found = sorted(path for pattern in patterns for path in directory.glob(pattern))
-    return [str(path.relative_to(directory)) for path in found if _is_ours_or_absent(path)]
+    found: list[Path] = []
+    for pattern in map(PurePath, patterns):
+        found += sorted(directory.glob(str(pattern.with_name(_new(pattern.name)))))
+        found += filter(_is_ours_or_absent, sorted(directory.glob(str(pattern))))
+    return [str(path.relative_to(directory)) for path in found]
 
 
 def remove(directory: Path, names: Iterable[str]) -> None:
@@ -208,7 +268,7 @@ def remove(directory: Path, names: Iterable[str]) -> None:
     try:
         for name in names:
             path = directory / name
-            if _is_ours_or_absent(path):
+            if _is_ours_or_absent(path) or path.suffix == ".new":
                 path.unlink(missing_ok=True)
             if path.parent != directory and path.parent.is_dir() and not any(path.parent.iterdir()):
                 path.parent.rmdir()
@@ -219,7 +279,8 @@ def remove(directory: Path, names: Iterable[str]) -> None:
 
 def jobs_of(names: Iterable[str]) -> list[str]:
     """Return the jobs to which files belong."""
-    found = (name.partition("@")[2] for name in names if name.startswith("atomtx@"))
+    of_job = ("atomtx@", "atomtx-resume@")
+    found = (name.partition("@")[2] for name in names if name.startswith(of_job))
     jobs = (rest.split("/")[0].removesuffix(".d").rpartition(".")[0] for rest in found)
     return [job for job in dict.fromkeys(jobs) if job]
 
@@ -269,7 +330,7 @@ def stop(directory: Path, found: Sequence[str]) -> None:
         if "\nPersistent=true\n" in (_text(directory / name) or ""):
             systemctl("clean", "--what=state", name)
     resumed = [units.instance(units.RESUME, name) for name in jobs_of(found)]
-    if resumed:
+    if resumed and (directory / units.RESUME).exists():  # else they were disabled before
         systemctl("disable", *resumed)
     if units.RECOVER in found:
         systemctl("disable", units.RECOVER)

@@ -22,8 +22,11 @@ RECOVER, NOTIFY = "atomtx-recover.service", "atomtx-notify@.service"
 BACKUP, RESUME = "atomtx@.service", "atomtx-resume@.service"
 DROP_IN = "10-job.conf"
 SHARED = (BACKUP, RESUME, RECOVER, NOTIFY)
+# Of each job, empty ones as well: what all jobs share may be written anew for another.
+PASSED_ON = ("ATOMTX_CONFIG", "ATOMTX_STATE_DIR")
 _STORES = ("/etc/credstore.encrypted", "/etc/credstore")
 _STOP_S = 180  # for cleaning up, when the client has ended
+_START_S = 900  # for cleaning up at boot
 # What a program of the user's own may need: to become another user, and to signal one.
 _FOR_HOOKS = ("CAP_KILL", "CAP_SETGID", "CAP_SETUID")
 # And to write files as they are: other owners, devices, set-user-id.
@@ -72,10 +75,10 @@ class Service:
     writes: tuple[str, ...] = ()  # paths
     credentials: Mapping[str, str] = field(default_factory=dict)  # name -> file
     has_hooks: bool = False
+    hooks_s: int | None = 0  # the longest that all of them take; None: without a limit
     is_command: bool = False  # its client is a program of the user's own
     has_priority: bool = False  # its configuration says how nice its client is
     quiesces: bool = False
-    tells: bool = False  # somebody wants notices
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def files(services: Sequence[Service], program: Program) -> dict[str, str]:
     }
     for service in services:
         for template in (BACKUP, RESUME):
-            found[f"{instance(template, service.job)}.d/{DROP_IN}"] = _drop_in(service)
+            found[f"{instance(template, service.job)}.d/{DROP_IN}"] = _drop_in(program, service)
     return found
 
 
@@ -119,7 +122,7 @@ def credential_files(name: str) -> tuple[str, ...]:
 def word(text: str) -> str:
     """Return one word of a list in a unit: quoted and escaped where it must be."""
     text = text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
-    text = text.replace("\n", "\\n").replace("\t", "\\t")
+    text = text.replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
     return f'"{text}"' if any(c in text for c in " \"'\\;#") or not text else text
 
 
@@ -180,7 +183,8 @@ def _backup(program: Program) -> str:
         "[Unit]",
         "Description=Back up the job %i",
         "Wants=network-online.target",
-        f"After=network-online.target local-fs.target zfs.target {RECOVER}",
+        f"After=network-online.target local-fs.target remote-fs.target zfs.target {RECOVER}",
+        *_told(),
         "",
         "[Service]",
         "Type=oneshot",
@@ -211,7 +215,8 @@ def _resume(program: Program) -> str:
         "Description=Go on with the interrupted backup of the job %i",
         *_unawaited(),
         "Wants=network-online.target",
-        f"After=network-online.target local-fs.target zfs.target {RECOVER}",
+        f"After=network-online.target local-fs.target remote-fs.target zfs.target {RECOVER}",
+        *_told(),
         "",
         "[Service]",
         # It is started when its program is: the boot does not wait for an upload.
@@ -227,7 +232,10 @@ def _resume(program: Program) -> str:
 
 def _recover(program: Program, services: Sequence[Service]) -> str:
     ours = [path for service in services for path in service.writes]
-    lines = [*_common(program), *_read_write(dict.fromkeys(ours))]
+    limits = [service.hooks_s for service in services]
+    hooks_s = None if None in limits else sum(each or 0 for each in limits)
+    lines = [*_common(program), f"TimeoutStopSec={_span(60 + _STOP_S, hooks_s)}"]
+    lines += _read_write(dict.fromkeys(ours))
     if any(service.has_hooks for service in services):
         lines.append(f"CapabilityBoundingSet={' '.join(_FOR_HOOKS)}")
     return _page(
@@ -235,12 +243,12 @@ def _recover(program: Program, services: Sequence[Service]) -> str:
         "Description=Clean up after interrupted backups",
         *_unawaited(),
         "After=local-fs.target zfs-import.target zfs-mount.service",
-        *_told(any(service.tells for service in services)),
+        *_told(),
         "",
         "[Service]",
         "Type=oneshot",
         f"ExecStart={_command(program, 'recover', '--no-resume', '--no-wait')}",
-        "TimeoutStartSec=15min",
+        f"TimeoutStartSec={_span(_START_S, hooks_s)}",
         *lines,
         "",
         "[Install]",
@@ -262,21 +270,20 @@ def _notify(program: Program) -> str:
     )
 
 
-def _told(tells: bool) -> list[str]:
-    if not tells:
-        return []
+def _told() -> list[str]:
+    """Return what starts the notices: always, for a drop-in's Environment= may ask for them."""
     # By two names: of a unit that both name, systemd does not tell the other one how it ended.
     failed, ended = (NOTIFY.replace("@.", f"@{each}.") for each in ("%N", "ended-%N"))
     return [f"OnFailure={failed}", f"OnSuccess={ended}"]
 
 
-def _drop_in(service: Service) -> str:
-    head = _told(service.tells)
-    return _page(*(["[Unit]", *head, ""] if head else []), "[Service]", *_of_job(service))
+def _drop_in(program: Program, service: Service) -> str:
+    own = {name: program.environment.get(name, "") for name in PASSED_ON}
+    return _page("[Service]", *_variables(Program((), own)), *_of_job(service))
 
 
 def _of_job(service: Service) -> Iterator[str]:
-    yield f"TimeoutStopSec={service.grace_s + _STOP_S}"
+    yield f"TimeoutStopSec={_span(service.grace_s + _STOP_S, service.hooks_s)}"
     yield from _read_write(service.writes)
     for name, path in service.credentials.items():
         kind = "LoadCredentialEncrypted" if path.startswith(_STORES[0]) else "LoadCredential"
@@ -290,6 +297,11 @@ def _of_job(service: Service) -> Iterator[str]:
         # The configuration's count, for the client alone; and what is frozen must not wait long.
         yield "Nice=0"
         yield "IOSchedulingClass=best-effort"
+
+
+def _span(seconds: int, hooks_s: int | None) -> str:
+    """Return a time limit: hooks are undone at a stop as well, and nothing cuts that short."""
+    return "infinity" if hooks_s is None else str(seconds + hooks_s)
 
 
 def _read_write(paths: Iterable[str]) -> Iterator[str]:

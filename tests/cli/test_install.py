@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from atomtx import notices, outbox, units
+from atomtx import locks, notices, outbox, units
+from atomtx.cli import notify
+from atomtx.cli.render import reporter
 from atomtx.notices import Facts, NotifySettings
 from tests.cli.conftest import Run
 
@@ -61,6 +63,31 @@ def test_install(file: Path, tmp_path: Path, atomtx_: Run) -> None:
     assert list(where.iterdir()) == []
     last = atomtx_("uninstall", "systemd", "--directory", str(where))
     assert (last.returncode, last.stdout) == (0, "nothing of ours is there\n")
+
+
+def test_other_configuration(file: Path, tmp_path: Path, env: dict[str, str], atomtx_: Run) -> None:
+    """A job that has gone is told; no configuration is put in the place of an installed job's."""
+    where = tmp_path / "units"
+    words = ("install", "systemd", "--directory", str(where))
+    assert atomtx_(*words).returncode == 0
+    drop_in = where / "atomtx@home.service.d" / units.DROP_IN
+    assert f"Environment=ATOMTX_CONFIG={file}\n" in drop_in.read_text()
+    assert f"Environment=ATOMTX_STATE_DIR={tmp_path}/state\n" in drop_in.read_text()
+    before = {path: path.read_text() for path in where.rglob("*") if path.is_file()}
+    moved = tmp_path / "moved.toml"
+    moved.write_text(file.read_text().replace("[jobs.home]", "[jobs.away]"))
+    refused = atomtx_(*words, "--config", str(moved))
+    assert refused.returncode == 2
+    assert f"job home is installed with another ATOMTX_CONFIG: {file}" in refused.stderr
+    elsewhere = atomtx_(*words, "--job", "home", env={**env, "ATOMTX_STATE_DIR": "/srv/state"})
+    assert elsewhere.returncode == 2
+    assert "job my-photos is installed with another ATOMTX_STATE_DIR" in elsewhere.stderr
+    assert before == {path: path.read_text() for path in where.rglob("*") if path.is_file()}
+    moved.replace(file)
+    done = atomtx_(*words)
+    assert done.returncode == 0
+    assert f"note: job home is installed, and is not in {file}" in done.stdout
+    assert "note: job away is" not in done.stdout
 
 
 def test_print(file: Path, tmp_path: Path, atomtx_: Run) -> None:
@@ -143,6 +170,54 @@ def test_killed(file: Path, tmp_path: Path, env: dict[str, str], atomtx_: Run, s
     told.unlink(missing_ok=True)
     assert atomtx_("notify", "atomtx@home").returncode == 0
     assert not told.exists()
+
+
+def test_two_units(file: Path, tmp_path: Path, env: dict[str, str], atomtx_: Run) -> None:
+    """A unit leaves another's letter to it; who gives it first does not make that one lie."""
+    state = tmp_path / "state"
+    state.mkdir()
+    tell = NotifySettings(command=(str(tmp_path / "tell"),))
+    notice = notices.notice(Facts("nas", "home", datetime.now(UTC), reason="no route"), str)
+    outbox.leave(state, "1", tell, notice, "abc")
+    other = {**env, "MONITOR_SERVICE_RESULT": "success", "MONITOR_INVOCATION_ID": "other"}
+    assert atomtx_("notify", "ended-atomtx@my-photos", env=other).returncode == 0
+    assert [path.name for path in (state / "outbox").iterdir()] == ["1.json"]
+    assert atomtx_("notify").returncode == 0
+    assert [path.name for path in (state / "outbox").iterdir()] == ["given-abc"]
+    own = {**env, "MONITOR_SERVICE_RESULT": "exit-code", "MONITOR_INVOCATION_ID": "abc"}
+    assert atomtx_("notify", "atomtx@home", env=own).returncode == 0
+    assert list((state / "outbox").iterdir()) == []
+    assert (tmp_path / "told").read_text() == "failed no route\n"
+
+
+def test_another_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While another gives notices, none is given a second time, and that is said."""
+    monkeypatch.setattr(locks, "wait_until", lambda condition, *_, **__: condition())
+    notice = notices.notice(Facts("nas", "home", datetime.now(UTC)), str)
+    outbox.leave(tmp_path, "1", NotifySettings(), notice)
+    with reporter(as_json=False) as show:
+        with outbox.giving(tmp_path) as is_ours:
+            assert is_ours
+            count, (problem,) = notify.empty(tmp_path, "", "", show)
+        assert (count, len(list(outbox.letters(tmp_path)))) == (0, 1)
+        assert problem.startswith("another `atomtx notify` is at work")
+        assert notify.empty(tmp_path, "", "", show) == (1, [])
+
+
+def test_broken_configuration(
+    file: Path, tmp_path: Path, env: dict[str, str], atomtx_: Run
+) -> None:
+    """With a configuration that is wrong, what was left is given; whom nobody told, is said."""
+    state = tmp_path / "state"
+    state.mkdir()
+    notice = notices.notice(Facts("nas", "home", datetime.now(UTC), reason="no route"), str)
+    outbox.leave(state, "1", NotifySettings(command=(str(tmp_path / "tell"),)), notice)
+    file.write_text("[jobs.home\n")
+    env |= {"MONITOR_SERVICE_RESULT": "oom-kill", "MONITOR_INVOCATION_ID": "abc"}
+    done = atomtx_("notify", "atomtx@home", "--config", str(file))
+    assert done.returncode == 1
+    assert f"not notified: who is told is not known: {file}:" in done.stderr
+    assert (tmp_path / "told").read_text() == "failed no route\n"
 
 
 def test_left_for_later(file: Path, tmp_path: Path, env: dict[str, str], atomtx_: Run) -> None:

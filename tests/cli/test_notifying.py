@@ -9,13 +9,15 @@ import sys
 import textwrap
 import threading
 from collections.abc import Callable
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from atomtx import locks
+from atomtx import locks, notices, outbox
+from atomtx.notices import Facts, NotifySettings
 from tests.cli.conftest import SOURCE
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root makes backups")
@@ -482,3 +484,72 @@ def test_service_stopped(play: Play, tmp_path: Path, in_service: bool) -> None:
     assert played.status == 143
     assert bool(played.notices) is not in_service
     assert not list((tmp_path / "state" / "outbox").glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "warned"),
+    [(("--stop", "--no-resume", "--job", "a"), 1), (("--job", "a"), 2), (("--config", ""), None)],
+)
+def test_broken_configuration(
+    play: Play, tmp_path: Path, words: tuple[str, ...], warned: int | None
+) -> None:
+    """A configuration that is wrong keeps no service from its clean-up, unless it was named."""
+    config = tmp_path / "atomtx.toml"
+    config.write_text("[jobs.a\n")
+    config.chmod(0o600)
+    words = tuple(word or str(config) for word in words)
+    played = play("", "recover", *words, ATOMTX_CONFIG=str(config))
+    assert played.status == (2 if warned is None else 0)
+    assert warned is None or len(played.warnings) == warned
+
+
+TROUBLES = {
+    "unsettled": """
+        run = begun()
+        def settle(self, run):
+            raise WaitingError(f"run {run.id} waits: pool tank is not imported", hint="import it")
+        Settler.settle = settle
+    """,
+    "parked": """
+        run = begun()
+        with Journal.open(statedir.find()) as journal:
+            end(journal, run, "completed", "busy", parked=True)
+        Settler.settle = lambda self, run: Settled(run, RollForward())
+    """,
+}
+
+
+@pytest.mark.parametrize("trouble", TROUBLES)
+@pytest.mark.parametrize(
+    ("result", "spoke", "letters"),
+    [("exit-code", False, 0), ("success", True, 1), ("success", False, 1)],
+)
+def test_after_service(
+    play: Play, tmp_path: Path, trouble: str, result: str, spoke: bool, letters: int
+) -> None:
+    """The clean-up after a service repeats none of its trouble, and hides none."""
+    (tmp_path / "state").mkdir()
+    if spoke:
+        notice = notices.notice(Facts("nas", "home", datetime.now(UTC)), str)
+        outbox.leave(tmp_path / "state", "1", NotifySettings(), notice, "abc")
+    in_service = {"ATOMTX_NOTIFY_LATER": "1", "INVOCATION_ID": "abc", "SERVICE_RESULT": result}
+    words = ("recover", "--stop", "--no-resume")
+    assert play(TROUBLES[trouble], *words, **in_service).status != 0
+    assert len(list(outbox.letters(tmp_path / "state"))) == letters
+
+
+@pytest.mark.parametrize(("job", "warned"), [("home", False), ("old", False), ("hom", True)])
+def test_unknown_job(play: Play, tmp_path: Path, job: str, warned: bool) -> None:
+    """A name that is mistyped is not passed for a job with nothing to recover."""
+    config = tmp_path / "atomtx.toml"
+    config.write_text('[jobs.home]\nvolumes = ["tank/home"]\nclient = "restic"\n')
+    config.chmod(0o600)
+    code = """
+        with Journal.open(statedir.prepare(statedir.find())) as journal:
+            RunFolder.of(journal.state, RUN).make()
+            end(journal, journal.begin(a_plan(job="job old"), []), "completed")
+    """
+    played = play(code, "recover", "--job", job, ATOMTX_CONFIG=str(config))
+    expected = 'warning: no configuration and no run has a job "hom"; did you mean "home"?'
+    assert played.status == 0
+    assert played.warnings == ([expected] if warned else [])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from atomtx import notices, outbox
-from atomtx.errors import EffectError
+from atomtx.errors import EffectError, UserError
 from atomtx.notices import Event, Facts, NotifySettings
 
 SETTINGS = NotifySettings(
@@ -61,5 +64,88 @@ def test_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outbox, "MOST", 2)
     for n in range(2):
         outbox.leave(tmp_path, str(n), SETTINGS, NOTICE)
+    (tmp_path / outbox.FOLDER / "1.json").rename(tmp_path / outbox.FOLDER / ".1")
+    outbox.leave(tmp_path, "2", SETTINGS, NOTICE)
     with pytest.raises(EffectError, match="holds 2 notices already"):
         outbox.leave(tmp_path, "3", SETTINGS, NOTICE)
+
+
+def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A letter for which there is no room is told, and leaves no half of it."""
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(EffectError, match="No space left"):
+        outbox.leave(tmp_path, "1", SETTINGS, NOTICE)
+    assert list((tmp_path / outbox.FOLDER).iterdir()) == []
+
+
+def age(path: Path, seconds: float) -> None:
+    os.utime(path, (time.time() - seconds,) * 2)
+
+
+def test_tidy(tmp_path: Path) -> None:
+    """What is unreadable is set aside and told; halves and old traces go, what is young stays."""
+    outbox.leave(tmp_path, "1", SETTINGS, NOTICE)
+    folder = tmp_path / outbox.FOLDER
+    (folder / "2.json").write_text("{")
+    for name in (".3", "given-b", "old.bad", ".4", "given-c", "given-own", "5.bad"):
+        (folder / name).write_text("half a letter")
+    for name in (".3", "given-b", "old.bad"):
+        age(folder / name, 15 * 86400)
+    assert outbox.tidy(tmp_path, "own") == [f"nobody can read {folder / '2.bad'}"]
+    left = {path.name for path in folder.iterdir()}
+    assert left == {"1.json", "2.bad", ".4", "given-c", "5.bad"}
+    assert outbox.tidy(tmp_path) == []
+
+
+def test_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One gives at a time; a unit whose letter another gave has spoken all the same."""
+    outbox.leave(tmp_path, "1", SETTINGS, NOTICE, "a")
+    with outbox.giving(tmp_path) as first, outbox.giving(tmp_path, 0) as second:
+        assert (first, second) == (True, False)
+    (letter,) = outbox.letters(tmp_path)
+    assert (letter.is_for("a"), letter.is_for("b")) == (True, False)
+    assert outbox.has_spoken(tmp_path, "a")
+    outbox.remove(letter, "b")
+    outbox.remove(letter, "b")
+    assert list(outbox.letters(tmp_path)) == []
+    assert outbox.has_spoken(tmp_path, "a")
+    assert not outbox.has_spoken(tmp_path, "b")
+    outbox.leave(tmp_path, "2", SETTINGS, NOTICE, "c")
+    age(tmp_path / outbox.FOLDER / "2.json", outbox.OWN_FIRST_S + 1)
+    (letter,) = outbox.letters(tmp_path)
+    assert letter.is_for("b")
+    age(tmp_path / outbox.FOLDER / "2.json", 120)
+    (letter,) = outbox.letters(tmp_path)
+    monkeypatch.setattr(time, "monotonic", lambda: 180.0)
+    assert not letter.is_for("b")
+    monkeypatch.setattr(time, "monotonic", lambda: 60.0)  # since the boot
+    assert letter.is_for("b")
+    outbox.remove(letter, "c")
+    assert not outbox.has_spoken(tmp_path, "c")
+
+
+@pytest.mark.parametrize("which", ["state", "outbox", "owner", "link"])
+def test_others(tmp_path: Path, which: str) -> None:
+    """Where others could have put a letter in, with its command, none is given."""
+    state = tmp_path / "state"
+    state.mkdir(0o700)
+    outbox.leave(state, "1", SETTINGS, NOTICE)
+    with outbox.giving(state) as ours:
+        assert ours
+    if which == "state":
+        state.chmod(0o770)
+    elif which == "outbox":
+        (state / outbox.FOLDER).chmod(0o755)
+    elif which == "owner":
+        if os.geteuid():
+            pytest.skip("only root gives a directory away")
+        os.chown(state / outbox.FOLDER, 1000, -1)
+    else:
+        (state / outbox.FOLDER).rename(tmp_path / "elsewhere")
+        (state / outbox.FOLDER).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError), outbox.giving(state):
+        pytest.fail("it was given")

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
+import os
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from atomtx import installing, units
+from atomtx.cli import install
 from atomtx.config_schema import Job
-from atomtx.errors import UserError
+from atomtx.errors import EffectError, UserError
 from atomtx.units import Program, Schedule, Service
 
 PROGRAM = Program(("/bin/true",), {"HOME": "/root", "XDG_CACHE_HOME": units.CACHE})
@@ -25,9 +30,8 @@ SERVICES = {
             "b2": "/etc/credstore.encrypted/b2",
             "b2-key": "/etc/credstore/b2-key",
         },
-        tells=True,
     ),
-    "hooks": Service("db.1", 60, ("/var/backups",), has_hooks=True, quiesces=True, tells=True),
+    "hooks": Service("db.1", 60, ("/var/backups",), has_hooks=True, quiesces=True),
     "a command": Service("tar_x", 60, ("/srv/$x",), is_command=True, has_priority=True),
 }
 
@@ -72,11 +76,12 @@ def test_program_not_there(tmp_path: Path) -> None:
     assert "/no where/python $x is not executable" in verify(tmp_path, *names)
 
 
-@given(st.text(st.characters(codec="utf-8", exclude_characters="\0\r"), min_size=1))
+@given(st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1))
+@example("a\rb")
 def test_word(text: str) -> None:
     """Whatever a path holds, its word stays on its line and has no specifier in it."""
     word = units.word(text)
-    assert "\n" not in word
+    assert not {"\n", "\r"} & set(word)
     assert "%" not in word.replace("%%", "")
 
 
@@ -87,7 +92,6 @@ def test_job() -> None:
     b2 = texts[of("b2")]
     assert "LoadCredentialEncrypted=b2:/etc/credstore.encrypted/b2\n" in b2
     assert "LoadCredential=b2-key:/etc/credstore/b2-key\n" in b2
-    assert "OnFailure=atomtx-notify@%N.service\n" in b2
     assert "TimeoutStopSec=780\n" in b2
     assert "CAP_SETUID" in texts[of("db.1")]
     assert "CAP_SETUID" not in texts[of("home")] + texts[units.BACKUP]
@@ -95,6 +99,22 @@ def test_job() -> None:
     for service in SERVICES.values():
         assert texts[of(service.job)] == texts[of(service.job, units.RESUME)]
     assert "/var/backups" in texts[units.RECOVER]
+
+
+def test_told() -> None:
+    """Each end of each service is told: who wants to know may stand in a drop-in of theirs."""
+    texts = units.files([SERVICES["zfs"]], PROGRAM)
+    for name in (units.BACKUP, units.RESUME, units.RECOVER):
+        assert "OnFailure=atomtx-notify@%N.service\n" in texts[name]
+        assert "OnSuccess=atomtx-notify@ended-%N.service\n" in texts[name]
+
+
+def test_after_remote() -> None:
+    """A repository on a network's file system is mounted before its job begins."""
+    texts = units.files([SERVICES["zfs"]], PROGRAM)
+    for name in (units.BACKUP, units.RESUME):
+        (after,) = (line for line in texts[name].splitlines() if line.startswith("After=network"))
+        assert "remote-fs.target" in after.split()
 
 
 def of(job: str, template: str = units.BACKUP) -> str:
@@ -108,13 +128,35 @@ def test_paths() -> None:
         volumes=("tank/home",),
         client="restic",
         environment={"RESTIC_REPOSITORY": "/srv/restic", "RESTIC_CACHE_DIR": "/srv/cache"},
-        write_paths=("/var/backups", "/tmp/x"),
+        write_paths=("/var/backups", "/tmp/x", "/run/dumps", "/run/atomtx/x"),
         layout="tree",
         root="/restic",
     )
     made, notes = installing.service("home", job, PROGRAM)
-    assert made.writes == ("/srv/cache", "/srv/restic", "/var/backups", "/restic")
+    # /run is read-only in the service, but for its own directory.
+    assert made.writes == ("/srv/cache", "/srv/restic", "/var/backups", "/run/dumps", "/restic")
     assert any("/srv/restic is not there yet" in note for note in notes)
+
+
+HOOKS = Job(pre_hook=("a",), post_hook=("b",), quiesce=("c",), hook_limit=300, grace=60)
+
+
+@pytest.mark.parametrize(
+    ("job", "stop", "start"),
+    [
+        (Job(grace=60), "240", "900"),
+        (HOOKS, "1140", "1800"),
+        (dataclasses.replace(HOOKS, hook_limit=0), "infinity", "infinity"),
+    ],
+)
+def test_time_for_hooks(job: Job, stop: str, start: str) -> None:
+    """A stop waits for the hooks that are undone, and so does the clean-up at boot."""
+    made, _ = installing.service("home", dataclasses.replace(job, client="restic"), PROGRAM)
+    texts = units.files([made], PROGRAM)
+    assert f"TimeoutStopSec={stop}\n" in texts[of("home")]
+    assert f"TimeoutStartSec={start}\n" in texts[units.RECOVER]
+    last = [line for line in texts[units.RECOVER].splitlines() if line.startswith("TimeoutStop")]
+    assert last[-1] == f"TimeoutStopSec={stop}"
 
 
 def test_remote_repository() -> None:
@@ -152,6 +194,42 @@ def test_foreign(tmp_path: Path, kind: str) -> None:
     assert path.is_symlink() or path.exists()
 
 
+def test_planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is written through a link of somebody else's; a write that fails leaves nothing."""
+    texts = {units.BACKUP: f"{units.MARKER}\n"}
+    target = tmp_path / "target"
+    target.write_text("precious")
+    (tmp_path / f".{units.BACKUP}.new").symlink_to(target)
+    installing.write(tmp_path, texts)
+    assert target.read_text() == "precious"
+    (tmp_path / units.BACKUP).unlink()
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(EffectError, match="No space left"):
+        installing.write(tmp_path, texts)
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_killed_install(tmp_path: Path) -> None:
+    """What a write that was killed has left is taken away as well, each job's own alone too."""
+    written(tmp_path, [SERVICES["zfs"], SERVICES["hooks"]])
+    halves = [
+        tmp_path / ".atomtx@.service.new",
+        tmp_path / ".atomtx@home.timer.new",
+        tmp_path / "atomtx@home.service.d" / f".{units.DROP_IN}.new",
+    ]
+    for path in halves:
+        path.write_text("")
+    installing.remove(tmp_path, installing.ours(tmp_path, ["home"]))
+    assert [path.exists() for path in halves] == [True, False, False]
+    assert not (tmp_path / "atomtx@home.service.d").exists()
+    installing.remove(tmp_path, installing.ours(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_remove(tmp_path: Path) -> None:
     """Removal leaves nothing of ours, and what the user has put beside it."""
     written(tmp_path, [SERVICES["zfs"], SERVICES["hooks"]])
@@ -163,3 +241,41 @@ def test_remove(tmp_path: Path) -> None:
     for _ in range(2):
         installing.remove(tmp_path, installing.ours(tmp_path))
         assert [p for p in tmp_path.rglob("*") if p.is_file()] == [own]
+
+
+class _KilledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("after", range(8))
+def test_killed_uninstall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    """Removal that was killed, wherever, is finished by the next one, and systemd reads it."""
+    written(tmp_path, [SERVICES["zfs"]])
+    called: list[tuple[str, ...]] = []
+
+    def systemctl(*words: str) -> None:
+        called.append(words)
+        if words[0] == "disable":  # systemd refuses units that are not there
+            files = [name.replace("@home.service", "@.service") for name in words[1:]]
+            assert all((tmp_path / name).exists() for name in files if name != "--now")
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        nonlocal after
+        if after == 0:
+            raise _KilledError
+        after -= 1
+        path.chmod(0o600)
+        path.rename(tmp_path.parent / "gone")
+
+    monkeypatch.setattr(installing, "systemctl", systemctl)
+    monkeypatch.setattr(installing, "is_booted", lambda: True)
+    monkeypatch.setattr(units, "DIRECTORY", str(tmp_path))
+    uninstall = install.uninstall.callback
+    assert uninstall
+    words = {"what": "systemd", "names": (), "no_stop": False, "directory": str(tmp_path)}
+    with monkeypatch.context() as patch, suppress(_KilledError):
+        patch.setattr(Path, "unlink", unlink)
+        uninstall(**words)
+    uninstall(**words)
+    assert list(tmp_path.iterdir()) == []
+    assert called[-1] == ("daemon-reload",)

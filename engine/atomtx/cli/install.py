@@ -71,21 +71,21 @@ def install(what: str, names: tuple[str, ...], only_print: bool, **options: Any)
       1  systemd refused something, or a file cannot be written
       2  wrong usage or configuration, or a file that is not ours; nothing was changed
     """
-    given = options["config_path"]
-    config = configuration.load(configuration.find(given))
+    config = configuration.load(configuration.find(options["config_path"]))
     names = names or tuple(config.jobs)
     if not names:
         raise UserError(f"{config.path} has no jobs", hint="`atomtx config init` shows how")
     for name in names:
         config.job(name)
     directory = Path(os.path.abspath(options["directory"]))
-    made = installing.program(os.environ, config_path=given)
+    made = installing.program(os.environ, config.path)
     texts, notes = installing.pages(config, names, _schedule(options), made, directory)
     if only_print:
         echo("\n".join(f"# {directory / name}\n{text}" for name, text in texts.items()))
         return ExitStatus.COMPLETED
     if os.geteuid() != 0:
         raise UserError("only root can write units", hint="run it with sudo, or with --print")
+    installing.check_shared(config, names, texts, directory)
     changed = installing.write(directory, texts)
     echo("\n".join(f"{directory / name}: written" for name in changed) or "nothing has changed")
     for note in notes:
@@ -149,7 +149,7 @@ def uninstall(what: str, names: tuple[str, ...], no_stop: bool, directory: str) 
     if found and live:
         installing.stop(where, found)
     installing.remove(where, found)
-    if found and live:
+    if live:  # also where one that was killed has removed all
         installing.systemctl("daemon-reload")
     echo("\n".join(f"{where / name}: removed" for name in found) or "nothing of ours is there")
     return ExitStatus.COMPLETED

@@ -30,7 +30,8 @@ def notify(unit: str | None, config_path: str | None, as_json: bool) -> ExitStat
     a backup is too confined to send a mail. UNIT is the service that ended, without ".service";
     where it was killed, and could not leave a notice, one is given that says so.
 
-    What cannot be given is kept, and tried again the next time.
+    What cannot be given is kept, and tried again the next time, for 14 days. With UNIT, what
+    another service has just left is its own unit's to give.
 
     \b
     Example:
@@ -51,25 +52,68 @@ def notify(unit: str | None, config_path: str | None, as_json: bool) -> ExitStat
 def _give(state: Path, unit: str, config_path: str | None, show: Reporter) -> ExitStatus:
     from .. import notifiers
 
-    letters = list(outbox.letters(state))
-    problems: list[str] = []
-    for letter in letters:
-        trouble = notifiers.send(letter.settings, [letter.notice])
-        problems += trouble
-        if not trouble:
-            letter.path.unlink(missing_ok=True)
-    spoken = {letter.invocation for letter in letters}
+    own = os.environ.get("MONITOR_INVOCATION_ID", "") if unit else ""
+    spoken = bool(own) and outbox.has_spoken(state, own)  # before anything is given
+    try:
+        count, problems = empty(state, unit, own, show)
+    except (AtomtxError, OSError) as exc:  # what the service came to is told all the same
+        count, problems = 0, [str(exc)]
     ended = _ended_unit(os.environ)
-    if unit and ended and os.environ.get("MONITOR_INVOCATION_ID", "") not in spoken:
-        own = jobs.notices(config_path, show.warn).get(job_key(_job_of(unit)), NotifySettings())
-        general, _ = notices.settings_of(os.environ)
-        settings = notices.combined(general, own)
-        redact = Redactor(os.environ).redact
-        problems += notifiers.send(settings, [notices.notice(_facts(state, unit, ended), redact)])
+    if unit and ended and not spoken:
+        told, troubles = _who(_job_of(unit), config_path)
+        problems += troubles
+        made = notices.notice(_facts(state, unit, ended), Redactor(os.environ).redact)
+        for settings in told:
+            problems += notifiers.send(settings, [made])
     for problem in problems:
         show.warn(f"not notified: {problem}")
-    show.done(f"{len(letters)} notices, {len(problems)} could not be given")
+    show.done(f"{count} notices, {len(problems)} could not be given")
     return ExitStatus.FAILED if problems else ExitStatus.COMPLETED
+
+
+def empty(state: Path, unit: str, own: str, show: Reporter) -> tuple[int, list[str]]:
+    """
+    Give what lies in the outbox; return how many there were, and what went wrong.
+
+    The unit of a service leaves alone what another's is about to give: else that one would find
+    nothing, and tell of a service that ended without a word.
+    """
+    from .. import notifiers
+
+    problems: list[str] = []
+    with outbox.giving(state) as is_ours:
+        if not is_ours:
+            return 0, ["another `atomtx notify` is at work; the next one gives what is left"]
+        for note in outbox.tidy(state, own):
+            show.warn(note)
+        found = [each for each in outbox.letters(state) if not unit or each.is_for(own)]
+        for letter in sorted(found, key=lambda each: each.invocation != own):
+            trouble = notifiers.send(letter.settings, [letter.notice])
+            problems += trouble
+            if trouble and letter.is_too_old:
+                show.warn(f"given up after 14 days: {letter.notice.subject}")
+            if not trouble or letter.is_too_old:
+                outbox.remove(letter, own)
+    return len(found), problems
+
+
+def _who(job: str, config_path: str | None) -> tuple[list[NotifySettings], list[str]]:
+    """
+    Return who is told of a service that was killed, and why they may be too few.
+
+    Everybody, once, where it is no job's.
+    """
+    from .. import config
+
+    general, problems = notices.settings_of(os.environ)
+    try:
+        named = config.load(config.find(config_path)).jobs if config.is_there(config_path) else {}
+    except UserError as exc:
+        return [general], [*problems, f"who is told is not known: {exc.message}"]
+    own = {name: notices.combined(general, each.notices) for name, each in named.items()}
+    if job:
+        return [own.get(job, general)], problems
+    return notices.distinct([general, *own.values()]), problems
 
 
 def _job_of(unit: str) -> str:

@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from .. import adoption, config, process, recovery, statedir, states
+from .. import adoption, config, history, outbox, process, recovery, statedir, states
+from ..config_kinds import near, shown
 from ..errors import EffectError, ExitStatus, UserError, WaitingError, worst
 from ..executor import Tell
 from ..interrupts import Interrupts
@@ -88,18 +89,29 @@ class _Recover:
             raise UserError("--rollback and --no-resume exclude each other")
         if self._options["dry_run"] and (self._options["adopt"] or self._options["abandoned"]):
             raise UserError("--dry-run goes with neither --adopt nor --abandon")
-        self._sources = jobs.sources(self._config())
+        self._sources = self._sources_found()
         if self._options["dry_run"] or self._options["scan"]:
             return self._recover()
         with self._notifier.delivering("atomtx recover"):
             return self._recover()
 
-    def _config(self) -> str | None:
-        """Return the configuration to take credentials from; that of a job where it is named."""
+    def _sources_found(self) -> dict[str, dict[str, str]]:
+        """
+        Return where credentials are now, by the configuration that was given, or a job's own.
+
+        One that nobody named and that is wrong is warned of: it must not keep hooks from being
+        undone, and the journal has the places as they were.
+        """
         given: str | None = self._options["config_path"]
-        if given is None and self._options["job_name"] and config.is_there():
-            return config.find()
-        return given
+        if given is not None:
+            return jobs.sources(given)
+        if self._options["no_resume"] or not self._options["job_name"] or not config.is_there():
+            return {}
+        try:
+            return jobs.sources(config.find())
+        except UserError as exc:
+            self._show.warn(f"credentials are looked for where they were: {exc.message}")
+            return {}
 
     def _recover(self) -> ExitStatus:
         self._interrupts.install()
@@ -142,8 +154,24 @@ class _Recover:
             statuses.append(self._settle(settler, journal, run))
             self._interrupts.stop()
         if not runs:
+            self._check_job(journal)
             self._show.done("nothing to recover")
         return worst(statuses)
+
+    def _check_job(self, journal: Journal) -> None:
+        """Warn of a job that nobody knows: its name is mistyped, or the configuration another."""
+        name: str | None = self._options["job_name"]
+        if not name or history.runs(journal.path, limit=1, job=job_key(name)):
+            return
+        given = self._options["config_path"]
+        try:
+            known = config.load(config.find(given)).jobs if config.is_there(given) else {}
+        except UserError:  # it was warned of, and may well have the job
+            return
+        if name not in known:
+            meant = near(name, tuple(known))
+            hint = f'; did you mean "{meant}"?' if meant else ""
+            self._show.warn(f"no configuration and no run has a job {shown(name)}{hint}")
 
     def _patience(self) -> Patience:
         if self._options["stop"]:
@@ -156,7 +184,8 @@ class _Recover:
         except (WaitingError, EffectError) as exc:
             # One run that must wait, or cannot be settled, does not keep the others from their end.
             self._show.warn(str(exc))
-            self._notifier.unsettled(run, exc)
+            if not self._is_told_by_service():
+                self._notifier.unsettled(run, exc)
             return exc.exit_status
         except NoRunError:  # ended, and forgotten at its --keep-history, since we looked
             return ExitStatus.COMPLETED
@@ -171,8 +200,20 @@ class _Recover:
             return
         if not before.is_parked:
             self._notifier.interrupted(settled.run, settled.status)
-        elif settled.run.is_parked:
+        elif settled.run.is_parked and not self._is_told_by_service():
             self._notifier.still_parked(settled.run, settled.status)
+
+    def _is_told_by_service(self) -> bool:
+        """
+        Tell whether we clean up after a service of whose trouble a notice is given anyway.
+
+        It has left one itself, or it failed (systemd.exec(5)), and `notify` would tell of it.
+        """
+        if not (self._options["stop"] and self._options["no_resume"] and outbox.is_wanted()):
+            return False
+        started = os.environ.get("INVOCATION_ID", "")
+        failed = os.environ.get("SERVICE_RESULT", "success") != "success"
+        return failed or bool(started and outbox.has_spoken(statedir.find(), started))
 
     # -- lost journals ---------------------------------------------------------------------
 
