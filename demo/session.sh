@@ -39,7 +39,7 @@ else
   volume='$PWD/home' files=home list='btrfs subvolume list -s home'
   note 'A file system on a file, a subvolume in it, some files, and a restic repository.'
   run 'truncate -s 1G disk'
-  run 'mkfs.btrfs --quiet disk 2>/dev/null'
+  run 'mkfs.btrfs --quiet disk >/dev/null'
   run 'mkdir home && mount -o loop disk home'
   run 'btrfs subvolume create home/ann'
 fi
