@@ -56,8 +56,8 @@ class Letter:
 
     @property
     def is_too_old(self) -> bool:
-        """Tell whether it is given up where it cannot be given."""
-        return time.time() - self.written_s > OLDEST_S
+        """Tell whether it is given up where it cannot be given; a late ping tells what was."""
+        return self.settings.has_ping or time.time() - self.written_s > OLDEST_S
 
     def is_for(self, invocation: str) -> bool:
         """
@@ -75,14 +75,19 @@ def is_wanted(env: Mapping[str, str] = os.environ) -> bool:
     return env.get(VARIABLE, "") not in ("", "0")
 
 
-def parted(settings: NotifySettings) -> tuple[NotifySettings, list[NotifySettings]]:
+def parted(
+    settings: NotifySettings, *, offline: bool = False
+) -> tuple[NotifySettings, list[NotifySettings]]:
     """
     Return the settings for what is given at once, and those for what is left here.
 
     One for each notifier, so that one that fails repeats no other; at least one, which tells
-    that the command has spoken for itself.
+    that the command has spoken for itself.  *offline*, before there is a network, also those whose
+    URLs are in a file of their own: a URL is a secret, and is never written here.
     """
     now = replace(settings, command=(), mail=())
+    if offline:
+        now = replace(now, apprise_file="", ping_url_file="")
     later = replace(NotifySettings(), on=settings.on, time_limit_s=settings.time_limit_s)
     mail = replace(
         later,
@@ -91,6 +96,10 @@ def parted(settings: NotifySettings) -> tuple[NotifySettings, list[NotifySetting
         sendmail=settings.sendmail,
     )
     found = [mail, replace(later, command=settings.command)]
+    if offline:
+        found.append(replace(later, apprise_file=settings.apprise_file))
+        status = settings.ping_exit_status
+        found.append(replace(later, ping_url_file=settings.ping_url_file, ping_exit_status=status))
     return now, [each for each in found if not each.is_empty] or [later]
 
 

@@ -261,6 +261,8 @@ def _notify(program: Program) -> str:
     return _page(
         "[Unit]",
         "Description=Give the notices of %i",
+        "Wants=network-online.target",
+        "After=network-online.target",
         "",
         "[Service]",
         "Type=oneshot",

@@ -172,6 +172,21 @@ def test_killed(file: Path, tmp_path: Path, env: dict[str, str], atomtx_: Run, s
     assert not told.exists()
 
 
+def test_late_ping(file: Path, tmp_path: Path, atomtx_: Run) -> None:
+    """A ping that cannot be given is said, and not kept: later it would hide what came after."""
+    (tmp_path / "state").mkdir()
+    notice = notices.notice(Facts("nas", "home", datetime.now(UTC)), str)
+    for name, settings in {
+        "1": NotifySettings(ping_url_file="/no/such"),
+        "2": NotifySettings(apprise_file="/no/such"),
+    }.items():
+        outbox.leave(tmp_path / "state", name, settings, notice)
+    done = atomtx_("notify")
+    assert done.returncode == 1
+    assert done.stderr.count("not notified") == 2
+    assert [path.name for path in (tmp_path / "state" / "outbox").iterdir()] == ["2.json"]
+
+
 def test_two_units(file: Path, tmp_path: Path, env: dict[str, str], atomtx_: Run) -> None:
     """A unit leaves another's letter to it; who gives it first does not make that one lie."""
     state = tmp_path / "state"

@@ -553,3 +553,17 @@ def test_unknown_job(play: Play, tmp_path: Path, job: str, warned: bool) -> None
     expected = 'warning: no configuration and no run has a job "hom"; did you mean "home"?'
     assert played.status == 0
     assert played.warnings == ([expected] if warned else [])
+
+
+@pytest.mark.parametrize(("stop", "left"), [((), 1), (("--stop",), 0)])
+def test_before_network(play: Play, tmp_path: Path, stop: tuple[str, ...], left: int) -> None:
+    """At boot what needs a network is left for the unit that waits for one."""
+    url = tmp_path / "url"
+    url.write_text("http://127.0.0.1:9/x\n")
+    url.chmod(0o600)
+    in_service = {"ATOMTX_NOTIFY_LATER": "1", "ATOMTX_PING_URL_FILE": str(url)}
+    code = FOUND.format(outcome="rolled-back", reason=None)
+    played = play(code, "recover", "--no-resume", *stop, **in_service)
+    letters = outbox.letters(tmp_path / "state")
+    assert sum(letter.settings.has_ping for letter in letters) == left
+    assert sum("ping" in warning for warning in played.warnings) == 1 - left

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -34,6 +35,17 @@ def test_parted() -> None:
     assert all(each.on == SETTINGS.on and not each.has_ping for each in later)
     (nobody,) = outbox.parted(NotifySettings(ping_url="https://x"))[1]
     assert nobody.is_empty
+
+
+def test_parted_offline() -> None:
+    """Before there is a network, pings and apprise wait as well; but no URL, which is a secret."""
+    files = replace(SETTINGS, ping_url="", ping_url_file="/p", apprise=(), apprise_file="/a")
+    now, later = outbox.parted(files, offline=True)
+    assert now.is_empty
+    assert [(e.apprise_file, e.ping_url_file) for e in later[2:]] == [("/a", ""), ("", "/p")]
+    now, later = outbox.parted(SETTINGS, offline=True)
+    assert (now.ping_url, now.apprise) == (SETTINGS.ping_url, SETTINGS.apprise)
+    assert "secret" not in str([vars(each) for each in later])
 
 
 def test_left(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def empty(state: Path, unit: str, own: str, show: Reporter) -> tuple[int, list[s
             trouble = notifiers.send(letter.settings, [letter.notice])
             problems += trouble
             if trouble and letter.is_too_old:
-                show.warn(f"given up after 14 days: {letter.notice.subject}")
+                show.warn(f"given up: {letter.notice.subject}")
             if not trouble or letter.is_too_old:
                 outbox.remove(letter, own)
     return len(found), problems

@@ -38,6 +38,7 @@ class Notifier:
         by_job: Mapping[str, NotifySettings] | None = None,
     ) -> None:
         self.job = ""  # what to call it until there is a run
+        self.is_offline = False  # there may be no network yet
         self._settings = settings
         self._by_job = by_job or {}  # by the job's key
         self._warn = warn
@@ -166,7 +167,7 @@ class Notifier:
 
     def _leave(self, settings: NotifySettings, told: list[notices.Notice]) -> NotifySettings:
         """Leave to another process what it gives; return the settings for the rest."""
-        now, later = outbox.parted(settings)
+        now, later = outbox.parted(settings, offline=self.is_offline)
         started = os.environ.get("INVOCATION_ID", "")
         for n, (each, notice) in enumerate((s, notice) for notice in told for s in later):
             name = f"{time.time_ns():020}-{os.getpid()}-{n}"

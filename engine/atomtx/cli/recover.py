@@ -78,6 +78,8 @@ class _Recover:
         self._notifier = Notifier.of_environment(
             show.warn, statedir.find(), by_job=jobs.notices(options["config_path"], show.warn)
         )
+        # As at boot; after a service there is one.
+        self._notifier.is_offline = options["no_resume"] and not options["stop"]
         self._sources: dict[str, dict[str, str]] = {}
 
     def run(self) -> ExitStatus:
