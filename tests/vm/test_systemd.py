@@ -11,7 +11,7 @@ import re
 import subprocess
 import time
 from collections.abc import Iterator
-from datetime import date, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -40,8 +40,9 @@ ExecStart=/usr/sbin/zpool import -d /dev/disk/by-id tank
 [Install]
 WantedBy=zfs-import.target
 """
-# Each boot sets the clock right again, so that nothing of a test is of the future then.
-YESTERDAY = f"{date.today() - timedelta(days=1)}"
+# The last day of which the timers' times are over: each boot sets the clock right again, and then
+# nothing may be of the future, nor a time be missed that is to be made up for.
+DAY = f"{datetime.now(UTC) - timedelta(hours=5):%Y-%m-%d}"
 BOOTED = "/venv/bin/python /root/agent.py start"
 
 
@@ -67,7 +68,7 @@ class Host:
         self.job = job
         self.service = f"atomtx@{job}.service"
         # A timer counts from its own start: the clock may only be set forward after that.
-        vm.run(f"date -s '{YESTERDAY} 02:00'")
+        vm.run(f"date -s '{DAY} 02:00'")
         vm.run("mkdir -p /mnt/backup /var/mail && : >/var/mail/root")
         vm.run("cat >/usr/sbin/sendmail && chmod 755 /usr/sbin/sendmail", input=SENDMAIL)
 
@@ -90,7 +91,7 @@ class Host:
 
     def wait_for_timer(self, before: str) -> None:
         """Set the clock to just before the timer's time, and wait until it has started a backup."""
-        self.vm.run(f"date -s '{YESTERDAY} {before}'")
+        self.vm.run(f"date -s '{DAY} {before}'")
         started = f"systemctl show -p ExecMainStartTimestampMonotonic {self.service}"
         self.until(f"{started} | grep -v '=0$'", 120)
 
