@@ -274,8 +274,9 @@ def child(on_freebsd: FreeBSD) -> Iterator[subprocess.Popen[bytes]]:
     env = {"ATOMTX_TOKEN": "atomtx-0011223344556677", "OTHER": "a\n 1 sh ATOMTX_TOKEN=forged"}
     started = subprocess.Popen(["sleep", "1000"], env={**os.environ, **env}, start_new_session=True)
     yield started
-    started.kill()
-    started.wait()
+    if started.returncode is None:  # os.kill may be a played one still
+        signal.pidfd_send_signal(os.pidfd_open(started.pid), signal.SIGKILL)
+        started.wait()
 
 
 def test_boot_id(on_freebsd: FreeBSD) -> None:
@@ -372,7 +373,6 @@ def test_send(child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(os, "kill", lambda pid, number: sent.append(pid))
 
     def ends(pid: int) -> bool:
-        child.kill = lambda: None  # type: ignore[method-assign]
         signal.pidfd_send_signal(os.pidfd_open(pid), signal.SIGKILL)
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         return True
