@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from . import clients, errand, locks, moment, plan, states
+from . import errand, locks, moment, plan, states
 from .cleaning import Cleaner
-from .clients import Client, End, Progress
+from .clients import End, Progress
 from .errors import (
     ClientError,
     CredentialError,
@@ -46,7 +46,7 @@ from .intents import (
 )
 from .interrupts import Interrupts
 from .journal import Change, Journal
-from .launching import environment_of, facts_of, retention_of, settings_of
+from .launching import environment_of, mended, retention_of
 from .mounts import tree
 from .probing import end_survivors
 from .records import Run, Step
@@ -435,10 +435,8 @@ class Executor:
 
     def mend(self, run: Run) -> None:
         """Let the client mend what its killed predecessor left in the repository."""
-        config = run.plan.client
-        client: Client = clients.load(config.name)
         if run.attempts:
-            for line in client.after_loss(settings_of(config), facts_of(config)):
+            for line in mended(run.plan.client):
                 self._tell.step(line)
 
     def _mended(self, run: Run) -> Run:

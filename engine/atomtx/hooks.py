@@ -23,7 +23,7 @@ from .errors import AtomtxError, EffectError, Interrupted
 from .intents import AROUND_RUN, AROUND_SNAPSHOT, BEFORE, ApplyRetention, RunHook, UndoHook
 from .interrupts import Interrupts
 from .journal import Change
-from .launching import facts_of, settings_of
+from .launching import mended, settings_of
 from .plan import ClientPlan
 from .records import Run, Step
 from .sessions import Sessions
@@ -166,8 +166,7 @@ class Hooks:
 
     def _mend(self, run: Run) -> None:
         """Let the client mend what its killed predecessor left in the repository."""
-        config = run.plan.client
-        for line in clients.load(config.name).after_loss(settings_of(config), facts_of(config)):
+        for line in mended(run.plan.client):
             self._tell(line)
 
     def _retention(self, run: Run, step: Step, intent: ApplyRetention) -> str | None:

@@ -18,7 +18,7 @@ from .config_schema import DEFAULT, Job
 from .errors import AtomtxError, EffectError, UserError
 from .names import is_within
 from .preparing import choose_client
-from .statedir import sync_directory
+from .statedir import sync_directory, write_new
 from .units import Program, Schedule, Service
 
 # What a service may write without our word: units.py, and ProtectSystem= in systemd.exec(5).
@@ -206,13 +206,8 @@ def write(directory: Path, texts: Mapping[str, str]) -> list[str]:
 def _replace(path: Path, text: str) -> None:
     path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     new = path.with_name(_new(path.name))
-    new.unlink(missing_ok=True)  # of a write that was killed, or a link of somebody else's
+    write_new(new, text, 0o644)
     try:
-        with open(new, "x", encoding="utf-8") as file:
-            os.fchmod(file.fileno(), 0o644)
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
         new.replace(path)
     except OSError:
         new.unlink(missing_ok=True)

@@ -43,6 +43,11 @@ def facts_of(client: ClientPlan) -> Facts:
     return Facts(client.version, client.repository)
 
 
+def mended(client: ClientPlan) -> list[str]:
+    """Let the client mend what its killed predecessor left in the repository; say what it did."""
+    return list(clients.load(client.name).after_loss(settings_of(client), facts_of(client)))
+
+
 def retention_of(made: Plan, moment: Moment) -> ApplyRetention | None:
     """Return the step that applies the plan's retention to the job's own backups; maybe none."""
     if not made.retention:

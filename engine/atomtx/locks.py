@@ -56,13 +56,14 @@ def try_acquire(path: Path) -> int | None:
     The file must exist; close the descriptor to release.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    if wait_until(lambda: _lock(descriptor, fcntl.LOCK_EX), _GLANCE_S, step_s=0.01):
+    if wait_until(lambda: try_lock(descriptor, fcntl.LOCK_EX), _GLANCE_S, step_s=0.01):
         return descriptor
     os.close(descriptor)
     return None
 
 
-def _lock(descriptor: int, kind: int) -> bool:
+def try_lock(descriptor: int, kind: int) -> bool:
+    """Lock an open file, LOCK_EX or LOCK_SH, without waiting; False where somebody keeps us out."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -78,7 +79,7 @@ def is_held(path: Path) -> bool:
     except FileNotFoundError:
         return False
     try:
-        return not _lock(descriptor, fcntl.LOCK_SH)
+        return not try_lock(descriptor, fcntl.LOCK_SH)
     finally:
         os.close(descriptor)
 

@@ -162,6 +162,8 @@ def check_empty(journal: Journal, run: Run, empty: frozenset[str]) -> str | None
 
 def _emptied(journal: Journal, run: Run, empty: Collection[str]) -> set[str]:
     """Return which of the *empty* mountpoints had files in the last completed backup."""
+    if not empty:
+        return set()
     last = journal.last_completed(run.job)
     before = last[0] if last else {}
     guids = {v.mountpoint: v.guid for v in run.plan.volumes}
@@ -170,8 +172,10 @@ def _emptied(journal: Journal, run: Run, empty: Collection[str]) -> set[str]:
 
 def judged(journal: Journal, run: Run, end: End) -> End:
     """Call a backup partial that lacks what a volume that was not named itself once had."""
+    if end.outcome is not Outcome.COMPLETED:
+        return end
     lost = _emptied(journal, run, journal.seen_empty(run.id))
-    if not lost or end.outcome is not Outcome.COMPLETED:
+    if not lost:
         return end
     return replace(end, outcome=Outcome.PARTIAL, reason=_emptied_words(lost))
 

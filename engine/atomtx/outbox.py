@@ -30,7 +30,7 @@ from typing import Any
 from . import locks
 from .errors import EffectError, UserError
 from .notices import Event, Notice, NotifySettings
-from .statedir import sync_directory
+from .statedir import sync_directory, write_new
 
 FOLDER = "outbox"
 VARIABLE = "ATOMTX_NOTIFY_LATER"  # set in the units: mails and commands are for the outbox
@@ -121,31 +121,15 @@ def leave(
         folder.mkdir(mode=0o700, exist_ok=True)
         if len(_names(folder)) >= MOST:
             raise EffectError(f"{folder} holds {MOST} notices already: `atomtx notify` gives them")
-        _write(folder / f".{name}", json.dumps(body))
+        write_new(folder / f".{name}", json.dumps(body))
         (folder / f".{name}").replace(folder / f"{name}.json")
         sync_directory(folder)
     except OSError as exc:
         raise EffectError(f"cannot write into {folder}: {exc.strerror}") from exc
 
 
-def _write(path: Path, text: str) -> None:
-    try:
-        with open(path, "w", encoding="utf-8", opener=_private) as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:
-        with suppress(OSError):  # the first error is the one to tell
-            path.unlink()
-        raise
-
-
 def _names(folder: Path) -> list[str]:
     return sorted(name for name in os.listdir(folder) if name.endswith(".json"))
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_CLOEXEC, 0o600)
 
 
 # -- taking them out ---------------------------------------------------------------------------
@@ -169,17 +153,11 @@ def giving(state: Path, wait_s: float = WAIT_S) -> Iterator[bool]:
     try:
         _check(state, state.stat(), 0o022)
         _check(state / FOLDER, os.fstat(descriptor), 0o077)
-        yield locks.wait_until(lambda: _lock(descriptor), wait_s, step_s=0.2)
+        yield locks.wait_until(
+            lambda: locks.try_lock(descriptor, fcntl.LOCK_EX), wait_s, step_s=0.2
+        )
     finally:
         os.close(descriptor)
-
-
-def _lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _check(path: Path, info: os.stat_result, others: int) -> None:

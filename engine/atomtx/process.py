@@ -157,15 +157,7 @@ def spawn_hook(argv: Sequence[str], *, env: Mapping[str, str], cwd: str) -> subp
 
     It inherits no lock.
     """
-    return subprocess.Popen(
-        argv,
-        env=dict(env),
-        cwd=cwd,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+    return _spawn_piped(argv, env, cwd, stderr=subprocess.STDOUT)
 
 
 def spawn_client(
@@ -176,14 +168,25 @@ def spawn_client(
 
     It inherits *lock*, and every descendant does that does not close it.
     """
+    return _spawn_piped(argv, env, cwd, stderr=subprocess.PIPE, pass_fds=(lock,))
+
+
+def _spawn_piped(
+    argv: Sequence[str],
+    env: Mapping[str, str],
+    cwd: str,
+    *,
+    stderr: int,
+    pass_fds: Sequence[int] = (),
+) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         argv,
         env=dict(env),
         cwd=cwd,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        pass_fds=(lock,),
+        stderr=stderr,
+        pass_fds=pass_fds,
         start_new_session=True,
     )
 

@@ -263,6 +263,27 @@ def sweep(state: Path, known: Collection[str]) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def write_new(path: Path, text: str, mode: int = 0o600) -> None:
+    """
+    Write a file of our own, durable but for its name; on an OSError there is none.
+
+    What has the name is removed before, such as the half of one that was killed, and no link is
+    followed.
+    """
+    path.unlink(missing_ok=True)
+    flags = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY | os.O_CLOEXEC
+    try:
+        with open(os.open(path, flags, mode), "w", encoding="utf-8") as file:
+            os.fchmod(file.fileno(), mode)  # whatever the umask is
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        with suppress(OSError):  # the first error is the one to tell
+            path.unlink()
+        raise
+
+
 def sync_directory(path: Path) -> None:
     """Make the names in a directory durable."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

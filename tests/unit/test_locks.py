@@ -156,7 +156,7 @@ def test_look_is_not_a_holder(lock: Path) -> None:
 def test_looks_do_not_see_each_other(lock: Path) -> None:
     """Two who look at the same time both see that nobody holds it."""
     descriptor = os.open(lock, os.O_RDWR)
-    assert locks._lock(descriptor, fcntl.LOCK_SH)
+    assert locks.try_lock(descriptor, fcntl.LOCK_SH)
     assert not locks.is_held(lock)
     os.close(descriptor)
 

@@ -16,7 +16,7 @@ from .. import config_text
 from ..config import ConfigError, Problem
 from ..config_schema import DEFAULT, JOB_NAME, json_schema
 from ..errors import EffectError, ExitStatus, UserError
-from ..statedir import sync_directory
+from ..statedir import sync_directory, write_new
 from . import echo, json_option, render
 from .jobs import config_option
 
@@ -156,7 +156,7 @@ def _write_new(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        _write(partial, text)
+        write_new(partial, text)
         configuration.load(str(partial))
         os.link(partial, path)  # not over one that exists
         sync_directory(path.parent)
@@ -167,14 +167,6 @@ def _write_new(path: Path, text: str) -> None:
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
-
-
-def _write(path: Path, text: str) -> None:
-    flags = os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_WRONLY | os.O_CLOEXEC
-    with open(os.open(path, flags, 0o600), "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 @config.command()
