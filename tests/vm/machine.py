@@ -63,7 +63,11 @@ QEMU = (
     ),
     *("-device", "virtio-net-pci,netdev=net", "-device", "virtio-rng-pci"),
 )
-KERNEL_ARGUMENTS = "root=/dev/vda rw console=ttyS0 net.ifnames=0 mitigations=off panic=-1 quiet"
+# qemu translates a program anew at each address that it is loaded to: with addresses that are
+# always the same, what starts many programs takes less than half of the time.
+KERNEL_ARGUMENTS = (
+    "root=/dev/vda rw console=ttyS0 net.ifnames=0 mitigations=off norandmaps panic=-1 quiet"
+)
 
 
 class MachineError(Exception):
