@@ -239,6 +239,96 @@ def check_boot(host: Host) -> None:
     assert "atomtx-recover.service" not in after
 
 
+JOBS = """
+[defaults]
+recursive = true
+
+[jobs.photos]
+volumes = ["tank/home"]
+client = "kopia"
+environment = { KOPIA_CONFIG_PATH = "/etc/kopia/repository.config" }
+credentials.KOPIA_PASSWORD = { file = "/etc/atomtx/password" }
+retention = ["--keep-latest", "3"]
+pre-hook = ["/usr/local/sbin/hook", "pre"]
+post-hook = ["/usr/local/sbin/hook", "post"]
+quiesce = ["/usr/local/sbin/hook", "quiesce"]
+thaw = ["/usr/local/sbin/hook", "thaw"]
+after-success = ["/usr/local/sbin/hook", "success"]
+after-failure = ["/usr/local/sbin/hook", "failure"]
+write-paths = ["/var/backups"]
+
+[jobs.tree]
+volumes = ["tank/home"]
+client = "restic"
+layout = "tree"
+root = "/srv/frozen"
+environment = { RESTIC_REPOSITORY = "/mnt/backup/restic" }
+credentials.RESTIC_PASSWORD = { file = "/etc/atomtx/password" }
+
+[jobs.own]
+volumes = ["tank/home"]
+client = "command"
+command = ["tar", "--acls", "--xattrs", "-cf", "/var/backups/own.tar"]
+write-paths = ["/var/backups"]
+"""
+# As another user, as a dump of a database is made.
+HOOK = """#!/bin/sh
+set -e
+exec >>/var/backups/hooks
+echo "$1 $ATOMTX_JOB $(runuser -u nobody -- id -un)"
+"""
+SET_UP = """
+set -e
+mkdir -p -m 700 /etc/atomtx /etc/kopia
+mkdir -p /srv/frozen /var/backups
+(umask 077; echo secret-of-tests >/etc/atomtx/password)
+restic init -q --repo /mnt/backup/restic --password-file /etc/atomtx/password
+mkdir /mnt/backup/kopia
+KOPIA_PASSWORD=secret-of-tests KOPIA_CHECK_FOR_UPDATES=false kopia repository create filesystem \
+    --path /mnt/backup/kopia --config-file /etc/kopia/repository.config --no-persist-credentials
+"""
+
+
+RESTORE = """
+set -e
+export KOPIA_PASSWORD=secret-of-tests KOPIA_CHECK_FOR_UPDATES=false
+kopia="kopia --config-file /etc/kopia/repository.config"
+$kopia snapshot list --json /tank/home >/tmp/list
+id=$(python3 -c 'import json; print(json.load(open("/tmp/list"))[-1]["id"])')
+$kopia restore $id /var/tmp/kopia/tank/home
+restic restore -q latest --repo /mnt/backup/restic --password-file /etc/atomtx/password \\
+    --target /var/tmp/tree
+mkdir /var/tmp/own
+tar -xf /var/backups/own.tar -C /var/tmp/own
+"""
+
+
+def test_kinds_of_jobs(vm: Machine) -> None:
+    """kopia, every hook, a tree and a command of one's own in the confined service; restored."""
+    make_datasets(vm, "tank/home", "tank/home/ann")
+    for name in ("tank/home", "tank/home/ann"):
+        fill(vm, f"/{name}", files=3, size_bytes=100_000)
+    host = Host(vm, "photos")
+    vm.run(SET_UP, timeout=300)
+    vm.run("cat >/usr/local/sbin/hook && chmod 755 /usr/local/sbin/hook", input=HOOK)
+    host.configure(JOBS)
+    vm.run("atomtx install systemd", timeout=300)
+    for job in ("photos", "tree", "own"):
+        done = vm.run(f"systemctl start atomtx@{job}.service", check=False, timeout=600)
+        assert done.status == 0, host.said()
+        assert (runs(vm)[0]["job"], runs(vm)[0]["outcome"]) == (f"job {job}", "completed")
+        assert leftovers(vm) == []
+    hooks = vm.run("cat /var/backups/hooks").stdout.splitlines()
+    assert hooks == [
+        f"{which} photos nobody" for which in ("pre", "quiesce", "thaw", "post", "success")
+    ]
+
+    vm.run(RESTORE, timeout=300)
+    restored(vm, "/tank/home", "/var/tmp/kopia")
+    restored(vm, "/tank/home", "/var/tmp/tree")
+    restored(vm, "/tank/home", "/var/tmp/own")
+
+
 def test_failures(vm: Machine) -> None:
     """A run that fails and a service that is killed are told by a mail, with what to type."""
     make_datasets(vm, "tank/home")
