@@ -383,8 +383,11 @@ def test_restic_root(version: str, restic: Callable[[str], Settings], home: Path
     """The target / works, with what must stay live left out."""
     settings = restic(version)
     live = Restic().live_paths(settings)
-    moment = moment_of(Path("/"), excludes=(*siblings(home), *live))
-    seen = back_up(Restic(), settings, moment)
+    for _ in range(3):  # partial where another process made a file beside it, and took it away
+        moment = moment_of(Path("/"), excludes=(*siblings(home), *live))
+        seen = back_up(Restic(), settings, moment)
+        if seen.end.outcome is not Outcome.PARTIAL:
+            break
     assert seen.end.outcome is Outcome.COMPLETED
     # Other processes may have put files beside it meanwhile.
     listed = call(settings, "ls", "latest").splitlines()

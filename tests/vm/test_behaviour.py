@@ -114,8 +114,8 @@ def test_busy_holders(one: Machine) -> None:
             " setsid unshare -m --propagation private /root/theirs >/dev/null 2>&1 </dev/null &"
             f" zfs hold keep {name}; zfs clone {name} tank/clone"
         )
-        tail, sleep = (vm.run(f"pgrep -x {word} -n").stdout.strip() for word in ("tail", "sleep"))
-        until(vm, f"grep -q {name} /proc/{sleep}/mountinfo && pgrep -f 'sleep 100[0]'")
+        until(vm, "pgrep -x tail && pgrep -f 'sleep 100[0]'")  # it has mounted, then
+        tail = vm.run("pgrep -x tail -n").stdout.strip()
         sleep = vm.run("pgrep -f 'sleep 100[0]'").stdout.strip()
         let_go(vm)
     said = answer.result().output
