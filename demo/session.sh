@@ -7,9 +7,10 @@ set -euo pipefail
 kind=${1:-zfs}
 pool=atomtx-demo
 work=$(mktemp -d /var/tmp/atomtx-demo.XXXXXX)
+made=
 cleanup() {
   cd /
-  if [ "$kind" = zfs ] && zpool list "$pool" >/dev/null 2>&1; then zpool destroy "$pool"; fi
+  if [ "$made" ]; then zpool destroy "$pool"; fi
   if mountpoint --quiet "$work/home"; then umount "$work/home"; fi
   rm -rf "$work"
 }
@@ -33,6 +34,7 @@ if [ "$kind" = zfs ]; then
   note 'A pool on a file, two datasets, some files, and a restic repository.'
   run 'truncate -s 1G disk'
   run "zpool create -m \$PWD/pool $pool \$PWD/disk"
+  made=yes # a pool of that name that was there before is none of ours
   run "zfs create $pool/home && zfs create $pool/home/ann"
 else
   # shellcheck disable=SC2016  # shown as it is

@@ -8,6 +8,9 @@ the virtual machine alone.  Faults are the test's wish, in "faults" by command:
     "refuse"   it fails, and has done nothing        "skew"     a transaction group a snapshot
     "silent"   it does nothing, and says that it did "foreign"  somebody else's have these names
     "busy"     it answers that they are in use       "wait"     until there is a file "go"
+    "export"   somebody exports all pools before it
+
+Of "zpool" there is "refuse" alone: the module is not loaded.
 """
 
 from __future__ import annotations
@@ -21,55 +24,107 @@ from pathlib import Path
 from typing import Any
 
 HOME = Path(os.environ.get("FAKE_ZFS", "/nonexistent"))
-MARK = "atomtx:run"
+MARK, KEPT, TRANSIENT = "atomtx:run", "atomtx:kept", "atomtx:transient"
 
 
 def main(program: str, argv: list[str]) -> int:
     """Answer one command."""
-    pool: dict[str, Any] = json.loads((HOME / "pool.json").read_text())
+    before = (HOME / "pool.json").read_text()
+    pool: dict[str, Any] = json.loads(before)
     with open(HOME / "zfs.log", "a") as log:
         log.write(json.dumps([program, *argv]) + "\n")
     status = _answer(pool, program, argv)
-    new = HOME / f"pool.{os.getpid()}"
-    new.write_text(json.dumps(pool))
-    new.replace(HOME / "pool.json")
+    after = json.dumps(pool)
+    if after != before:  # else it would undo what was changed while it looked
+        new = HOME / f"pool.{os.getpid()}"
+        new.write_text(after)
+        new.replace(HOME / "pool.json")
     return status
 
 
 def _answer(pool: dict[str, Any], program: str, argv: list[str]) -> int:
+    if program == "zpool" and pool["faults"].get("zpool") == "refuse":
+        print("The ZFS modules are not loaded.", file=sys.stderr)
+        return 1
     if program == "zpool":
         for name, guid in pool["pools"].items():
-            print(name, guid, "ONLINE", sep="\t")
+            print(name, guid, pool.get("health", {}).get(name, "ONLINE"), sep="\t")
         return 0
     verb, words = argv[0], argv[1:]
     fault = pool["faults"].get(verb)
     if fault == "silent":
+        if verb == "receive":
+            sys.stdin.read()
         return 0
     while fault == "wait" and not (HOME / "go").exists():
         time.sleep(0.05)
     if fault == "refuse":
         print(f"cannot {verb}: out of luck", file=sys.stderr)
         return 1
+    if verb in ("send", "receive", "rollback", "set") or argv[:4] == ["list", "-Hp", "-d", "1"]:
+        return _of_streams(pool, verb, words)
+    if verb == "list":
+        return _list(pool, words[-1])
     if verb == "get":
         return _get(pool, words)
     if verb == "holds":
         return _holds(pool, words[1:])
     if verb == "snapshot":
-        return _snapshot(pool, words[1].partition("=")[2], words[2:], fault)
+        transient = words.pop(words.index("-o", 1) + 1) if words.count("-o") > 1 else ""
+        names = words[2 + bool(transient) :]
+        return _snapshot(pool, words[1].partition("=")[2], names, fault, transient)
     if verb in ("hold", "release"):
         return _hold(pool, verb, words[0], words[1:])
     if verb == "destroy":
         return _destroy(pool, words)
+    if fault == "export":
+        pool["pools"] = {}
+    if verb == "program" and words[5] not in pool["pools"]:
+        print(f"cannot open '{words[5]}': no such pool", file=sys.stderr)
+        return 1
+    if verb == "program" and words[6].endswith("prune.lua"):
+        return _prune(pool, words[7], words[8:], fault)
     if verb == "program":
         return _program(pool, words[7], words[8], words[9:], fault)
     raise SystemExit(f"fakezfs knows no {argv}")
 
 
+def _of_streams(pool: dict[str, Any], verb: str, words: list[str]) -> int:
+    import fakesend  # type: ignore[import-not-found]  # it takes its time
+
+    if verb == "list":
+        types, columns, names = words[4].split(","), words[6].split(","), words[7:]
+        return int(fakesend.list_points(pool, types, columns, names))
+    work, *given = {
+        "send": (fakesend.send, words),
+        "receive": (fakesend.receive, words, HOME),
+        "rollback": (fakesend.roll_back, words[0]),
+        "set": (fakesend.mark, words[0].partition("=")[2], words[1:]),
+    }[verb]
+    return int(fakesend.said(work, pool, *given))
+
+
+def _list(pool: dict[str, Any], top: str) -> int:
+    for name, kind in pool["datasets"].items():
+        if name.split("/")[0] == top:
+            print(name, kind, f"guid of {name}", f"/{name}", "on", "yes", "-", sep="\t")
+    return 0
+
+
 def _get(pool: dict[str, Any], words: list[str]) -> int:
-    if "-r" in words:  # the marks of whole pools
+    if "-d" in words:
+        return _snapshots_of(pool, words[words.index("-o") + 3 :])
+    if "-r" in words and "-s" not in words:  # all snapshots of whole pools
+        pools = words[words.index("-o") + 3 :]
         for name, snapshot in pool["snapshots"].items():
-            if snapshot["mark"] and name.split("/")[0] in words:
-                print(name, snapshot["mark"], sep="\t")
+            if _pool_of(name) in pools:
+                _print_proof(name, snapshot)
+        return 0
+    if "-r" in words:  # the marks of whole pools
+        mark = "kept" if KEPT in words else "mark"
+        for name, snapshot in pool["snapshots"].items():
+            if snapshot[mark] and not snapshot.get("received") and _pool_of(name) in words:
+                print(name, snapshot[mark], sep="\t")
         return 0
     wanted, names = words[3], words[4:]
     status = 0
@@ -82,13 +137,45 @@ def _get(pool: dict[str, Any], words: list[str]) -> int:
             print(f"cannot open '{name}': snapshot does not exist", file=sys.stderr)
             status = 1
             continue
-        for prop in ("guid", "createtxg", "creation"):
-            print(name, prop, found[prop], "-", sep="\t")
-        print(name, MARK, found["mark"] or "-", "local" if found["mark"] else "-", sep="\t")
+        if wanted == "used":
+            print(name, "4096", sep="\t")
+        else:
+            _print_proof(name, found)
     return status
 
 
+def _pool_of(name: str) -> str:
+    return name.split("/")[0].split("@")[0]
+
+
+def _print_proof(name: str, found: dict[str, Any]) -> None:
+    for prop in ("guid", "createtxg", "creation"):
+        print(name, prop, found[prop], "-", sep="\t")
+    print(name, MARK, found["mark"] or "-", "local" if found["mark"] else "-", sep="\t")
+
+
+def _snapshots_of(pool: dict[str, Any], datasets: list[str]) -> int:
+    away = [dataset for dataset in datasets if dataset.split("/")[0] not in pool["pools"]]
+    for dataset in away:
+        print(f"cannot open '{dataset}': dataset does not exist", file=sys.stderr)
+    for name, found in pool["snapshots"].items():
+        if name.partition("@")[0] not in datasets or name.partition("@")[0] in away:
+            continue
+        for prop in ("guid", "createtxg", "creation"):
+            print(name, prop, found[prop], "-", sep="\t")
+        print(name, "userrefs", len(found["holds"]), "-", sep="\t")
+        print(name, "clones", ",".join(found.get("clones", ())), "-", sep="\t")
+        source = "received" if found.get("received") else "local"
+        print(name, KEPT, found["kept"] or "-", source if found["kept"] else "-", sep="\t")
+        value, _, source = found.get("transient", "- -").partition(" ")  # "RUN inherited from ..."
+        print(name, TRANSIENT, value, source or "local", sep="\t")
+    return int(bool(away))
+
+
 def _holds(pool: dict[str, Any], names: list[str]) -> int:
+    if not names:
+        print("missing dataset argument\nusage:", file=sys.stderr)
+        return 2
     found = [name for name in names if name in pool["snapshots"]]
     for name in found:
         for tag in pool["snapshots"][name]["holds"]:
@@ -101,7 +188,9 @@ def _holds(pool: dict[str, Any], names: list[str]) -> int:
     return int(len(found) < len(names))
 
 
-def _snapshot(pool: dict[str, Any], mark: str, names: list[str], fault: str | None) -> int:
+def _snapshot(
+    pool: dict[str, Any], mark: str, names: list[str], fault: str | None, transient: str
+) -> int:
     if any(name in pool["snapshots"] for name in names):
         print("cannot create snapshot: dataset already exists", file=sys.stderr)
         return 1
@@ -118,6 +207,8 @@ def _snapshot(pool: dict[str, Any], mark: str, names: list[str], fault: str | No
             "kept": None,
             "holds": [],
         }
+        if transient:
+            pool["snapshots"][name]["transient"] = transient.removeprefix(f"{TRANSIENT}=")
         import shutil  # half of the time that this program takes to start
 
         shutil.copytree(
@@ -157,6 +248,46 @@ def _program(pool: dict[str, Any], verb: str, run: str, words: list[str], fault:
     return 0
 
 
+def _prune(pool: dict[str, Any], bookmark: str, words: list[str], fault: str | None) -> int:
+    """Answer as prune.lua does."""
+    answers = [
+        _pruned(pool, bookmark, *words[i : i + 4], fault=fault) for i in range(0, len(words), 4)
+    ]
+    print(json.dumps({"return": {str(n): answer for n, answer in enumerate(answers, 1)}}))
+    return 0
+
+
+def _pruned(
+    pool: dict[str, Any],
+    bookmark: str,
+    name: str,
+    guid: str,
+    txg: str,
+    kept: str,
+    *,
+    fault: str | None,
+) -> str:
+    found = pool["snapshots"].get(name)
+    if found is None:
+        return "absent"
+    number = int(found["guid"])
+    signed = number - 2**64 if number >= 2**63 else number
+    if (f"g{signed}", f"t{found['createtxg']}") != (guid, txg):
+        return "foreign"
+    is_transient = found.get("transient") == found["kept"]
+    if kept not in ("k", "r", *(f"{how}{found['kept']}" for how in "krt"[: 2 + is_transient])):
+        return "unmarked"
+    if found["holds"] or found.get("clones") or fault == "busy":
+        return "error 16"
+    if fault == "eio" and name == min(pool["snapshots"]):
+        return "error 5"
+    if bookmark == "bookmark" and fault != "full":
+        facts = {key: found[key] for key in ("guid", "createtxg")}
+        pool.setdefault("bookmarks", {})[name.replace("@", "#")] = facts
+    del pool["snapshots"][name]
+    return "no-bookmark" if fault == "full" and bookmark == "bookmark" else "done"
+
+
 def _destroy(pool: dict[str, Any], words: list[str]) -> int:
     """Destroy one snapshot as FreeBSD does, where it unmounts it by force first."""
     import fakefreebsd  # type: ignore[import-not-found]
@@ -183,7 +314,7 @@ def _judge(
     if (f"g{signed}", f"t{found['createtxg']}") != (guid, txg):
         return "foreign"
     if found["mark"] != run:
-        return "unmarked"
+        return "done" if verb == "keep" and found["kept"] == run else "unmarked"
     if verb == "keep":
         found["mark"], found["kept"] = None, run
     elif found["holds"] or fault == "busy" or _is_mounted(name):

@@ -46,6 +46,7 @@ def a_run(number: int, **values: Any) -> dict[str, Any]:
     return {
         "id": f"{number:016x}",
         "job": f"key-{number}",
+        "verb": "backup",
         "label": "home",
         "rev": 6,
         "outcome": "completed",

@@ -21,15 +21,15 @@ from typing import Any
 import alembic.command  # noqa: F401  once here, not in each front end
 import sqlalchemy.dialects.sqlite  # noqa: F401
 
-from atomtx import clients, locks, plan, process
+from atomtx import clients, locks, plan, process, pruning
 from atomtx.clients import Backup, End, Facts, Launch, Moment, Settings
 from atomtx.clients.command import Command, CommandReader
 from atomtx.errors import AtomtxError, Interrupted
 from atomtx.executor import Executor, Tell
 from atomtx.interrupts import Interrupts
 from atomtx.journal import Journal
-from atomtx.mounts import namespace
-from atomtx.names import RunId
+from atomtx.mounts import mountinfo, namespace
+from atomtx.names import RunId, is_within
 from atomtx.plan import ClientPlan, Plan, PlannedVolume
 from atomtx.records import Run
 from atomtx.recovery import Decision
@@ -120,11 +120,20 @@ class Scene:
         (home / "copies").mkdir()
         (home / "bin").mkdir()
         self.client = str(self._script("client", _CLIENT.format(home=home)))
-        tests = str(Path(fakezfs.__file__).parent)
         for name in ("zfs", "zpool"):
-            program = f"import sys; sys.path.insert(0, {tests!r}); import fakezfs"
-            main = f"sys.exit(fakezfs.main({name!r}, sys.argv[1:]))"
-            self._script(f"bin/{name}", f"#!{sys.executable} -SEB\n{program}\n{main}\n")
+            self.stand_in(name, "fakezfs", f"{name!r}, sys.argv[1:]")
+
+    def stand_in(self, name: str, module: str, arguments: str) -> None:
+        """Put a program in the place of another one: the main of a module of the tests."""
+        lines = (
+            f"#!{sys.executable} -SE",
+            "import sys",
+            f"sys.pycache_prefix = {str(self.home / 'compiled')!r}",  # a third of its time
+            f"sys.path.insert(0, {str(Path(fakezfs.__file__).parent)!r})",
+            f"import {module}",
+            f"sys.exit({module}.main({arguments}))",
+        )
+        self._script(f"bin/{name}", "\n".join(lines) + "\n")
 
     def _script(self, name: str, text: str) -> Path:
         path = self.home / name
@@ -208,6 +217,33 @@ class Scene:
 
         return self._in_front_end(work, {"at": at, "who": who})
 
+    def prune(
+        self,
+        choose: Callable[[Ended], pruning.Choice],
+        at: str = "",
+        *,
+        transient: bool = False,
+        before: Callable[[], object] = lambda: None,
+    ) -> Ended:
+        """Choose and carry out in a front end of its own; *before* the effects, a change."""
+
+        def work(journal: Journal, tell: Tell, interrupts: Interrupts, ended: Ended) -> None:
+            choice = choose(ended)
+            if not choice.going:
+                return
+            folder = RunFolder.of(self.state, choice.plan.run).make()
+            with front(folder) as lock:
+                steps = pruning.intents(choice, bookmark=True, transient=transient)
+                run = journal.begin(choice.plan, steps)
+                before()
+                try:
+                    pruner = pruning.Pruner(journal, lock, interrupts, tell.step)
+                    ended.run = pruner.advance(run)
+                except Interrupted as exc:
+                    ended.interrupted = exc.message
+
+        return self._in_front_end(work, {"at": at})
+
     def _in_front_end(self, work: Callable[..., None], kill: dict[str, Any]) -> Ended:
         (self.home / "points").write_text("")
         answer = self.home / "answer"
@@ -278,6 +314,11 @@ class Scene:
         with closing(sqlite3.connect(self.state / "journal.db")) as connection, connection:
             connection.execute(statement)
 
+    def forget(self, which: str) -> None:
+        """Let the journal forget runs, as it does with those that are old and not of use."""
+        with Journal.open(self.state) as journal, journal._transaction() as connection:
+            connection.exec_driver_sql(f"DELETE FROM runs WHERE {which}")
+
     def copies(self) -> list[str]:
         """Return what each whole copy of the client holds, one word a copy."""
         found = sorted((self.home / "copies").glob("done.*"), key=lambda p: p.stat().st_mtime_ns)
@@ -312,9 +353,9 @@ class Scene:
             for holder in locks.holders(lock):
                 with suppress(ProcessLookupError):
                     os.kill(holder.pid, signal.SIGKILL)
-        for line in reversed(Path("/proc/self/mountinfo").read_text().splitlines()):
-            if f" {self.home}/" in line:
-                subprocess.run(["umount", "-l", line.split()[4]], check=False)
+        for entry in reversed(mountinfo.read()):
+            if is_within(entry.mountpoint, str(self.home)):
+                subprocess.run(["umount", "-l", entry.mountpoint], check=False)
 
 
 def _words(interrupted: Interrupted | None) -> str | None:

@@ -35,7 +35,7 @@ def writers_lock(state: Path) -> Iterator[None]:
     except OSError as exc:
         raise JournalError(f"cannot lock the journal in {state}: {exc.strerror}") from exc
     try:
-        if not locks.wait_until(lambda: _try_alone(lock), _LOCK_WAIT_S):
+        if not locks.wait_until(lambda: locks.try_lock(lock, fcntl.LOCK_EX), _LOCK_WAIT_S):
             raise BusyError(
                 f"another atomtx is at work with the journal in {state}",
                 hint="try again when it has ended; `atomtx status` shows it",
@@ -43,13 +43,6 @@ def writers_lock(state: Path) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
-
-
-def _try_alone(lock: int) -> bool:
-    with suppress(BlockingIOError):
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    return False
 
 
 def set_aside(path: Path, why: str) -> Path:

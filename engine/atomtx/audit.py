@@ -17,7 +17,10 @@ from .statedir import RunFolder
 
 DAMAGE, NOTE = "damage", "note"
 _SHOWN = 100  # lines of SQLite's own checks, which may find something in each row
-_LEGAL = frozenset((t.event.value, t.source, t.dest) for t in states.TRANSITIONS)
+_LEGAL = {
+    verb.value: frozenset((t.event.value, t.source, t.dest) for t in table)
+    for verb, table in states.TABLES.items()
+}
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ def _look(source: copying.Source, report: Report) -> frozenset[str]:
 
 def _of_runs(connection: sqlite3.Connection, state: Path) -> Iterator[str]:
     """Hold the rows against what every commit of ours leaves true."""
-    query = "SELECT id, state, rev FROM runs ORDER BY started_at, rowid"
+    query = "SELECT id, verb, state, rev FROM runs ORDER BY started_at, rowid"
     for run in connection.execute(query).fetchall():
         for text in (
             *_of_folder(run, state),
@@ -149,7 +152,7 @@ def _rows(
 
 def _of_folder(run: sqlite3.Row, state: Path) -> Iterator[str]:
     folder = RunFolder.of(state, run["id"])
-    if run["state"] != states.FINAL and not folder.path.is_dir():
+    if run["state"] not in states.FINAL and not folder.path.is_dir():
         yield f"it has not ended, and its folder {folder.path} is not there"
 
 
@@ -158,20 +161,20 @@ def _of_moves(run: sqlite3.Row, moves: list[sqlite3.Row]) -> Iterator[str]:
     for move in moves:
         if move["source"] != at:
             yield f"it moved from {move['source']}, and was {at}"
-        if (move["event"], move["source"], move["dest"]) not in _LEGAL:
+        if (move["event"], move["source"], move["dest"]) not in _LEGAL[run["verb"]]:
             yield f"no {move['event']} leads from {move['source']} to {move['dest']}"
         at, rev = move["dest"], move["rev"]
     if at != run["state"]:
         yield f"it is {run['state']}, and its moves end in {at}"
     # A change without a move has a revision too, and none comes after the last move.
-    if run["rev"] < rev or (run["state"] == states.FINAL and run["rev"] != rev):
+    if run["rev"] < rev or (run["state"] in states.FINAL and run["rev"] != rev):
         yield f"its revision is {run['rev']}, and that of its last move {rev}"
 
 
 def _of_steps(run: sqlite3.Row, steps: list[sqlite3.Row]) -> Iterator[str]:
     undone_by = {step["compensates"]: step for step in steps if step["compensates"] is not None}
     for step in steps:
-        if run["state"] == states.FINAL and step["outcome"] is None:
+        if run["state"] in states.FINAL and step["outcome"] is None:
             yield f"it has ended, and step {step['id']} ({step['kind']}) has no outcome"
         try:
             intent = intents.from_json(step["kind"], step["payload"])

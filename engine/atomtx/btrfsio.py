@@ -50,6 +50,7 @@ _ROOT_TREE, _ROOT_ITEM, _ROOT_BACKREF = 1, 132, 144
 _ROOT_RDONLY = 0x1
 ROOT_INODE = 256  # of each subvolume; in an empty stub of one it is another
 _LAST_ID, _LAST = 2**64 - 256, 2**64 - 1
+_LISTINGS = 5  # beside a program that takes and deletes snapshots all the time one in 5000 fails
 
 _MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT = (
     429,
@@ -99,17 +100,57 @@ def mounted() -> list[str]:
     return []
 
 
-def device(filesystem: str) -> str:
-    """Return a device of a mounted file system; FileNotFoundError where it is not mounted."""
+def check_only(filesystem: str) -> None:
+    """
+    Raise OSError with ENOTUNIQ where it, or a clone that is mounted beside it, has a borrowed UUID.
+
+    Since Linux 6.7 that is what the second of the two gets: temp_fsid in btrfs(5).  Which of them
+    was mounted first, and so has their own, tells nothing of which it was before.
+    """
+    if _sysfs(filesystem, "temp_fsid") == "1":
+        raise OSError(errno.ENOTUNIQ, "it is a clone of one that is mounted: unmount one of them")
+    own = _sysfs(filesystem, "metadata_uuid")
+    for other in mounted() if own else ():
+        if _sysfs(other, "temp_fsid") == "1" and _sysfs(other, "metadata_uuid") == own:
+            raise OSError(errno.ENOTUNIQ, "a clone of it is mounted: unmount one of them")
+
+
+def _sysfs(filesystem: str, name: str) -> str:
+    """Return what sysfs says of a file system; "" where it is not mounted, or the kernel older."""
+    with suppress(FileNotFoundError):
+        return (_SYSFS / filesystem / name).read_text().strip()
+    return ""
+
+
+def devices(filesystem: str) -> list[str]:
+    """Return the devices of a mounted file system; FileNotFoundError where it is not mounted."""
     names = sorted(os.listdir(_SYSFS / filesystem / "devices"))
     if not names:
         raise FileNotFoundError(2, "no device of the file system is there", filesystem)
-    # By the name that the kernel knows it by: some take over whichever is used last, for all to
-    # see in the table of mounts.
+    return [_node(_SYSFS / filesystem / "devices" / name) for name in names]
+
+
+def members() -> dict[str, str]:
+    """Return the UUID of the mounted file system that each device is of, by the device's number."""
+    found = {}
+    for filesystem in mounted():
+        with suppress(FileNotFoundError):
+            for name in os.listdir(_SYSFS / filesystem / "devices"):
+                with suppress(FileNotFoundError):
+                    number = _SYSFS / filesystem / "devices" / name / "dev"
+                    found[number.read_text().strip()] = filesystem
+    return found
+
+
+def _node(device: Path) -> str:
+    """
+    Return a device's node by the name that the kernel knows it by.
+
+    Some kernels take over whichever is used last, for all to see in the table of mounts.
+    """
     with suppress(FileNotFoundError):
-        mapped = (_SYSFS / filesystem / "devices" / names[0] / "dm" / "name").read_text()
-        return "/dev/mapper/" + mapped.strip()
-    return "/dev/" + names[0].replace("!", "/")
+        return "/dev/mapper/" + os.fsdecode((device / "dm" / "name").read_bytes()).strip()
+    return "/dev/" + device.name.replace("!", "/")
 
 
 @contextmanager
@@ -117,14 +158,13 @@ def top_level(filesystem: str) -> Iterator[int]:
     """
     Open the top level of a mounted file system, for reading and changing it.
 
-    An OSError where it is not mounted, or cannot be written to.
+    An OSError where it is not mounted, cannot be written to, or is not the only one: `check_only`.
     """
+    check_only(filesystem)
     mount = _detached(filesystem, "/", _NOSUID_NODEV)
     try:
         directory = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=mount)
         try:
-            if identify(directory)[0] != filesystem:
-                raise FileNotFoundError(2, "another file system is on its device", filesystem)
             if os.fstatvfs(directory).f_flag & os.ST_RDONLY:
                 raise OSError(errno.EROFS, os.strerror(errno.EROFS), filesystem)
             yield directory
@@ -156,10 +196,57 @@ def mount_subvolume(filesystem: str, path: str, target: int, uuid: str) -> None:
 
 
 def _detached(filesystem: str, path: str, flags: int) -> int:
-    """Mount a subvolume, attached nowhere; what of it is mounted goes with the last descriptor."""
+    """
+    Mount a subvolume, attached nowhere; what of it is mounted goes with the last descriptor.
+
+    By the first device that leads to it: one that has failed does not, nor does a seed of it.
+    Raises the OSError of that device, of the last where none does.
+    """
+    failed = None
+    for source in devices(filesystem):
+        try:
+            return _proven(filesystem, source, path, flags)
+        except OSError as exc:
+            failed = exc
+        if path != "/" and _leads(filesystem, source):
+            break
+    assert failed
+    raise failed
+
+
+def _leads(filesystem: str, source: str) -> bool:
+    """Tell whether a device leads to the file system, whatever is in it."""
+    try:
+        os.close(_proven(filesystem, source, "/", _NOSUID_NODEV | _RDONLY))
+    except OSError:
+        return False
+    return True
+
+
+def _proven(filesystem: str, source: str, path: str, flags: int) -> int:
+    """Mount from a device; FileNotFoundError where it leads to another file system."""
+    mount = _mount_from(source, path, flags)
+    try:
+        _check(mount, filesystem)
+    except OSError:
+        os.close(mount)
+        raise
+    return mount
+
+
+def _check(mount: int, filesystem: str) -> None:
+    directory = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=mount)
+    try:
+        if identify(directory)[0] != filesystem:
+            raise FileNotFoundError(2, "another file system is on its device", filesystem)
+    finally:
+        os.close(directory)
+
+
+def _mount_from(source: str, path: str, flags: int) -> int:
     context = _call(_FSOPEN, b"btrfs", _FSOPEN_CLOEXEC)
     try:
-        options = {"source": device(filesystem), "subvol": path}
+        options = {"source": source, "subvol": path}
         for key, value in options.items():
             _call(_FSCONFIG, context, _SET_STRING, key.encode(), os.fsencode(value), 0)
         # A mount that asks for writing makes a file system writable that somebody made read-only,
@@ -216,7 +303,18 @@ def info(fd: int) -> Info:
 
 
 def subvolumes(fd: int) -> list[Row]:
-    """List the subvolumes of the file system that *fd* is in, the top level first."""
+    """
+    List the subvolumes of the file system that *fd* is in, the top level first.
+
+    Anew where a directory went meanwhile with what lay in it: that may be gone, or be elsewhere.
+    """
+    for _ in range(_LISTINGS - 1):
+        with suppress(FileNotFoundError):
+            return _subvolumes(fd)
+    return _subvolumes(fd)
+
+
+def _subvolumes(fd: int) -> list[Row]:
     roots: dict[int, tuple[str, str, bool]] = {}
     places: dict[int, tuple[int, str]] = {}
     for id_, kind, offset, data in _items(fd):

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from . import errand, locks, states
-from .errors import EffectError, JournalFullError
+from .errors import AtomtxError, EffectError, JournalFullError
 from .hooks import Hooks
 from .intents import (
     Beside,
@@ -24,22 +24,25 @@ from .intents import (
     Mount,
     MountVolumes,
     ReleaseSnapshots,
+    RunClient,
     UnmountVolumes,
 )
 from .journal import Change, Journal
-from .mounts import inhabitants, mountinfo, tree
-from .names import RunId, mounted_as
+from .launching import swept
+from .mounts import inhabitants, live, mountinfo, tree
+from .names import PLAIN, RunId, mounted_as
 from .probing import end_survivors, presence
 from .records import Run, Step
 from .recovery import Presence
 from .statedir import RunFolder
-from .states import Event
+from .states import Event, Outcome
 from .volumes.kind import Identity, Kind
 from .volumes.kinds import Kinds
 
 PAUSES_S = (0.2, 0.5, 1.0, 2.0, 4.0)
 _RUNNER_END_S = 30.0
 _SHOWN = 6
+_SAVED = (Outcome.COMPLETED, Outcome.PARTIAL)
 
 
 class Cleaner:
@@ -66,7 +69,7 @@ class Cleaner:
 
     def clean(self, run: Run) -> Run:
         """
-        Take a run from `unmounting` to `destroyed`, or park it where something is in use.
+        Take a run from `unmounting` to `destroyed`, or park it, as where something is in use.
 
         Either way the user's hooks have their end.
         """
@@ -75,8 +78,8 @@ class Cleaner:
             run = self._identify(run)
             verdicts = self.remove_traces(run)
             left = [name for name, verdict in verdicts.items() if verdict == "busy"]
-            trouble = self._why_busy(run, left) if left else None
-        except EffectError as exc:
+            trouble = self._why_busy(run, left) if left else self._remove_parts(run)
+        except (EffectError, OSError) as exc:
             verdicts, trouble = {}, str(exc)
         self._hooks.at_end(run)
         return self._park(run, trouble) if trouble else self._finish(run, verdicts)
@@ -98,35 +101,61 @@ class Cleaner:
         self._kinds.sweep(run.plan.volumes, run=run.id)
         return verdicts
 
+    def _remove_parts(self, run: Run) -> str | None:
+        """
+        Remove what the client of a run without a result left half made; return why it cannot be.
+        """
+        if run.outcome in _SAVED or not any(isinstance(s.intent, RunClient) for s in run.steps):
+            return None
+        try:
+            for line in swept(run.plan.client, run.id):
+                self._warn(line)
+        except (AtomtxError, OSError) as exc:
+            return f"it is not known whether half a backup is left: {exc}"
+        return None
+
     def _remove(self, run: Run, found: Mapping[str, Identity]) -> dict[str, str]:
-        """Release, then keep or destroy, what was found; return a verdict for each snapshot."""
+        """
+        Release what was found, then keep or destroy it; return a verdict for each snapshot.
+
+        One that stays was not made by the run, and nothing more is done about it.
+        """
         self._release(run, found)
         kept = {n for step in run.pending(KeepSnapshots) for n in _names(step)}
         now: dict[str, str] = {}
-        for kind, pool in sorted({(v.kind, v.pool) for v in run.volumes}):
+        there = [v for v in run.frozen if v.snapshot in found]
+        for kind, pool in sorted({(v.kind, v.pool) for v in run.frozen}):
             of_pool = {
                 v.snapshot: found[v.snapshot]
-                for v in run.volumes
-                if (v.kind, v.pool) == (kind, pool) and v.snapshot in found
+                for v in there
+                if (v.kind, v.pool) == (kind, pool) and not v.stays
             }
             of_kind = self._kinds.of(kind)
             now |= of_kind.keep([i for n, i in of_pool.items() if n in kept], run=run.id)
             now |= self._destroy(of_kind, [i for n, i in of_pool.items() if n not in kept], run)
-        return {
-            v.snapshot: now[found[v.snapshot].name] if v.snapshot in found else "absent"
-            for v in run.volumes
-        }
+        now |= {found[v.snapshot].name: "done" for v in there if v.stays}
+        absent = {v.snapshot: "absent" for v in run.frozen}
+        return absent | {v.snapshot: now[found[v.snapshot].name] for v in there}
 
     def _release(self, run: Run, found: Mapping[str, Identity]) -> None:
-        """Release what the run holds, of all pools of a kind at once."""
-        held = [v for v in run.volumes if v.snapshot in found]
-        for kind in sorted({v.kind for v in held}):
-            names = sorted(found[v.snapshot].name for v in held if v.kind == kind)
-            self._kinds.of(kind).release(names, tag=RunId(run.id).token)
+        """
+        Release what the run holds, of all pools of a kind at once.
+
+        What has the name of a snapshot that stays may be another one, which our hold came upon:
+        the hold is proven by its random tag.
+        """
+        names: dict[str, set[str]] = {}
+        for v in run.frozen:
+            names.setdefault(v.kind, set()).update(
+                [found[v.snapshot].name] if v.snapshot in found else [],
+                [v.snapshot] if v.stays else [],
+            )
+        for kind in sorted(kind for kind in names if names[kind]):
+            self._kinds.of(kind).release(sorted(names[kind]), tag=RunId(run.id).token)
 
     def _identify(self, run: Run) -> Run:
         """Journal the identities that a crash kept out of it, before anything is destroyed."""
-        if all(volume.guid for volume in run.volumes):
+        if all(volume.guid for volume in run.frozen):
             return run
         found = self._identities(run)
         if not found:
@@ -141,10 +170,10 @@ class Cleaner:
         found = self._kinds.identities(run.plan.volumes)
         ours = {
             v.snapshot: found[v.snapshot]
-            for v in run.volumes
-            if presence(run, v, found.get(v.snapshot)) is Presence.OURS
+            for v in run.frozen
+            if presence(run, v, found.get(v.snapshot)) in (Presence.OURS, Presence.BROKEN)
         }
-        lost = [v for v in run.volumes if v.snapshot not in found]
+        lost = [v for v in run.frozen if v.snapshot not in (ours if v.stays else found)]
         return ours | self._kinds.renamed(run.id, lost)
 
     def _destroy(self, kind: Kind, identities: list[Identity], run: Run) -> dict[str, str]:
@@ -168,7 +197,7 @@ class Cleaner:
         end_survivors(run, self._folder, self._warn)
         for step in run.steps:
             if isinstance(step.intent, MountVolumes) and step.intent.root:
-                self._remove_tree(step.intent)
+                self._remove_tree(_of_this_boot(step.intent, run))
 
     def _remove_tree(self, intent: MountVolumes) -> None:
         for pause in (*PAUSES_S, None):
@@ -190,8 +219,8 @@ class Cleaner:
         return f"{sorted(names)[0]}{more} busy: {where or 'holder not found'}"
 
     def _links(self, run: Run, names: Collection[str]) -> Iterator[str]:
-        for kind in sorted({v.kind for v in run.volumes if v.snapshot in names}):
-            of_kind = [v.snapshot for v in run.volumes if v.kind == kind and v.snapshot in names]
+        for kind in sorted({v.kind for v in run.frozen if v.snapshot in names}):
+            of_kind = [v.snapshot for v in run.frozen if v.kind == kind and v.snapshot in names]
             yield from self._kinds.of(kind).links(of_kind)
 
     # -- recording -------------------------------------------------------------------------
@@ -233,12 +262,23 @@ class Cleaner:
         return self._journal.load(run.id)
 
 
+def _of_this_boot(intent: MountVolumes, run: Run) -> MountVolumes:
+    """Leave out live directories after a reboot: their mounts bear no mark, and ours are gone."""
+    if run.boot_id == locks.boot_id():
+        return intent
+    return replace(intent, mounts=tuple(m for m in intent.mounts if m.volume_kind != PLAIN))
+
+
 def _why_mount_is_busy(busy: Sequence[Mount]) -> str:
-    below = mountinfo.visible_below(mountinfo.read(), busy[0].mountpoint)
-    sources = [m.source for m in busy]
+    table = mountinfo.read()
+    seen = mountinfo.containing(table, busy[0].mountpoint)
+    cover = [seen] if seen and not live.shows(seen, busy[0]) else []
+    below = [*cover, *mountinfo.visible_below(table, busy[0].mountpoint)]
+    sources = [m.source for m in busy if m.volume_kind != PLAIN]
+    points = [m.mountpoint for m in busy if m.volume_kind == PLAIN]
     ours = frozenset(map(mounted_as, sources))
     foreign = [f"{e.source} is mounted at {e.mountpoint}" for e in below if e.thing not in ours]
-    return _words([*inhabitants.users(sources), *foreign]) or "holder not found"
+    return _words([*inhabitants.users(sources, points), *foreign]) or "holder not found"
 
 
 def _outcome(step: Step, verdicts: dict[str, str], kept: Collection[str]) -> tuple[str, str | None]:

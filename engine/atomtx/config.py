@@ -76,15 +76,20 @@ class Config:
             return f"{mine}; {theirs}"
         return mine or theirs or "default"
 
+    def problem(self, name: str, key: str, what: str) -> Problem:
+        """Return a problem with a job's key, at its line."""
+        at = _place_of(self, name, (key,))
+        return Problem(self.path, _line(self.lines, at), _said(at, what))
 
-def find(given: str | None = None, env: Mapping[str, str] = os.environ) -> str:
+
+def find(given: str | None = None) -> str:
     """Return the file's path: the one that was given, $ATOMTX_CONFIG, or the system's."""
-    return os.path.abspath(given or env.get("ATOMTX_CONFIG") or DEFAULT)
+    return os.path.abspath(given or os.environ.get("ATOMTX_CONFIG") or DEFAULT)
 
 
-def is_there(given: str | None = None, env: Mapping[str, str] = os.environ) -> bool:
+def is_there(given: str | None = None) -> bool:
     """Tell whether there is a configuration to read; one that was named must be there."""
-    return bool(given or env.get("ATOMTX_CONFIG")) or os.path.lexists(find(given, env))
+    return bool(given or os.environ.get("ATOMTX_CONFIG")) or os.path.lexists(find(given))
 
 
 def load(path: str) -> Config:
@@ -106,9 +111,14 @@ def parse(text: str, path: str) -> Config:
     """Do as :func:`load` with the text of a file."""
     try:
         data = tomllib.loads(text)
+        lines = tomllines.lines(text)
     except tomllib.TOMLDecodeError as exc:
         raise ConfigError([_syntax(str(exc), text, path)]) from exc
-    lines = tomllines.lines(text)
+    except (ValueError, RecursionError) as exc:  # tomllib lets pass what Python itself refuses
+        what = (
+            "it is nested too deep" if isinstance(exc, RecursionError) else "a number is too long"
+        )
+        raise ConfigError([Problem(path, 1, f"not TOML: {what}")]) from exc
     found: list[tuple[Place, str]] = []
     read = Table(File).read(data, (), lambda at, what: found.append((at, what)))
     config = _merged(read, data, path, lines)

@@ -2,7 +2,8 @@
 The kinds of values that a configuration holds: how each is read, written and described.  Pure.
 
 `read` takes what `tomllib` made of a value and returns the program's own; what is wrong with it
-goes to *complain*, with the place, and None is returned: all errors are found at once.
+goes to *complain*, with the place, and None is returned: all errors are found at once.  Where a
+secret may have been typed in place of where it is, the value is not repeated.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
 from .errors import UserError
+from .redact import Redactor
 from .tomllines import Place
-from .words import SPAN, UNITS_S, seconds
+from .words import MOST_YEARS, SPAN, UNITS_S, seconds
 
 Complain = Callable[[Place, str], None]
 
@@ -84,17 +86,19 @@ class Text(Kind):
     name: str = "text"
     pattern: str = r"[^\0]+"
     choices: tuple[str, ...] = ()
+    is_by_a_secret: bool = False  # it says where one is
 
     def parse(self, value: Any) -> str:
+        but = "" if self.is_by_a_secret else f", not {shown(value)}"
         if not isinstance(value, str):
-            raise ValueError(f"must be a text in quotes, not {shown(value)}")
+            raise ValueError(f"must be a text in quotes{but}")
         if self.choices and value not in self.choices:
             raise ValueError(
                 f"must be one of {_listed(self.choices)}, not {shown(value)}"
                 f"{_guess(value, self.choices)}"
             )
         if not re.fullmatch(self.pattern, value, re.DOTALL):
-            raise ValueError(f"must be {self.name}, not {shown(value)}")
+            raise ValueError(f"must be {self.name}{but}")
         return value
 
     def schema(self) -> dict[str, Any]:
@@ -114,8 +118,10 @@ class Span(Kind):
         try:
             return seconds(value)
         except UserError as exc:
+            is_long = SPAN.fullmatch(value.strip())
+            what = f"is longer than {MOST_YEARS}y" if is_long else "is not a time"
             raise ValueError(
-                f'must be a time such as "90s", "6h", "2d"; {shown(value)} is not a time'
+                f'must be a time such as "90s", "6h", "2d"; {shown(value)} {what}'
             ) from exc
 
     def written(self, value: Any) -> str:
@@ -157,7 +163,7 @@ class Variables(Kind):
 
     def read(self, value: Any, at: Place, complain: Complain) -> Any:
         if not isinstance(value, dict):
-            complain(at, f'{key_of(at)} must be a table such as {{ A = "b" }}, not {shown(value)}')
+            complain(at, f'{key_of(at)} must be a table such as {{ A = "b" }}')
             return None
         found = {}
         for name, text in value.items():
@@ -183,10 +189,12 @@ class Table(Kind):
 
     of: type[Any]
     name: str = "a table"
+    instead_of_a_secret: str = ""  # what it must do; empty: it holds none
 
     def read(self, value: Any, at: Place, complain: Complain) -> Any:
         if not isinstance(value, dict):
-            complain(at, f"{key_of(at)} must be a table, not {shown(value)}")
+            wanted = self.instead_of_a_secret or f"be a table, not {shown(value)}"
+            complain(at, f"{key_of(at)} must {wanted}")
             return None
         known = keys(self.of)
         found: dict[str, Any] = {}
@@ -224,7 +232,8 @@ class Named(Kind):
 
     def read(self, value: Any, at: Place, complain: Complain) -> Any:
         if not isinstance(value, dict):
-            complain(at, f"{key_of(at)} must be a table of tables, not {shown(value)}")
+            but = "" if self.of.instead_of_a_secret else f", not {shown(value)}"
+            complain(at, f"{key_of(at)} must be a table of tables{but}")
             return None
         found = {}
         for name, each in value.items():
@@ -293,8 +302,8 @@ def key_of(at: Place) -> str:
 
 
 def shown(value: Any) -> str:
-    """Return a value as it can be put into an error; no dump of a long one."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    """Return a value as it can be put into an error: no dump of a long one, no URL's password."""
+    text = Redactor({}).redact(json.dumps(value, ensure_ascii=False, default=str))
     return text if len(text) <= 60 else f"{text[:50]}..."
 
 

@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from . import clients, redact, system
+from . import clients, convention, redact, retention, steps, system
 from .config_kinds import (
     Flag,
     Named,
@@ -33,19 +33,32 @@ from .config_kinds import (
     keys,
     shown,
 )
+from .convention import Pattern
 from .credentials import Sources, clashes, thing_of
 from .errors import UserError
 from .intents import AFTER_FAILURE, AFTER_SUCCESS, AROUND_RUN, AROUND_SNAPSHOT, FINALLY, RunHook
+from .names import Target
 from .notices import TIME_LIMIT_S, Event, NotifySettings, is_address
-from .plan import GRACE_S
+from .plan import COW_SIZE, GRACE_S
+from .retention import Policy
 from .tomllines import Place
+from .words import SHARE, SIZE
 
 DEFAULT = f"{system.here.CONFIGURATION}/atomtx.toml"
 LAYOUTS = ("namespace", "tree")
 IO_CLASSES = r"idle|(best-effort|realtime)(:[0-7])?"
 JOB_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}"
+COW_PATTERN = f"(?:{SHARE.pattern})|(?:{SIZE.pattern})"
 _YEAR_S = 366 * 86_400
-_PATH = Text("an absolute path", r"/[^\0]*")
+_ABSOLUTE = r"/[^\0]*"
+_PATH = Text("an absolute path", _ABSOLUTE)
+_FILE = f"{system.here.CONFIGURATION}/..."
+_WHERE = f'name where the value is: {{ file = "{_FILE}" }} or {{ credential = "..." }}'
+
+
+def _holder(of: str) -> Text:
+    """Return the kind of a path where a secret is, which may be typed there by mistake."""
+    return Text(f"the absolute path of a file that holds {of}", _ABSOLUTE, is_by_a_secret=True)
 
 
 def _hook(what: str, example: list[str]) -> Any:
@@ -56,9 +69,11 @@ def _hook(what: str, example: list[str]) -> Any:
 class Credential:
     """Where the value of a variable is."""
 
-    file: str = key(_PATH, "A file of root's that nobody else can read.", "", unset="none")
+    file: str = key(
+        _holder("the value"), "A file of root's that nobody else can read.", "", unset="none"
+    )
     credential: str = key(
-        Text("the name of a systemd credential", r"[A-Za-z0-9._-]+"),
+        Text("the name of a systemd credential", r"[A-Za-z0-9._-]+", is_by_a_secret=True),
         "The name of a file in systemd's $CREDENTIALS_DIRECTORY.",
         "",
         unset="none",
@@ -89,6 +104,13 @@ class Job:
         unset="none",
         example=["tank/home/scratch"],
     )
+    read_live: tuple[str, ...] = key(
+        Words(),
+        "Directories to read as they are, on file systems without snapshots: not a moment.",
+        (),
+        unset="none",
+        example=["/boot"],
+    )
     client: str = key(
         Text("a client", choices=tuple(clients.KNOWN)),
         "The backup program.",
@@ -118,7 +140,11 @@ class Job:
         example={"RESTIC_REPOSITORY": "/srv/restic"},
     )
     credentials: Mapping[str, Credential] = key(
-        Named(Table(Credential), r"[A-Za-z_][A-Za-z0-9_]*", "the name of a variable"),
+        Named(
+            Table(Credential, instead_of_a_secret=_WHERE),
+            r"[A-Za-z_][A-Za-z0-9_]*",
+            "the name of a variable",
+        ),
         "Variables for the client whose values are in files, or are systemd credentials.",
         {},
         unset="none",
@@ -139,7 +165,48 @@ class Job:
     )
     whole_root: bool = key(Flag(), "Give the client the root of the tree itself.", False)
     leave_dirs: bool = key(Flag(), "Leave the directories of the tree in place.", False)
+    snap_pattern: str = key(
+        Text("a name with the parts of a date and a time, as strftime(3) has them"),
+        "The names of the snapshots that `atomtx snap` takes, in UTC.",
+        convention.PATTERN,
+    )
+    snap_keep: tuple[str, ...] = key(
+        Words(),
+        "What `atomtx prune` keeps of the snapshots that `atomtx snap` took.",
+        (),
+        unset="prune is refused",
+        example=["--keep-hourly", "24", "--keep-daily", "7"],
+    )
+    keep_until_saved: bool = key(
+        Flag(), "What a completed backup of the job has not saved yet, `atomtx prune` keeps.", False
+    )
+    clone_targets: tuple[str, ...] = key(
+        Words(),
+        "Where `atomtx clone` keeps copies of the snapshots that `atomtx snap` took.",
+        (),
+        unset="clone is refused",
+        example=["backup/here", "root@nas:backup/here"],
+    )
+    clone_rate: str = key(
+        Text('a size such as "10M"', SIZE.pattern),
+        "How much `atomtx clone` sends a second, at most.",
+        "",
+        unset="no limit",
+        example="10M",
+    )
+    steps: tuple[str, ...] = key(
+        Words(),
+        "What `atomtx run` does, in this order: each the words of a command, as for a shell.",
+        (),
+        unset="run is refused",
+        example=["snap", "backup --from-snapshots", "prune"],
+    )
     keep_snapshots: bool = key(Flag(), "Keep the snapshots of a good backup.", False)
+    cow_size: str = key(
+        Text('a share of the origin such as "20%", or a size such as "10G"', COW_PATTERN),
+        "The room of a classic LVM snapshot for what changes during the run.",
+        COW_SIZE,
+    )
     require_atomic: bool = key(Flag(), "Refuse a set that is not of one moment.", False)
     retries: int = key(
         Number(0, 1000), "How often to try again after network or repository trouble.", 1
@@ -158,7 +225,12 @@ class Job:
         "What SIGTERM, as of a shutdown, makes of the moment; kept, `recover` goes on with it.",
         "undo",
     )
-    keep_history: int = key(Span(), "Forget runs of any job that ended longer ago.", _YEAR_S)
+    keep_history: int = key(
+        Span(),
+        "Forget runs of any job that ended longer ago. "
+        "0: all but the last whole one of each, and one beside it.",
+        _YEAR_S,
+    )
     nice: int = key(Number(0, 19), "The client's niceness.", 0)
     io_class: str = key(
         Text('"idle", "best-effort" or "realtime", the latter two with ":0" to ":7"', IO_CLASSES),
@@ -214,11 +286,19 @@ class Job:
         example=["failed", "parked"],
     )
     ping_url_file: str = key(
-        _PATH, "A file with the URL to ping.", "", unset="none", example="/etc/atomtx/home.ping"
+        _holder("the URL"),
+        "A file with the URL to ping.",
+        "",
+        unset="none",
+        example="/etc/atomtx/home.ping",
     )
     ping_exit_status: bool = key(Flag(), "Ping URL/STATUS in place of URL/fail.", False)
     apprise_file: str = key(
-        _PATH, "A file with URLs of apprise.", "", unset="none", example="/etc/atomtx/apprise"
+        _holder("URLs of apprise"),
+        "A file with URLs of apprise.",
+        "",
+        unset="none",
+        example="/etc/atomtx/apprise",
     )
     notify_limit: int = key(
         Span(), "How long all of telling may take.", 0, unset=f"{TIME_LIMIT_S:.0f}s", example="30s"
@@ -279,7 +359,7 @@ _HOOKS = (
     "notify_command",
 )
 # What cannot be the same for all jobs.
-NOT_IN_DEFAULTS = ("volumes", "all")
+NOT_IN_DEFAULTS = ("volumes", "all", "read-live")
 _TABLES = ("environment", "credentials")
 
 
@@ -307,7 +387,7 @@ def problems(job: Job) -> Iterator[tuple[Place, str]]:
     """Tell what is wrong with the keys of a whole job together: (the key's path, what)."""
     if job.all and job.volumes:
         yield ("all",), "all and volumes exclude each other"
-    if not job.all and not job.volumes:
+    if not job.all and not job.volumes and not job.read_live:
         yield (), "no volumes are named; give volumes, or all = true"
     if job.layout == "namespace" and not system.here.NAMESPACES:
         yield ("layout",), f'{system.here.NAME} has no mount namespaces; leave out "namespace"'
@@ -319,6 +399,9 @@ def problems(job: Job) -> Iterator[tuple[Place, str]]:
         if getattr(job, name) and job.layout != "tree":
             dashed = name.replace("_", "-")
             yield (dashed,), f'{dashed} is of no use without layout = "tree"'
+    for word in job.read_live:
+        if not word.startswith("/"):
+            yield ("read-live",), f"read-live: {shown(word)} is no absolute path"
     for word in job.write_paths:
         if not word.startswith("/"):
             yield ("write-paths",), f"write-paths: {shown(word)} is no absolute path"
@@ -332,7 +415,45 @@ def problems(job: Job) -> Iterator[tuple[Place, str]]:
         yield ("thaw",), "thaw undoes quiesce, which is not there"
     if job.client == "command" and not job.command:
         yield ("client",), 'the client "command" needs a command, such as command = ["my-backup"]'
+    yield from _of_snapshots(job)
+    yield from _of_retention(job)
+    yield from _of_steps(job)
     yield from _secrets(job)
+
+
+def _of_snapshots(job: Job) -> Iterator[tuple[Place, str]]:
+    try:
+        Pattern.parse(job.snap_pattern)
+    except UserError as exc:
+        yield ("snap-pattern",), f"snap-pattern: {exc.message}"
+    try:
+        Policy.parse(dict(retention.words(job.snap_keep)))
+    except UserError as exc:
+        yield ("snap-keep",), f"snap-keep: {exc.message}"
+    for word in job.clone_targets:
+        try:
+            Target.parse(word)
+        except UserError as exc:
+            yield ("clone-targets",), f"clone-targets: {exc.message}"
+
+
+def _of_retention(job: Job) -> Iterator[tuple[Place, str]]:
+    """Ask the client, where the job says which one it is."""
+    client = job.client or ("command" if job.command else "")
+    if not (client and job.retention):
+        return
+    try:
+        clients.load(client).policy(job.retention)
+    except UserError as exc:
+        yield ("retention",), f"retention: {exc.message}"
+
+
+def _of_steps(job: Job) -> Iterator[tuple[Place, str]]:
+    for text in job.steps:
+        try:
+            redact.check_arguments(steps.parse(text))
+        except UserError as exc:
+            yield ("steps",), f"steps: {exc.message}"
 
 
 def _secrets(job: Job) -> Iterator[tuple[Place, str]]:
@@ -340,7 +461,7 @@ def _secrets(job: Job) -> Iterator[tuple[Place, str]]:
         yield (
             ("environment", name),
             f"environment.{name} looks like a secret; name a file with it under credentials: "
-            f'{name} = {{ file = "{system.here.CONFIGURATION}/..." }}',
+            f'{name} = {{ file = "{_FILE}" }}',
         )
     for name, each in job.credentials.items():
         if bool(each.file) == bool(each.credential):

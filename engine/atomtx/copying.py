@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
 import sqlite3
 import tempfile
@@ -20,8 +21,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import journalfile
-from .errors import AtomtxError, JournalDamagedError, JournalError, UserError
+from .errors import (
+    AtomtxError,
+    JournalDamagedError,
+    JournalError,
+    JournalFullError,
+    UserError,
+)
 from .statedir import sync_directory
+from .words import size
 
 BUSY_TIMEOUT_S = 5.0
 _COPY_TRIES = 5
@@ -45,7 +53,7 @@ def source(path: Path) -> Iterator[Source | None]:
     Raises what `journalfile.judge` raises, and JournalDamagedError where SQLite finds damage,
     in the block as well.  Not while this process has a transaction open on it.
     """
-    with _at_rest(path) as place, _translated(path):
+    with _at_rest(path) as place, journalfile.translated(path):
         try:
             header = journalfile.HeaderFile(place)
         except FileNotFoundError:
@@ -77,7 +85,7 @@ def private(path: Path, look: Callable[[Source], None] = lambda _: None) -> Iter
             if found:
                 look(found)
                 found.connection.backup(copy)
-        with _translated(path):
+        with journalfile.translated(path):
             yield Source(copy, found.header, found.half_made) if found else None
 
 
@@ -90,7 +98,8 @@ def to_file(path: Path, target: Path) -> int:
     """
     if os.path.lexists(target):
         raise UserError(f"{target} exists", hint="name a file that does not exist yet")
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    # Others may write to its directory: by a name that can be guessed they could lend us a file.
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(8)}.partial")
     try:
         with source(path) as found:
             if found is None:
@@ -107,31 +116,46 @@ def to_file(path: Path, target: Path) -> int:
 
 def fill(partial: Path, connection: sqlite3.Connection, counter: int) -> None:
     """
-    Copy the database of a connection into a file, durable and for nobody else to read.
+    Copy the database of a connection into a new file, durable and for nobody else to read.
 
     The copy has the original's change counter: SQLite begins a new one, and a journal that is
-    put back from it would be taken for an older one.
+    put back from it would be taken for an older one.  On an error nothing of it is left; raises
+    JournalFullError where there is no room for it, FileExistsError where something has its name.
     """
-    # Emptied, should an earlier try have left one.
-    flags = os.O_CREAT | os.O_TRUNC | os.O_RDWR | os.O_CLOEXEC
+    flags = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_RDWR | os.O_CLOEXEC
     descriptor = os.open(partial, flags, 0o600)
     try:
         with closing(sqlite3.connect(partial)) as target:
             connection.backup(target)
         journalfile.set_counter(descriptor, counter)
         os.fsync(descriptor)
-    except sqlite3.DatabaseError as exc:
-        if journalfile.is_damage(exc):  # of the original
-            raise
-        raise JournalError(f"cannot copy the journal to {partial}: {exc}") from exc
+    except BaseException as exc:
+        for path in (partial, journalfile.rollback_journal(partial)):
+            with suppress(OSError):  # the first error is the one to tell
+                path.unlink()
+        if journalfile.is_full(partial.parent, exc):
+            raise _no_room(partial.parent, connection) from exc
+        if isinstance(exc, sqlite3.DatabaseError) and not journalfile.is_damage(exc):
+            raise JournalError(f"cannot copy the journal to {partial}: {exc}") from exc
+        raise  # also damage: it is of the original
     finally:
         os.close(descriptor)
+
+
+def _no_room(folder: Path, connection: sqlite3.Connection) -> JournalFullError:
+    pages, page_bytes = (
+        connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "page_size")
+    )
+    return JournalFullError(
+        f"no space left in {folder} for a copy of the journal",
+        hint=f"make room for {size(pages * page_bytes)} there",
+    )
 
 
 def _proven(path: Path, copy: Path) -> int:
     """Return how many runs a copy has; JournalDamagedError for one that is not whole."""
     with (
-        _translated(path),
+        journalfile.translated(path),
         closing(sqlite3.connect(journalfile.uri(copy, "ro"), uri=True)) as connection,
     ):
         (said,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
@@ -205,11 +229,3 @@ def _stamp(file: Path) -> tuple[int, int, int] | None:
     except FileNotFoundError:
         return None
     return info.st_ino, info.st_mtime_ns, info.st_size
-
-
-@contextmanager
-def _translated(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except sqlite3.DatabaseError as exc:
-        raise journalfile.read_error(path, exc) from exc

@@ -20,6 +20,7 @@ MAX_BYTES = 65_536  # a variable of 128 KiB cannot be given to a program: execve
 
 # RESTIC_PASSWORD, RESTIC_PASSWORD_FILE, RESTIC_PASSWORD_COMMAND: ways to say one thing.
 _WAYS = re.compile(r"_(FILE|COMMAND)$")
+_OTHER_WAYS = {"BORG_PASSCOMMAND": "BORG_PASSPHRASE", "BORG_PASSPHRASE_FD": "BORG_PASSPHRASE"}
 
 
 def read(sources: Sources, env: Mapping[str, str]) -> dict[str, str]:
@@ -75,7 +76,7 @@ def overlaid(
 
 def thing_of(variable: str) -> str:
     """Return what a variable tells, whether itself, by a file or by a command."""
-    return _WAYS.sub("", variable)
+    return _OTHER_WAYS.get(variable) or _WAYS.sub("", variable)
 
 
 def clashes(variables: Iterable[str]) -> list[tuple[str, str]]:

@@ -6,7 +6,6 @@ The settings of a connection decide what a power cut can take; `journalfile.PRAG
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import sqlite3
@@ -33,7 +32,6 @@ from .statedir import sync_directory
 # SQLite's waiters poll, so one of many may lose every time: 20 backups at once on a slow machine
 # starved some for over 30 s.  No transaction waits for anything, so the queue ends.
 BUSY_TIMEOUT_MS = 600_000
-_FULL_BYTES = 65_536  # less room than this is none
 UPGRADE_WAIT_S = 10.0
 RESERVE_BYTES = 65_536  # free pages, so that a full disk does not stop an undo from being recorded
 
@@ -107,14 +105,12 @@ def _lock_for_upgrade(path: Path, lock: int) -> bool:
     """Take the writers' lock alone; False where another process has upgraded it meanwhile."""
     locked = False
 
-    def try_lock() -> bool:
+    def is_settled() -> bool:
         nonlocal locked
-        with suppress(BlockingIOError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            locked = True
+        locked = locks.try_lock(lock, fcntl.LOCK_EX)
         return locked or journalfile.is_current(path)
 
-    if not locks.wait_until(try_lock, UPGRADE_WAIT_S):
+    if not locks.wait_until(is_settled, UPGRADE_WAIT_S):
         raise WaitingError(
             f"the journal {path} must be upgraded, and another atomtx is using it",
             hint="try again when it has ended; `atomtx status` shows it",
@@ -139,7 +135,12 @@ def _back_up(engine: Engine, path: Path, version: int) -> None:
     with engine.connect() as connection:
         source = connection.connection.driver_connection
         assert isinstance(source, sqlite3.Connection)
-        copying.fill(partial, source, counter)
+        partial.unlink(missing_ok=True)  # should an earlier try have left one
+        try:
+            copying.fill(partial, source, counter)
+        except JournalFullError as exc:
+            hint = f"{exc.hint}: an older journal is copied before it is upgraded"
+            raise JournalFullError(exc.message, hint=hint) from exc
     partial.replace(copy)
     sync_directory(path.parent)
 
@@ -177,16 +178,8 @@ def translated(path: Path) -> Iterator[None]:
         raise _error(path, exc) from exc
 
 
-def _is_full(path: Path) -> bool:
-    found = os.statvfs(path)
-    return found.f_bavail * found.f_frsize < _FULL_BYTES
-
-
 def _error(path: Path, cause: BaseException | None) -> JournalError:
-    name = journalfile.error_name(cause)
-    is_full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
-    # SQLite calls a quota that is used up (EDQUOT) an error of the disk.
-    if is_full or name == "SQLITE_FULL" or (name == "SQLITE_IOERR_WRITE" and _is_full(path)):
+    if journalfile.is_full(path, cause):
         return JournalFullError(
             f"no space left for the journal {path}", hint="make room on its disk"
         )

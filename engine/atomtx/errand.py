@@ -8,13 +8,14 @@ import select
 import signal
 import socket
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from . import locks, process, system
 from .clients import End, Progress
 from .errors import EffectError, Interrupted
 from .interrupts import Interrupts
+from .records import Content
 from .statedir import RunFolder
 from .task import Task, end_from_json
 
@@ -32,24 +33,15 @@ class Errand:
     def __init__(
         self, task: Task, folder: RunFolder, *, env: Mapping[str, str], front: int
     ) -> None:
-        ours, theirs = socket.socketpair()
-        log = _open_log(folder)
-        try:
-            self.pid = process.spawn_runner(
-                control=theirs.fileno(), front=front, stderr=log, env=env
-            )
-        finally:
-            os.close(log)
-            theirs.close()
-        self._control = ours
-        self._answers = ours.makefile("rb")
+        self.pid, self._control = _start(folder, env=env, front=front)
+        self._answers = self._control.makefile("rb")
         self._folder = folder
         with suppress(OSError):  # it died at once: `mounted` tells with which words
             self._control.sendall(task.to_json().encode() + b"\n")
 
-    def mounted(self) -> frozenset[str]:
+    def mounted(self) -> dict[str, Content]:
         """
-        Wait until everything is mounted; return the mountpoints that are empty.
+        Wait until everything is mounted; return what is seen at each mountpoint.
 
         Raises RunnerKilledError where the runner was killed, EffectError for any other failure.
         """
@@ -68,7 +60,7 @@ class Errand:
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise EffectError(answer["error"], hint=answer["hint"])
-        return frozenset(answer["empty"])
+        return {path: Content(seen) for path, seen in answer["seen"].items()}
 
     def _last_words(self) -> str:
         lines = self._folder.runner_log.read_text(errors="replace").strip().splitlines()
@@ -99,6 +91,22 @@ class Errand:
         with suppress(ChildProcessError):
             return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         return 0
+
+
+def _start(folder: RunFolder, *, env: Mapping[str, str], front: int) -> tuple[int, socket.socket]:
+    """Start a runner; return its pid and our end of the conversation, EffectError if it cannot."""
+    log = _open_log(folder)
+    try:
+        ours, theirs = socket.socketpair()
+        with theirs, ExitStack() as undo:
+            undo.callback(ours.close)
+            pid = process.spawn_runner(control=theirs.fileno(), front=front, stderr=log, env=env)
+            undo.pop_all()
+        return pid, ours
+    except OSError as exc:  # as many processes or descriptors as are allowed
+        raise EffectError(f"cannot start the runner: {exc.strerror}") from exc
+    finally:
+        os.close(log)
 
 
 def _open_log(folder: RunFolder) -> int:

@@ -61,6 +61,15 @@ def worst(statuses: Iterable[ExitStatus]) -> ExitStatus:
     return min(statuses, key=_SEVERITY.index, default=ExitStatus.COMPLETED)
 
 
+# What was asked for is done, or as much as could be, whatever is left over or failed after it.
+DONE = (
+    ExitStatus.COMPLETED,
+    ExitStatus.PARTIAL,
+    ExitStatus.PARKED,
+    ExitStatus.STEP_AFTER_FAILED,
+)
+
+
 class AtomtxError(Exception):
     """Base of all: *message* says what failed and on what, *hint* what to do next."""
 

@@ -44,6 +44,7 @@ class Verdict:
     level: Level
     reasons: tuple[str, ...]
     age_s: float | None  # None where nothing completed, and where its moment is in the future
+    is_idle: bool  # it is too old, and no run was begun since it became so
 
     @property
     def words(self) -> str:
@@ -69,7 +70,14 @@ def judge(job: Job, limits: Limits | None, situations: Mapping[str, str], now: d
     reasons = sorted(filter(None, found), key=lambda each: -each[0])
     level = max((level for level, _ in reasons), default=Level.OK)
     known = age_s if age_s is not None and age_s >= 0 else None
-    return Verdict(job, level, tuple(words for _, words in reasons), known)
+    is_idle = limits is not None and _is_idle(job, age_s, limits, now)
+    return Verdict(job, level, tuple(words for _, words in reasons), known, is_idle)
+
+
+def _is_idle(job: Job, age_s: float | None, limits: Limits, now: datetime) -> bool:
+    """Tell whether nobody even tries: its timer is off, or it was given up."""
+    is_fresh = age_s is not None and age_s <= limits.critical_s
+    return not is_fresh and (now - job.newest.started_at).total_seconds() > limits.critical_s
 
 
 _Reason = tuple[Level, str]

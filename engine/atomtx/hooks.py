@@ -7,7 +7,7 @@ first, or until the run's end.  What leaves the session, as a daemon does, is th
 
 The intents are journaled before; the outcomes are kept here and written with the next change of
 the run: between the hooks around the snapshots nothing is written, because a hook may have
-frozen the very file system that the journal lies on.
+frozen the very file system that the journal lies on, or that our own output goes to.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from contextlib import suppress
 from datetime import UTC, datetime
 
 from . import clients
-from .clients import Client
-from .errors import AtomtxError, EffectError, Interrupted
+from .clients import Client, Settings
+from .errors import AtomtxError, ClientError, EffectError, Interrupted
 from .intents import AROUND_RUN, AROUND_SNAPSHOT, BEFORE, ApplyRetention, RunHook, UndoHook
 from .interrupts import Interrupts
 from .journal import Change
@@ -46,8 +46,9 @@ class Hooks:
     ) -> None:
         self._sessions = Sessions(folder, interrupts)
         self._interrupts = interrupts
-        self._tell = step
+        self._step = step
         self._warn = warn
+        self._unsaid: list[tuple[Callable[[str], None], str]] | None = None  # held back
         self._inherited: frozenset[int] = frozenset()  # steps of a front end before this one
         self._started: set[int] = set()
         self._ended: dict[int, tuple[str, str | None]] = {}
@@ -56,6 +57,31 @@ class Hooks:
     def take_over(self, run: Run) -> None:
         """Go on where another front end was killed: any hook that it intended may have run."""
         self._inherited = frozenset(step.id for step in run.steps)
+
+    # -- what is told ----------------------------------------------------------------------
+
+    def step(self, line: str) -> None:
+        """Tell what is done now; while a hook around the snapshots is in force, after it."""
+        self._say(self._step, line)
+
+    def warn(self, line: str) -> None:
+        """Warn, as `step` tells."""
+        self._say(self._warn, line)
+
+    def _say(self, show: Callable[[str], None], line: str) -> None:
+        if self._unsaid is None:
+            show(line)
+        else:
+            self._unsaid.append((show, line))
+
+    def _hold_back(self) -> None:
+        """Show nothing until `_say_all`: write(2) to a frozen file system waits for its thaw."""
+        self._unsaid = self._unsaid or []
+
+    def _say_all(self) -> None:
+        lines, self._unsaid = self._unsaid or [], None
+        for show, line in lines:
+            show(line)
 
     # -- what is to be done ----------------------------------------------------------------
 
@@ -100,7 +126,9 @@ class Hooks:
         for step in run.steps:
             intent = step.intent
             if isinstance(intent, RunHook) and intent.when == when and self._is_open(step):
-                self._tell(intent.describe())
+                self.step(intent.describe())
+                if when == AROUND_SNAPSHOT:
+                    self._hold_back()
                 trouble = self._run(run, step, intent, stops=True)
                 self._ended[step.id] = ("failed", trouble) if trouble else ("done", None)
                 if trouble:
@@ -110,14 +138,22 @@ class Hooks:
         """
         Undo, the last one first, each hook of *places* that may have run; idempotent.
 
-        Nothing interrupts it, and nothing is raised: what fails is warned of and noted.
+        Those around the snapshots come first.  Nothing interrupts it, and nothing is raised: what
+        fails is warned of and noted.
         """
+        if AROUND_SNAPSHOT in places:
+            self._hold_back()  # those of a killed front end may be in force
+            self._undo_all(run, AROUND_SNAPSHOT)
+            self._sessions.write_out()
+            self._say_all()
+        if AROUND_RUN in places:
+            self._undo_all(run, AROUND_RUN)
+
+    def _undo_all(self, run: Run, place: str) -> None:
         for step in reversed(run.steps):
             intent = step.intent
-            if isinstance(intent, RunHook) and intent.when in places:
+            if isinstance(intent, RunHook) and intent.when == place:
                 self._undo_one(run, step)
-        if AROUND_SNAPSHOT in places:
-            self._sessions.write_out()
 
     def _undo_one(self, run: Run, step: Step) -> None:
         if step.id in self._let_go:
@@ -152,7 +188,7 @@ class Hooks:
         for step in run.steps:
             intent = step.intent
             if isinstance(intent, ApplyRetention) and self._is_open(step):
-                self._tell(intent.describe())
+                self.step(intent.describe())
                 try:
                     trouble = self._retention(run, step, intent)
                 except Interrupted as exc:
@@ -167,7 +203,7 @@ class Hooks:
     def _mend(self, run: Run) -> None:
         """Let the client mend what its killed predecessor left in the repository."""
         for line in mended(run.plan.client):
-            self._tell(line)
+            self.step(line)
 
     def _retention(self, run: Run, step: Step, intent: ApplyRetention) -> str | None:
         config = run.plan.client
@@ -179,7 +215,7 @@ class Hooks:
             self._end_what_is_left(step)
             self._mend(run)
         self._started.add(step.id)
-        for argv in client.forgetting(settings, intent.paths, intent.policy):
+        for argv in _forgetting(client, settings, intent):
             trouble = self._sessions.run(
                 step.id,
                 argv,
@@ -199,13 +235,13 @@ class Hooks:
         assert isinstance(intent, RunHook | UndoHook)
         if step.id in self._inherited:  # it may be at work still
             self._end_what_is_left(step)
-        self._tell(intent.describe())
+        self.step(intent.describe())
         self._end(step, self._run(run, step, intent, stops=False))
 
     def _end(self, step: Step, trouble: str | None) -> None:
         self._ended[step.id] = ("failed", trouble) if trouble else ("done", None)
         if trouble:
-            self._warn(f"{step.intent.describe()}: {trouble}")
+            self.warn(f"{step.intent.describe()}: {trouble}")
 
     def _run(self, run: Run, step: Step, intent: RunHook | UndoHook, *, stops: bool) -> str | None:
         self._started.add(step.id)
@@ -222,7 +258,7 @@ class Hooks:
     def _end_what_is_left(self, step: Step) -> None:
         left = self._sessions.end_what_is_left(step.id)
         if left:
-            self._warn(f"processes of a hook cannot be ended: {left}")
+            self.warn(f"processes of a hook cannot be ended: {left}")
 
     def record(self, change: Change, run: Run) -> None:
         """Write every outcome that the journal does not have yet."""
@@ -244,13 +280,28 @@ def environment(run: Run, step: Step) -> dict[str, str]:
         "ATOMTX_ATTEMPT": str(run.attempts),
         "ATOMTX_MOMENT": moment.isoformat() if moment else "",
         "ATOMTX_VOLUMES": "\n".join(v.name for v in run.volumes),
-        "ATOMTX_SNAPSHOTS": "\n".join(v.snapshot for v in run.volumes),
+        "ATOMTX_SNAPSHOTS": "\n".join(v.snapshot for v in run.frozen),
         "ATOMTX_PATHS": "\n".join(run.plan.targets),
     }
     # A reason may be what a program printed; a NUL ends a string of execve(2).
     clean = {name: value.replace("\0", "?") for name, value in facts.items()}
     short = {n: v for n, v in clean.items() if len(os.fsencode(v)) < _LONGEST_VALUE}
     return {**_base(run.plan.client), **short}
+
+
+def _forgetting(
+    client: Client, settings: Settings, intent: ApplyRetention
+) -> tuple[tuple[str, ...], ...]:
+    """Ask the client what to start; ClientError for whatever it cannot tell."""
+    try:
+        return client.forgetting(settings, intent.paths, intent.policy)
+    except AtomtxError:
+        raise
+    # A program's words, read wrongly, would keep the run from its end for ever, and every
+    # recovery and every later run of the job with it: this step may fail, the next run has it too.
+    except Exception as exc:
+        said = settings.redact(f"{type(exc).__name__}: {exc}")
+        raise ClientError(f"{client.name} does not tell what there is to forget: {said}") from exc
 
 
 def _base(client: ClientPlan) -> dict[str, str]:

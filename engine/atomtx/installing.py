@@ -7,18 +7,20 @@ Only files that begin with our marker are ever replaced or removed.
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
+from types import MappingProxyType
 
-from . import clients, credentials, process, units
-from .clients import Settings
+from . import clients, credentials, lvmio, process, units
+from .clients import Checker, Settings
 from .config import Config
 from .config_schema import DEFAULT, Job
 from .errors import AtomtxError, EffectError, UserError
 from .names import is_within
 from .preparing import choose_client
-from .statedir import sync_directory, write_new
+from .statedir import make_directory, sync_directory, write_new
 from .units import Program, Schedule, Service
 
 # What a service may write without our word: units.py, and ProtectSystem= in systemd.exec(5).
@@ -32,7 +34,8 @@ def program(env: Mapping[str, str], config_path: str) -> Program:
     variables = {name: os.path.abspath(env[name]) for name in units.PASSED_ON if env.get(name)}
     variables["ATOMTX_CONFIG"] = os.path.abspath(config_path)
     home = os.path.expanduser("~root")
-    return Program(_words(), {"HOME": home, "XDG_CACHE_HOME": units.CACHE, **variables})
+    variables = {"HOME": home, "XDG_CACHE_HOME": units.CACHE, **variables}
+    return Program(_words(), variables, has_lvm=lvmio.is_installed())
 
 
 def _words() -> tuple[str, ...]:
@@ -45,11 +48,48 @@ def _words() -> tuple[str, ...]:
 # -- from a job to its service -----------------------------------------------------------------
 
 
-def service(name: str, job: Job, made: Program) -> tuple[Service, list[str]]:
+def warnings(
+    config: Config,
+    names: Sequence[str],
+    made: Program,
+    *,
+    of_steps: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> list[str]:
+    """Tell of the jobs that the services of *names* back up without what a backup needs."""
+    where = () if config.path == DEFAULT else ("--config", config.path)
+    tried = ("atomtx", "backup", "--dry-run", *where)
+    backed_up = (job for name in names for job in of_steps.get(name, (name,)))
+    return [
+        f"job {name}: its service has no {what}: each backup will fail, unless a drop-in of yours "
+        f"names one; try, in a shell that has none either: {shlex.join((*tried, name))}"
+        for name in dict.fromkeys(backed_up)
+        for what in _lacks(config.job(name), made)
+    ]
+
+
+def _lacks(job: Job, made: Program) -> tuple[str, ...]:
+    """Return what a backup in a service lacks; a wrapper may name what no variable does."""
+    env = _environment(job, made)
+    try:
+        client = clients.load(choose_client(job.client, job.command, env))
+    except UserError:
+        return ('client (client = "restic")',)
+    if job.command or not isinstance(client, Checker):
+        return ()
+    wanted = Settings((), job.arguments, env, job.working_directory, credentials=job.sources)
+    try:
+        return client.lacks(wanted)
+    except UserError:  # arguments that the client refuses: the note has them
+        return ()
+
+
+def service(
+    name: str, job: Job, made: Program, *, has_client: bool = True
+) -> tuple[Service, list[str]]:
     """Return what the service of a job needs, and what its user should know."""
     env = _environment(job, made)
     notes: list[str] = []
-    wanted = [*_paths(job, env, notes), *job.write_paths]
+    wanted = [*(_paths(job, env, notes) if has_client else ()), *job.write_paths]
     wanted += [job.root] if job.layout == "tree" else []
     state = made.environment.get("ATOMTX_STATE_DIR")
     wanted += [state] if state else []
@@ -76,6 +116,33 @@ def service(name: str, job: Job, made: Program) -> tuple[Service, list[str]]:
     return made_of, notes
 
 
+def service_of_steps(
+    name: str, config: Config, backed_up: Sequence[str], made: Program
+) -> tuple[Service, list[str]]:
+    """Do so for a job with steps: what it needs itself, and what the jobs that these back up."""
+    own = service(name, config.job(name), made, has_client=name in backed_up)
+    others = (service(each, config.job(each), made) for each in backed_up if each != name)
+    found = [own, *others]
+    return _together([each for each, _ in found]), [note for _, notes in found for note in notes]
+
+
+def _together(services: Sequence[Service]) -> Service:
+    """Return the service of the first job, with what the others' need."""
+    limits = [each.hooks_s for each in services if each.hooks_s is not None]
+    return Service(
+        job=services[0].job,
+        grace_s=max(each.grace_s for each in services),
+        writes=tuple(dict.fromkeys(path for each in services for path in each.writes)),
+        credentials={k: v for each in services for k, v in each.credentials.items()},
+        has_hooks=any(each.has_hooks for each in services),
+        hooks_s=max(limits) if len(limits) == len(services) else None,
+        is_command=any(each.is_command for each in services),
+        has_priority=any(each.has_priority for each in services),
+        quiesces=any(each.quiesces for each in services),
+        has_steps=True,
+    )
+
+
 def _hooks_s(job: Job) -> int | None:
     """Return how long all hooks and their undoing may take; None where nothing limits them."""
     if job.hooks and not job.hook_limit:
@@ -98,8 +165,11 @@ def _paths(job: Job, env: Mapping[str, str], notes: list[str]) -> Iterator[str]:
     """Yield what the client writes: its cache, a repository on this machine, its settings."""
     wanted = Settings(job.command, job.arguments, env, job.working_directory)
     try:
-        client = clients.load(choose_client(job.client, job.command, env))
-        yield from client.live_paths(wanted)
+        chosen = choose_client(job.client, job.command, env)
+    except UserError:  # a warning tells of it
+        return
+    try:
+        yield from clients.load(chosen).live_paths(wanted)
     except AtomtxError as exc:
         notes.append(f"what its client writes is not known: {exc}")
 
@@ -125,14 +195,26 @@ def _credentials(job: Job) -> tuple[dict[str, str], list[str]]:
 
 
 def pages(
-    config: Config, names: Sequence[str], schedule: Schedule | None, made: Program, directory: Path
+    config: Config,
+    names: Sequence[str],
+    schedule: Schedule | None,
+    made: Program,
+    directory: Path,
+    *,
+    of_steps: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> tuple[dict[str, str], list[str]]:
     """
     Return the files to write, by their names below the directory, and what to know of them.
 
-    Without a *schedule* a timer that is there stays as it is.
+    Without a *schedule* a timer that is there stays as it is.  *of_steps* has of each job with
+    steps the jobs that these back up.
     """
-    found = {name: service(name, config.job(name), made) for name in config.jobs}
+    found = {
+        name: service_of_steps(name, config, of_steps[name], made)
+        if name in of_steps
+        else service(name, job, made)
+        for name, job in config.jobs.items()
+    }
     wanted = [found[name][0] for name in names]
     shared = units.files([each for each, _ in found.values()], made)
     texts = {name: shared[name] for name in units.SHARED}
@@ -204,7 +286,7 @@ def write(directory: Path, texts: Mapping[str, str]) -> list[str]:
 
 
 def _replace(path: Path, text: str) -> None:
-    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    make_directory(path.parent, 0o755)
     new = path.with_name(_new(path.name))
     write_new(new, text, 0o644)
     try:

@@ -12,9 +12,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, ClassVar
 
+from .names import BTRFS, LVM, PLAIN, ZFS
+
 # Not written, and read back all the same: older journals do not tell them, and a thousand mounts
 # would tell them a thousand times.
-_UNTOLD: Mapping[str, Any] = {"volume_kind": "zfs", "sources": (), "guid": ""}
+_UNTOLD: Mapping[str, Any] = {
+    "volume_kind": ZFS,
+    "sources": (),
+    "origins": (),
+    "guid": "",
+    "fstype": "",
+    "transient": False,
+}
+_NOUNS = {ZFS: "dataset", BTRFS: "subvolume", LVM: "logical volume"}
 
 
 def _told(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
@@ -42,12 +52,24 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """The logical volume of LVM that is snapshotted, and how."""
+
+    uuid: str
+    name: str  # "VG/LV"
+    fstype: str = ""  # not known of what is adopted
+    cow_bytes: int = 0  # the room for what changes meanwhile; a thin volume needs none
+    pool: str = ""  # of a thin volume, without its group; older runs do not know it
+
+
+@dataclass(frozen=True)
 class TakeSnapshots(_Intent):
     """
-    All snapshots of one pool, or of one btrfs file system.
+    All snapshots of one pool, of one btrfs file system, or of one volume group of LVM.
 
-    Those of a pool are taken in one command and so in one transaction group.  Those of a file
-    system are taken one after the other, of *sources* in the same order.
+    Those of a pool are taken in one command and so in one transaction group.  The others are
+    taken one after the other, of *sources* or of *origins* in the same order.  *transient* ones
+    get that mark as well, of LVM a tag; of btrfs their names say it.
     """
 
     kind: ClassVar[str] = "take-snapshots"
@@ -55,15 +77,17 @@ class TakeSnapshots(_Intent):
     pool_guid: str
     snapshots: tuple[str, ...]
     run: str
-    volume_kind: str = "zfs"
+    volume_kind: str = ZFS
     sources: tuple[Source, ...] = ()
+    origins: tuple[Origin, ...] = ()
+    transient: bool = False
 
     def describe(self) -> str:
-        count = _count(self.snapshots, "dataset" if self.volume_kind == "zfs" else "subvolume")
-        if self.volume_kind == "zfs":
+        count = _count(self.snapshots, _NOUNS[self.volume_kind])
+        how = ", one after the other" if len(self.snapshots) > 1 else ""
+        if self.volume_kind == ZFS:
             how = " in one transaction"
-        else:
-            how = ", one after the other" if len(self.snapshots) > 1 else ""
+        how += ", as transient" if self.transient else ""
         return f"snapshot {count} of {_where(self)}{how}"
 
     def compensation(self) -> DestroySnapshots:
@@ -81,7 +105,7 @@ class DestroySnapshots(_Intent):
     pool_guid: str
     snapshots: tuple[str, ...]
     run: str
-    volume_kind: str = "zfs"
+    volume_kind: str = ZFS
 
     def describe(self) -> str:
         return f"destroy {_count(self.snapshots, 'snapshot')} of {_where(self)}"
@@ -99,7 +123,7 @@ class KeepSnapshots(_Intent):
     pool_guid: str
     snapshots: tuple[str, ...]
     run: str
-    volume_kind: str = "zfs"
+    volume_kind: str = ZFS
 
     def describe(self) -> str:
         return f"keep {_count(self.snapshots, 'snapshot')} of {_where(self)}"
@@ -117,7 +141,7 @@ class HoldSnapshots(_Intent):
     pool_guid: str
     snapshots: tuple[str, ...]
     tag: str
-    volume_kind: str = "zfs"
+    volume_kind: str = ZFS
 
     def describe(self) -> str:
         return f"hold {_count(self.snapshots, 'snapshot')} of {_where(self)}"
@@ -135,7 +159,7 @@ class ReleaseSnapshots(_Intent):
     pool_guid: str
     snapshots: tuple[str, ...]
     tag: str
-    volume_kind: str = "zfs"
+    volume_kind: str = ZFS
 
     def describe(self) -> str:
         return f"release {_count(self.snapshots, 'hold')} of {_where(self)}"
@@ -146,12 +170,17 @@ class ReleaseSnapshots(_Intent):
 
 @dataclass(frozen=True)
 class Mount:
-    """One snapshot, read-only, at *mountpoint*; *guid* is its own where its kind is btrfs."""
+    """
+    One snapshot, read-only, at *mountpoint*; *guid* is its own, of btrfs and LVM.
+
+    Of a plain directory *source* is the live path, and *guid* the device and the directory in it.
+    """
 
     source: str
     mountpoint: str
-    volume_kind: str = "zfs"
+    volume_kind: str = ZFS
     guid: str = ""
+    fstype: str = ""  # of LVM
 
 
 @dataclass(frozen=True)
@@ -174,7 +203,7 @@ class MountVolumes(_Intent):
         where = (
             f"under {self.root}" if self.root else "at the live paths, in a namespace of its own"
         )
-        return f"mount {_count(self.mounts, 'snapshot')} read-only {where}"
+        return f"mount {_mounted(self.mounts)} read-only {where}"
 
     def compensation(self) -> UnmountVolumes:
         return UnmountVolumes(self.root, self.mounts, self.to_remove)
@@ -196,7 +225,7 @@ class UnmountVolumes(_Intent):
 
     def describe(self) -> str:
         where = f"under {self.root}" if self.root else "with the namespace"
-        return f"unmount {_count(self.mounts, 'snapshot')} {where}"
+        return f"unmount {_mounted(self.mounts)} {where}"
 
     def compensation(self) -> None:
         return None
@@ -227,6 +256,91 @@ class EndClient(_Intent):
 
     def describe(self) -> str:
         return f"end {self.client} and all that it started"
+
+    def compensation(self) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class PruneSnapshots(_Intent):
+    """
+    Kept snapshots of one pool that no rule keeps; nothing brings them back.
+
+    Each is destroyed only if it still has the guid and createtxg at its place here, and the mark
+    of the run that kept it, which is empty for one that the user named.  One that is *transient*
+    must have that mark of the same run as well.  On btrfs the mark is the path, on LVM a tag, and
+    no bookmark can be left.
+    """
+
+    kind: ClassVar[str] = "prune-snapshots"
+    pool: str
+    pool_guid: str
+    snapshots: tuple[str, ...]
+    guids: tuple[str, ...]
+    createtxgs: tuple[str, ...]
+    keepers: tuple[str, ...]
+    bookmark: bool = True  # leave a bookmark of each, as a base for a later `zfs send -i`
+    copies: bool = False  # the mark may have come with it, by `zfs receive`
+    volume_kind: str = ZFS
+    transient: bool = False
+
+    def describe(self) -> str:
+        leaving = " and leave a bookmark of each" if self.bookmark else ""
+        noun = "transient snapshot" if self.transient else "kept snapshot"
+        return f"destroy {_count(self.snapshots, noun)} of {_where(self)}{leaving}"
+
+    def compensation(self) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class CopySnapshots(_Intent):
+    """
+    Bring the copies of some datasets up to one snapshot of each; what has arrived stays there.
+
+    In between go the kept snapshots whose names are of *pattern*.  Holds under *tag* keep those
+    that are being sent and, here and there, the last one that both ends have: the next clone
+    begins with that.
+    """
+
+    kind: ClassVar[str] = "copy-snapshots"
+    target: str
+    pool_guid: str  # of the target's pool; empty where it could not be asked: nothing is sent
+    datasets: tuple[str, ...]  # parents before children, as are the three below
+    copies: tuple[str, ...]
+    snapshots: tuple[str, ...]  # the last of each
+    guids: tuple[str, ...]
+    pattern: str
+    tag: str
+    rate: int = 0  # bytes a second; 0: no limit
+    compress: bool = True  # on the way to another machine
+    discard: bool = False  # what was changed in a copy since its newest snapshot
+    transient: bool = False  # send also what is meant to go again here
+
+    def describe(self) -> str:
+        first, *others = self.datasets
+        more = f" and {_count(tuple(others), 'more dataset')}" if others else ""
+        return f"send the kept snapshots of {first}{more} to {self.target}"
+
+    def compensation(self) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class RunStep(_Intent):
+    """
+    One step of a run of steps: the words of a command of ours, without "atomtx".
+
+    What it does to the machine is journaled by the runs that it makes; they name this run as
+    their parent.
+    """
+
+    kind: ClassVar[str] = "run-step"
+    n: int  # from 1
+    words: tuple[str, ...]
+
+    def describe(self) -> str:
+        return f"step {self.n}: atomtx {_shown(self.words)}"
 
     def compensation(self) -> None:
         return None
@@ -326,6 +440,9 @@ Intent = (
     | RunHook
     | UndoHook
     | ApplyRetention
+    | PruneSnapshots
+    | CopySnapshots
+    | RunStep
 )
 Beside = RunHook | UndoHook | ApplyRetention  # not of the backup itself
 KINDS: Mapping[str, type[Intent]] = {
@@ -343,6 +460,9 @@ KINDS: Mapping[str, type[Intent]] = {
         RunHook,
         UndoHook,
         ApplyRetention,
+        PruneSnapshots,
+        CopySnapshots,
+        RunStep,
     )
 }
 
@@ -360,14 +480,26 @@ def _frozen(name: str, value: Any) -> Any:
         return tuple(Mount(**mount) for mount in value)
     if name == "sources":
         return tuple(Source(**source) for source in value)
+    if name == "origins":
+        return tuple(Origin(**origin) for origin in value)
     if isinstance(value, list):
         return tuple(_frozen("", item) for item in value)
     return value
 
 
 def _where(step: Any) -> str:
-    what = "pool" if step.volume_kind == "zfs" else f"the {step.volume_kind} file system"
-    return f"{what} {step.pool}"
+    places = {ZFS: "pool", LVM: "the volume group"}
+    return f"{places.get(step.volume_kind, f'the {step.volume_kind} file system')} {step.pool}"
+
+
+def _mounted(mounts: tuple[Mount, ...]) -> str:
+    live = tuple(each for each in mounts if each.volume_kind == PLAIN)
+    frozen = len(mounts) - len(live)
+    words = [_count(mounts[:frozen], "snapshot")] if frozen or not live else []
+    if live:
+        many = "directories" if len(live) > 1 else "directory"
+        words.append(f"{len(live)} live {many} (not a moment)")
+    return " and ".join(words)
 
 
 def _count(things: tuple[Any, ...], noun: str) -> str:

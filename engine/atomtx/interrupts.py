@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 from . import locks
@@ -21,17 +23,52 @@ class Interrupts:
     def __init__(self) -> None:
         self.noted: int | None = None
         self._told = False
+        self._at_once = False
+        self._outer: Interrupts | None = None  # of the command that has made ours a step
 
     def install(self) -> Interrupts:
-        """Take the signals over for the rest of the process."""
+        """
+        Take the signals over for the rest of the process.
+
+        Whoever had taken them over before is told of each as well, and tells what came already.
+        """
         for number in _NUMBERS:
-            signal.signal(number, self._note)
+            before = signal.signal(number, self._note)
+            outer = getattr(before, "__self__", None)
+            if isinstance(outer, Interrupts) and outer is not self:
+                self._outer = outer
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        if self._outer and self._outer.noted is not None:
+            self._note(self._outer.noted, None)
         return self
 
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """Let a block take the signals over, and have them back after it."""
+        before = {number: signal.getsignal(number) for number in _NUMBERS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
     def _note(self, number: int, _: FrameType | None) -> None:
+        if self._outer:
+            self._outer._note(number, None)
         if self.noted is None:
             self.noted = number
+            if self._at_once:
+                self.check()
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Let the first signal raise Interrupted at once, inside a block that makes no effect."""
+        self._at_once = True
+        try:
+            self.check()
+            yield
+        finally:
+            self._at_once = False
 
     def check(self) -> None:
         """Raise Interrupted, once, if a signal came."""

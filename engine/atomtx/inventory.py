@@ -11,6 +11,7 @@ import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from .errors import UserError
 from .mounts.mountinfo import Entry, Table
 from .plan import DatasetFacts, Pool, shown
 
@@ -51,9 +52,9 @@ class Inventory:
             return self._unfit(facts)
         best = [path for path in (wish, facts.mountpoint) if path in visible]
         mountpoint = (best + visible)[0]
-        if not is_utf8(mountpoint):  # neither the journal nor the clients' JSON could hold it
+        if why := unfit_name(mountpoint):
             return Unfit(
-                f"the name of its mountpoint {shown(mountpoint)} is not UTF-8",
+                f"the name of its mountpoint {shown(mountpoint)} {why}",
                 command("zfs", "set", "mountpoint=/PATH", facts.name),
             )
         return mountpoint
@@ -117,9 +118,25 @@ def is_utf8(path: str) -> bool:
     return not any("\ud800" <= char <= "\udfff" for char in path)
 
 
+def unfit_name(path: str) -> str:
+    """Tell why what is read may not have this path, as words after it; empty where it may."""
+    if not is_utf8(path):  # neither the journal nor the clients' JSON could hold it
+        return "is not UTF-8"
+    # The journal has the paths of a backup in lines, and so have ATOMTX_PATHS and notices.
+    return "has a newline in it" if "\n" in path else ""
+
+
 def command(*words: str) -> str:
     """Quote a command in a message, to be pasted."""
     return f"`{shlex.join(words)}`"
+
+
+def named_elsewhere(text: str, other: str) -> UserError:
+    """Return the refusal of a second name that leads to the same volume by another mount."""
+    return UserError(
+        f"{shown(text)} is on the same volume as {shown(other)}, by another mount of it",
+        hint="name both through the same mount, or leave out one",
+    )
 
 
 def ancestors(name: str) -> Iterator[str]:

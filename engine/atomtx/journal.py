@@ -19,13 +19,18 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import (
+    ColumnElement,
     Connection,
     Engine,
     Row,
     bindparam,
+    exists,
     func,
     insert,
+    literal_column,
     select,
+    text,
+    true,
     update,
 )
 
@@ -35,11 +40,27 @@ from .database import bring_up_to_date, reserve, set_damaged_aside, translated
 from .errors import BusyError, JournalDamagedError, JournalError, StaleRunError
 from .intents import Intent, from_json
 from .journalfile import HeaderFile
+from .names import ZFS
 from .plan import Plan
-from .records import Run, Step, Volume
+from .records import Content, Run, Step, Volume
 from .schema import backups, journals, moves, runs, steps, volumes
 from .statedir import RunFolder, sweep
-from .states import PLANNED, Event, StateMachine
+from .states import FINAL, PLANNED, Event, StateMachine, Verb
+
+_IS_WHOLE = (runs.c.outcome == "completed") & runs.c.moment_at.is_not(None)
+_IS_COMPLETED_BACKUP = (runs.c.verb == Verb.BACKUP.value) & (runs.c.outcome == "completed")
+_ROW: ColumnElement[int] = literal_column(
+    "runs.rowid"
+)  # in the order in which they were begun, whatever the clock
+_AT_ONCE = 500  # runs to forget while others wait for the journal
+_PARENT = func.json_extract(runs.c.plan, "$.parent")
+# What a backup takes itself has the run's token in its name.
+_IS_OF_KEPT = (runs.c.verb == Verb.BACKUP.value) & exists().where(
+    volumes.c.run == runs.c.id,
+    volumes.c.n == 0,
+    volumes.c.kind == ZFS,
+    ~volumes.c.snapshot.endswith(runs.c.id),
+)
 
 
 def now_us() -> int:
@@ -48,11 +69,11 @@ def now_us() -> int:
 
 
 class ActiveRunError(BusyError):
-    """The job has an active run already: *run* is its id."""
+    """The job has an active run already: *run* is its id, and *whose* it is."""
 
-    def __init__(self, run: str) -> None:
+    def __init__(self, run: str, whose: str = "this job") -> None:
         super().__init__(
-            f"run {run} of this job is at work",
+            f"run {run} of {whose} is at work",
             hint="`atomtx status` shows it; --wait waits for its end",
         )
         self.run = run
@@ -172,27 +193,46 @@ class Journal:
     def load(self, run: str) -> Run:
         """Return a run; NoRunError where there is none."""
         with self._transaction() as connection:
-            row = connection.execute(select(runs).where(runs.c.id == run)).one_or_none()
-            if row is None:
-                raise NoRunError(f"no run {run} in {self.path}", hint="see `atomtx history`")
-            return self._read(connection, row)
+            return self._find(connection, run)
 
     def open_runs(self) -> list[Run]:
-        """Return every run that is not destroyed, the oldest first."""
-        query = select(runs).where(runs.c.state != "destroyed").order_by(runs.c.started_at)
+        """Return every run that has not ended, the oldest first."""
+        query = select(runs).where(runs.c.ended_at.is_(None)).order_by(runs.c.started_at)
         with self._transaction() as connection:
             return [self._read(connection, row) for row in connection.execute(query).all()]
 
-    def last_completed(self, job: str) -> tuple[dict[str, bool], int, tuple[str, ...]] | None:
+    def children(self, run: Run, step: int | None = None) -> list[Run]:
+        """
+        Return the runs that the steps of *run* have made, or one of them, the oldest first.
+
+        By the order of their rows, whatever the clock was set to meanwhile.
+        """
+        parent = f"{run.id}/%" if step is None else f"{run.id}/{step}"
+        number: ColumnElement[int] = literal_column("runs.rowid")
+        begun = text("(SELECT rowid FROM runs AS parents WHERE parents.id = :parent)")
+        query = (
+            select(runs)
+            .where(number > begun.bindparams(parent=run.id), _PARENT.like(parent))
+            .order_by(number)
+        )
+        with self._transaction() as connection:
+            return [self._read(connection, row) for row in connection.execute(query).all()]
+
+    def last_completed(
+        self, job: str, *, of_kept: bool = False
+    ) -> tuple[dict[str, Content], int, tuple[str, ...]] | None:
         """
         Return what the job's last completed run saw; None where there is none.
 
-        Which dataset guids were empty, the moment (microseconds), the ids of its backups.
+        The last is the one that was begun last, whatever the clock was set to.  It tells what
+        each dataset's guid held, the moment (microseconds), the ids of its backups.  A run that
+        read snapshots which were kept tells nothing of how things are since: only *of_kept*
+        counts it too.
         """
         query = (
             select(runs.c.id, runs.c.moment_at)
-            .where(runs.c.job == job, runs.c.outcome == "completed", runs.c.moment_at.is_not(None))
-            .order_by(runs.c.started_at.desc())
+            .where(runs.c.job == job, _IS_WHOLE, true() if of_kept else ~_IS_OF_KEPT)
+            .order_by(_ROW.desc())
             .limit(1)
         )
         with self._transaction() as connection:
@@ -203,14 +243,22 @@ class Journal:
             ids = select(backups.c.backup_id).where(
                 backups.c.run == row.id, backups.c.backup_id.is_not(None)
             )
-            empty = {v.guid: bool(v.is_empty) for v in connection.execute(seen)}
-            return empty, row.moment_at, tuple(connection.scalars(ids.order_by(backups.c.n)))
+            contents = {v.guid: Content(v.is_empty or 0) for v in connection.execute(seen)}
+            return contents, row.moment_at, tuple(connection.scalars(ids.order_by(backups.c.n)))
 
-    def seen_empty(self, run: str) -> list[str]:
-        """Return the mountpoints at which a run saw no file."""
-        query = select(volumes.c.mountpoint).where(volumes.c.run == run, volumes.c.is_empty == 1)
+    def contents(self, run: str) -> dict[str, Content]:
+        """Return what a run saw at each mountpoint."""
+        query = select(volumes.c.mountpoint, volumes.c.is_empty).where(
+            volumes.c.run == run, volumes.c.is_empty.is_not(None)
+        )
         with self._transaction() as connection:
-            return list(connection.scalars(query))
+            return {v.mountpoint: Content(v.is_empty) for v in connection.execute(query)}
+
+    def _find(self, connection: Connection, run: str) -> Run:
+        row = connection.execute(select(runs).where(runs.c.id == run)).one_or_none()
+        if row is None:
+            raise NoRunError(f"no run {run} in {self.path}", hint="see `atomtx history`")
+        return self._read(connection, row)
 
     def _read(self, connection: Connection, row: Row[Any]) -> Run:
         vols = select(volumes).where(volumes.c.run == row.id).order_by(volumes.c.n)
@@ -230,7 +278,7 @@ class Journal:
             started_at=row.started_at,
             boot_id=row.boot_id,
             pid=row.pid,
-            volumes=tuple(_volume(v) for v in connection.execute(vols)),
+            volumes=tuple(_volume(v, self._plan(row)) for v in connection.execute(vols)),
             steps=tuple(self._step(s) for s in connection.execute(todo)),
         )
 
@@ -244,7 +292,8 @@ class Journal:
         key = (row.run, row.id)
         if key not in self._intents:
             self._intents[key] = from_json(row.kind, row.payload)
-        return Step(row.id, row.attempt, self._intents[key], row.compensates, row.outcome)
+        intent = self._intents[key]
+        return Step(row.id, row.attempt, intent, row.compensates, row.outcome, row.detail)
 
     # -- writing ---------------------------------------------------------------------------
 
@@ -254,29 +303,9 @@ class Journal:
 
         Raises ActiveRunError where the job has an active run.
         """
-        values = {
-            "id": the_plan.run,
-            "job": the_plan.job,
-            "label": the_plan.label,
-            "state": PLANNED,
-            "rev": 0,
-            "attempts": 0,
-            "plan": plan.to_json(the_plan),
-            "client": the_plan.client.name,
-            "repository": the_plan.client.repository,
-            "started_at": now_us(),
-            "boot_id": locks.boot_id(),
-            "pid": os.getpid(),
-        }
+        row = _row(the_plan)
         with self._transaction() as connection:
-            # In the transaction that inserts: it may end between a refused row and a look at it.
-            active = _active(connection, the_plan.job)
-            if active is not None:
-                raise ActiveRunError(active)
-            connection.execute(insert(runs).values(values))
-            connection.execute(insert(volumes), _volume_rows(the_plan))
-            for intent in intents:
-                _intend(connection, the_plan.run, 0, intent)
+            _begin(connection, the_plan, row, intents)
         return self.load(the_plan.run)
 
     def adopt(
@@ -285,14 +314,17 @@ class Journal:
         """
         Insert a run of a lost journal in state `unmounting`, its snapshots to be destroyed.
 
-        *found* gives guid and createtxg by snapshot.
+        *found* gives guid and createtxg by snapshot.  Raises ActiveRunError where it was adopted
+        meanwhile.  In one transaction: in `planned`, it would be resumed without its client.
         """
-        run = self.begin(the_plan, intents)
-        with self.change(run) as change:
+        row = _row(the_plan)
+        with self._transaction() as connection:
+            _begin(connection, the_plan, row, intents)
+            change = Change(connection, self._find(connection, the_plan.run), self._machine)
             change.identify(found)
             change.set(outcome="rolled-back", reason="adopted: its journal was lost")
             change.fire(Event.GIVEN_UP, reason="adopted")
-        return self.load(run.id)
+        return self.load(the_plan.run)
 
     def known(self) -> list[str]:
         """Return the id of every run in this journal."""
@@ -322,23 +354,44 @@ class Journal:
         """
         Forget runs that ended over *keep_s* seconds ago, with their files; return how many.
 
+        No more than are forgotten while others wait for the journal; the rest is for later calls.
+
         One whose front end is yet to tell its result stays, and so does the last completed one of
-        each job: it knows which volumes were not empty (promise 7).
+        each job: it knows which volumes were not empty (promise 7).  One more beside it does, where
+        there was one: that the job is made again and again is known by it alone, and that it is
+        late.  So do those of the steps of a run that is open: by them it is known which steps are
+        done.
         """
-        before = now_us() - int(keep_s * 1e6)
-        whole = (runs.c.outcome == "completed") & runs.c.moment_at.is_not(None)
-        last = select(func.max(runs.c.started_at)).where(whole).group_by(runs.c.job)
-        is_last = whole & runs.c.started_at.in_(last)
-        old = (runs.c.state == "destroyed") & (runs.c.ended_at < before) & ~is_last
+        before = max(now_us() - int(keep_s * 1e6), 0)  # SQLite has 64 bits
+        whole = _IS_WHOLE & ~_IS_OF_KEPT
+        last = select(func.max(_ROW)).where(whole).group_by(runs.c.job)
+        old = (runs.c.ended_at < before) & _ROW.not_in(last) & ~_is_of_two()
         with self._transaction() as connection:
-            found = connection.scalars(select(runs.c.id).where(old))
+            at_work = select(runs.c.id).where(
+                runs.c.verb == Verb.RUN.value, runs.c.ended_at.is_(None)
+            )
+            if parents := connection.scalars(at_work).all():
+                of = func.coalesce(func.substr(_PARENT, 1, func.length(runs.c.id)), "")
+                old &= of.not_in(parents)
+            found = connection.scalars(
+                select(runs.c.id).where(old).order_by(runs.c.started_at).limit(_AT_ONCE)
+            )
             ids = [r for r in found if not locks.is_held(RunFolder.of(self.state, r).front_lock)]
+            for run in ids:  # first: the row is what a later call finds its folder by
+                shutil.rmtree(RunFolder.of(self.state, run).path, ignore_errors=True)
             if ids:
                 connection.execute(runs.delete().where(runs.c.id.in_(ids)))
-        for run in ids:
-            shutil.rmtree(RunFolder.of(self.state, run).path, ignore_errors=True)
         sweep(self.state, self.known())
         return len(ids)
+
+
+def _is_of_two() -> ColumnElement[bool]:
+    """Return what holds for the last completed backup of a job, and for the newest beside it."""
+    completed = select(func.max(_ROW)).where(_IS_COMPLETED_BACKUP).group_by(runs.c.job)
+    jobs = select(runs.c.job).where(_IS_COMPLETED_BACKUP)
+    is_beside = (runs.c.verb == Verb.BACKUP.value) & runs.c.job.in_(jobs) & _ROW.not_in(completed)
+    beside = select(func.max(_ROW)).where(is_beside).group_by(runs.c.job)
+    return _ROW.in_(completed) | _ROW.in_(beside)
 
 
 class Change:
@@ -358,7 +411,8 @@ class Change:
 
     def fire(self, fact: Event, *, reason: str | None = None) -> None:
         """Move the run; once a transaction, after everything else was set."""
-        self._machine.fire(fact, self._run.state, change=self, reason=reason)
+        verb = self._run.verb
+        self._machine.fire(fact, self._run.state, verb=verb, change=self, reason=reason)
 
     def intend(self, intent: Intent) -> None:
         """Write an intent together with its compensation."""
@@ -381,10 +435,10 @@ class Change:
             for guid, createtxg in [identities[v.snapshot]]
         )
 
-    def saw(self, empty: frozenset[str]) -> None:
-        """Write which mountpoints were empty."""
+    def saw(self, contents: Mapping[str, Content]) -> None:
+        """Write what was seen at each mountpoint."""
         self._update_volumes(
-            {"at": v.n, "is_empty": int(v.mountpoint in empty)} for v in self._run.volumes
+            {"at": v.n, "is_empty": int(contents[v.mountpoint])} for v in self._run.volumes
         )
 
     def _update_volumes(self, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -408,7 +462,7 @@ class Change:
 
     def move(self, fact: str, dest: str, reason: str | None) -> None:
         """Write the move; called by the state machine once it has allowed it."""
-        if dest == "destroyed":
+        if dest in FINAL:
             self._values.setdefault("ended_at", now_us())
         self._write(state=dest)
         self._connection.execute(
@@ -446,7 +500,7 @@ class Change:
 
 def _active(connection: Connection, job: str) -> str | None:
     query = select(runs.c.id).where(
-        runs.c.job == job, runs.c.state != "destroyed", runs.c.cleanup.is_(None)
+        runs.c.job == job, runs.c.ended_at.is_(None), runs.c.cleanup.is_(None)
     )
     return connection.scalars(query).first()
 
@@ -455,6 +509,39 @@ def _persist(event_data: Any) -> None:
     """`before_state_change`: the move is allowed; write it, or stop it by an exception."""
     change: Change = event_data.kwargs["change"]
     change.move(event_data.event.name, event_data.transition.dest, event_data.kwargs.get("reason"))
+
+
+def _row(the_plan: Plan) -> dict[str, Any]:
+    """Return a new run's row; what it asks the machine is not the journal's to report."""
+    return {
+        "id": the_plan.run,
+        "verb": the_plan.verb,
+        "job": the_plan.job,
+        "label": the_plan.label,
+        "state": PLANNED,
+        "rev": 0,
+        "attempts": 0,
+        "plan": plan.to_json(the_plan),
+        "client": the_plan.client.name,
+        "repository": the_plan.client.repository,
+        "started_at": now_us(),
+        "boot_id": locks.boot_id(),
+        "pid": os.getpid(),
+    }
+
+
+def _begin(
+    connection: Connection, the_plan: Plan, row: Mapping[str, Any], intents: Iterable[Intent]
+) -> None:
+    # In the transaction that inserts: it may end between a refused row and a look at it.
+    active = _active(connection, the_plan.job)
+    if active is not None:
+        raise ActiveRunError(active)
+    connection.execute(insert(runs).values(row))
+    if rows := _volume_rows(the_plan):
+        connection.execute(insert(volumes), rows)
+    for intent in intents:
+        _intend(connection, the_plan.run, 0, intent)
 
 
 def _intend(connection: Connection, run: str, attempt: int, intent: Intent) -> None:
@@ -479,6 +566,8 @@ def _volume_rows(the_plan: Plan) -> list[dict[str, Any]]:
             "guid": v.guid,
             "mountpoint": v.mountpoint,
             "snapshot": v.snapshot,
+            "snapshot_guid": v.existing and v.existing.guid,
+            "createtxg": v.existing and v.existing.createtxg,
         }
         for n, v in enumerate(the_plan.volumes)
     ]
@@ -503,7 +592,7 @@ def _total(numbers: Iterator[int | None]) -> int | None:
     return sum(known) if known else None
 
 
-def _volume(row: Row[Any]) -> Volume:
+def _volume(row: Row[Any], of: Plan) -> Volume:
     return Volume(
         n=row.n,
         kind=row.kind,
@@ -514,4 +603,5 @@ def _volume(row: Row[Any]) -> Volume:
         snapshot=row.snapshot,
         guid=row.snapshot_guid,
         createtxg=row.createtxg,
+        stays=of.volumes[row.n].existing is not None,
     )

@@ -7,24 +7,29 @@ before SQLite opens it.  SQLite is asked only where a killed writer left its hea
 
 from __future__ import annotations
 
+import errno
 import os
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from .errors import AtomtxError, JournalDamagedError, JournalError, JournalNewerError, UserError
 
 NAME = "journal.db"
 LOCK = "journal.lock"
-SCHEMA_VERSION = 2  # PRAGMA user_version; the ordinal of the newest file in migrations/versions
+SCHEMA_VERSION = 5  # PRAGMA user_version; the ordinal of the newest file in migrations/versions
 APPLICATION_ID = 0x61746F6D  # "atom", PRAGMA application_id
 SQLITE_NEEDED = (3, 37, 0)  # it brought STRICT tables; an older one calls ours malformed
 # Of every connection that writes: an acknowledged commit survives a power cut (promise 10).
 PRAGMAS = ("journal_mode=PERSIST", "synchronous=EXTRA")
 
+ELSEWHERE = "set ATOMTX_STATE_DIR to a directory of root's on a local disk"
+
 _MAGIC = b"SQLite format 3\0"  # https://www.sqlite.org/fileformat2.html#the_database_header
 _HEADER_BYTES = 100
 _COUNTER_AT, _VALID_FOR_AT = 24, 92  # the file change counter, and the copy of it that must agree
 _BUSY_TIMEOUT_S = 5.0
+_FULL_BYTES = 65_536  # less room than this is none
 
 
 def check(path: Path) -> bool:
@@ -155,6 +160,20 @@ def is_damage(exc: BaseException | None) -> bool:
     return new_enough and error_name(exc).startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB"))
 
 
+def is_full(path: Path, exc: BaseException | None) -> bool:
+    """Tell whether an error of SQLite's, or of a file, says that the disk of *path* is full."""
+    name = error_name(exc)
+    if isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    # SQLite calls a quota that is used up (EDQUOT) an error of the disk.
+    return name == "SQLITE_FULL" or (name == "SQLITE_IOERR_WRITE" and not _has_room(path))
+
+
+def _has_room(path: Path) -> bool:
+    found = os.statvfs(path)
+    return found.f_bavail * found.f_frsize >= _FULL_BYTES
+
+
 class HeaderFile:
     """The journal's header over a descriptor of its own; see `check` on when to close it."""
 
@@ -197,6 +216,17 @@ def read_error(path: Path, exc: Exception) -> AtomtxError:
     return JournalError(f"cannot read the journal {path}: {exc}", hint=hint)
 
 
+@contextmanager
+def translated(path: Path) -> Iterator[None]:
+    """Turn SQLite's errors into those of a reader."""
+    import sqlite3
+
+    try:
+        yield
+    except sqlite3.DatabaseError as exc:
+        raise read_error(path, exc) from exc
+
+
 def header(path: Path) -> bytes:
     """Return the journal's header as it is in the file; empty where there is no file."""
     try:
@@ -208,7 +238,8 @@ def header(path: Path) -> bytes:
 
 
 def _unreadable(path: Path, exc: OSError) -> JournalError:
-    return JournalError(f"cannot read the journal {path}: {exc.strerror}")
+    hint = ELSEWHERE if isinstance(exc, NotADirectoryError) else None
+    return JournalError(f"cannot read the journal {path}: {exc.strerror}", hint=hint)
 
 
 def not_permitted(path: Path) -> UserError:

@@ -6,7 +6,7 @@ import os
 from dataclasses import replace
 
 from . import clients, credentials, plan, redact
-from .clients import Facts, Launch, Moment, Settings
+from .clients import Dumper, Facts, Launch, Moment, Settings
 from .intents import ApplyRetention
 from .plan import ClientPlan, Plan
 
@@ -43,9 +43,22 @@ def facts_of(client: ClientPlan) -> Facts:
     return Facts(client.version, client.repository)
 
 
-def mended(client: ClientPlan) -> list[str]:
+def mended(client: ClientPlan) -> tuple[str, ...]:
     """Let the client mend what its killed predecessor left in the repository; say what it did."""
-    return list(clients.load(client.name).after_loss(settings_of(client), facts_of(client)))
+    return clients.load(client.name).after_loss(settings_of(client), facts_of(client))
+
+
+def bare_settings_of(client: ClientPlan) -> Settings:
+    """Return the client's settings without its secrets, which a look at files does not need."""
+    return Settings(client.command, client.extra, dict(client.environment), client.cwd)
+
+
+def swept(client: ClientPlan, run: str) -> tuple[str, ...]:
+    """Remove what dead attempts of a run left half made in a destination; say what it did."""
+    found = clients.load(client.name)
+    if not isinstance(found, Dumper):
+        return ()
+    return found.remove_parts(bare_settings_of(client), client.repository, run)
 
 
 def retention_of(made: Plan, moment: Moment) -> ApplyRetention | None:

@@ -1,7 +1,7 @@
 """
 The kernel's locks F, R and C of a run, and who holds them.
 
-    F  front.lock    the front end, and the `zfs` commands that it starts
+    F  front.lock    the front end, and the `zfs` and LVM commands that it starts, `ssh` and `zstd`
     R  runner.lock   the runner alone
     C  client.lock   the client and its descendants
 
@@ -24,8 +24,16 @@ from pathlib import Path
 
 from . import system
 
-# They are waited for, never stopped: a half-made change is worse than a late one.
-COMMANDS = frozenset(("zfs", "zpool", "mount", "mount_nullfs", "umount"))
+# They are waited for, never stopped: a half-made change is worse than a late one.  `ssh` and `zstd`
+# feed a `zfs receive`, and end soon after their front end: their input has ended with it, and ssh
+# gives up by ServerAliveInterval where the far machine does not answer.
+COMMANDS = frozenset(
+    (
+        *("zfs", "zpool", "mount", "mount_nullfs", "umount"),
+        *("lvs", "vgs", "lvcreate", "lvchange", "lvremove", "dmsetup"),
+        *("ssh", "zstd"),
+    )
+)
 _GLANCE_S = 0.1  # `is_held` takes the lock, shared, for an instant: not to be taken for a holder
 
 

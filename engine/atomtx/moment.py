@@ -6,7 +6,8 @@ What is asked here of the journal and the machine changes neither.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import os
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -17,34 +18,58 @@ from .intents import KeepSnapshots, Mount, MountVolumes, TakeSnapshots
 from .journal import Journal
 from .launching import launch_of, settings_of
 from .mounts import tree
-from .probing import same_moment
-from .records import Run
+from .names import BTRFS, LVM, PLAIN, ZFS
+from .plan import PlannedVolume
+from .probing import presence, same_moment
+from .records import Content, Run
+from .recovery import Presence
 from .statedir import RunFolder
 from .states import Outcome
 from .task import Task
+from .volumes import plain
 from .volumes.kind import Identity
 
 _DEFAULT_TMP = "/tmp"
 _EMPTIED_HINT = "if that is right, exclude it, or put a file into it"
+_BARE_WORDS = (
+    "{path} holds nothing but lost+found, which counts as empty from now on; whether it had files "
+    "in the last completed backup is not known"
+)
 
 
 def skew(run: Run, within: str) -> str | None:
     """Say how far the snapshots of a set lie apart; None where they are of one moment."""
-    pools = len({v.pool for v in run.volumes if v.kind == "zfs"})
-    subvolumes = sum(v.kind == "btrfs" for v in run.volumes)
-    if pools + subvolumes < 2:
+    pools = len({v.pool for v in run.volumes if v.kind == ZFS})
+    subvolumes = sum(v.kind == BTRFS for v in run.volumes)
+    logical = sum(v.kind == LVM for v in run.volumes)
+    if pools + subvolumes + logical < 2:
         return None
     words = []
     if pools:
         words.append(f"one transaction group a pool; {pools} pool" + "s" * (pools > 1))
     if subvolumes:
         words.append(f"{subvolumes} subvolume" + "s one after the other" * (subvolumes > 1))
+    if logical:
+        words.append(f"{logical} logical volume" + "s one after the other" * (logical > 1))
     return f"{' and '.join(words)} {within}"
+
+
+def skew_of(run: Run, found: Mapping[str, Identity]) -> str | None:
+    """Say how far snapshots lie apart by their times of creation, which are whole seconds."""
+    created = [identity.creation_s for identity in found.values()] or [0]
+    return skew(run, f"within {max(created) - min(created) + 1} s")
+
+
+def again(run: Run) -> str:
+    """Say which attempt the next one is; what is read live is then of a later time."""
+    words = f"attempt {run.attempts + 1}"
+    live = ", ".join(run.read_live)
+    return f"{words}; {live} is read as it is now, later than the moment" if live else words
 
 
 def check_taken(run: Run, found: dict[str, Identity], complaints: list[EffectError]) -> None:
     """Raise EffectError unless all snapshots are there, ours, and of one moment."""
-    missing = [v.snapshot for v in run.volumes if v.snapshot not in found]
+    missing = [v.snapshot for v in run.frozen if v.snapshot not in found]
     if missing and complaints:
         raise complaints[0]
     if missing:
@@ -52,7 +77,29 @@ def check_taken(run: Run, found: dict[str, Identity], complaints: list[EffectErr
     foreign = [name for name, identity in found.items() if identity.mark != run.id]
     if foreign:
         raise EffectError(f"{foreign[0]} exists and is not ours")
-    if not same_moment(run.volumes, found):
+    flaws = [f"{name}: {identity.flaw}" for name, identity in found.items() if identity.flaw]
+    if flaws:
+        raise complaints[0] if complaints else EffectError(flaws[0])
+    _check_one(run, found)
+
+
+def check_kept(
+    run: Run, found: Mapping[str, Identity], complaints: Sequence[EffectError] = ()
+) -> None:
+    """Raise EffectError unless all kept snapshots of the plan are there, and are those."""
+    for volume in run.frozen:
+        match presence(run, volume, found.get(volume.snapshot)):
+            case Presence.ABSENT:
+                raise EffectError(f"the kept snapshot {volume.snapshot} is gone")
+            case Presence.FOREIGN:
+                raise EffectError(f"{volume.snapshot} is another snapshot than the planned one")
+    if complaints:
+        raise complaints[0]
+    _check_one(run, found)
+
+
+def _check_one(run: Run, found: Mapping[str, Identity]) -> None:
+    if not same_moment(run.frozen, found):
         raise EffectError("the snapshots are not of one moment: their createtxg differ")
 
 
@@ -64,9 +111,13 @@ def kept(intent: TakeSnapshots) -> KeepSnapshots:
 
 
 def mount_intent(run: Run) -> MountVolumes:
-    """Return the step that mounts the snapshots; EffectError where a tree's root is in use."""
-    planned = plan.mounts(run.plan)
-    mounts = tuple(_proven(m, v.guid) for m, v in zip(planned, run.volumes, strict=True))
+    """
+    Return the step that mounts the snapshots.
+
+    EffectError where a tree's root is in use, or a live directory is not the plan's.
+    """
+    three = zip(plan.mounts(run.plan), run.plan.volumes, run.volumes, strict=True)
+    mounts = tuple(_proven(mount, planned, volume.guid) for mount, planned, volume in three)
     if not run.plan.root:
         return MountVolumes("", mounts)
     tree.check_free(mounts)
@@ -75,9 +126,11 @@ def mount_intent(run: Run) -> MountVolumes:
     return MountVolumes(run.plan.root, mounts, directories, run.plan.leave_dirs)
 
 
-def _proven(mount: Mount, guid: str | None) -> Mount:
-    """Return a mount with what proves its snapshot to the runner, where its kind has such."""
-    return mount if mount.volume_kind == "zfs" else replace(mount, guid=guid or "")
+def _proven(mount: Mount, planned: PlannedVolume, guid: str | None) -> Mount:
+    """Return a mount with what proves its source to the runner, where its kind has such."""
+    if planned.kind == PLAIN:
+        return replace(mount, guid=plain.proof(planned))
+    return mount if mount.volume_kind == ZFS else replace(mount, guid=guid or "")
 
 
 def task_of(
@@ -113,8 +166,9 @@ def task_of(
 
 def _freezes_tmp(run: Run, settings: Settings) -> bool:
     """Tell whether the client would find its folder for temporary files read-only."""
-    tmp = settings.env.get("TMPDIR", _DEFAULT_TMP)
-    return not run.plan.root and plan.is_frozen(run.plan, tmp)
+    tmp = os.path.join(settings.cwd, settings.env.get("TMPDIR") or _DEFAULT_TMP)
+    # The plan's live paths are those to which links lead.
+    return not run.plan.root and plan.is_frozen(run.plan, os.path.realpath(tmp))
 
 
 def moment_of(journal: Journal, run: Run) -> Moment:
@@ -127,54 +181,73 @@ def moment_of(journal: Journal, run: Run) -> Moment:
         excludes=run.plan.excludes,
         whole=run.plan.whole_root,
         parent=_newer_parent(journal, run),
+        attempt=run.attempts,
+        run=run.id,
+        job=run.label,
+        is_kept=run.plan.is_of_kept,
     )
 
 
 def _newer_parent(journal: Journal, run: Run) -> str | None:
     """
-    Return the last backup where its moment is later than ours: the clock was set back.
+    Return the last backup where its moment is later than ours.
+
+    The clock was set back, or ours is of snapshots that were kept.
 
     A client that looks for its parent by time would not find it and read all anew.
     """
-    last = journal.last_completed(run.job)
+    last = journal.last_completed(run.job, of_kept=run.plan.is_of_kept)
     if last is None or run.moment_at is None or not last[2] or last[1] <= run.moment_at:
         return None
     return last[2][0]
 
 
-def check_empty(journal: Journal, run: Run, empty: frozenset[str]) -> str | None:
+def check_empty(journal: Journal, run: Run, seen: Mapping[str, Content]) -> list[str]:
     """
     Raise EffectError for an empty set, or a volume that was named and was not empty before.
 
-    Of one that -r or -a found return a warning: see `judged`.  (Promise 7.)
+    Of one that -r or -a found return a warning: see `judged`.  (Promise 7.)  Return one, too, of
+    those of which it is not known, which is so once after an upgrade.  Kept snapshots are
+    what they are: they are from a time before the last backup, and nothing that is empty in them
+    was lost since.
     """
-    if empty and len(empty) == len(run.volumes):
+    if run.plan.is_of_kept:
+        return []
+    if all(content.is_empty for content in seen.values()):
         raise EffectError(
             "there is nothing to back up: every volume of the set is empty",
             hint="is what belongs there mounted?",
         )
-    lost = _emptied(journal, run, empty)
+    lost, unknown = _emptied(journal, run, seen)
     named = lost.intersection(run.plan.named)
     if named:
         raise EffectError(_emptied_words(named), hint=_EMPTIED_HINT)
-    return f"{_emptied_words(lost)} ({_EMPTIED_HINT})" if lost else None
+    warnings = [f"{_emptied_words(lost)} ({_EMPTIED_HINT})"] if lost else []
+    return [*warnings, *(_BARE_WORDS.format(path=path) for path in sorted(unknown))]
 
 
-def _emptied(journal: Journal, run: Run, empty: Collection[str]) -> set[str]:
-    """Return which of the *empty* mountpoints had files in the last completed backup."""
-    if not empty:
-        return set()
-    last = journal.last_completed(run.job)
-    before = last[0] if last else {}
+def _emptied(journal: Journal, run: Run, seen: Mapping[str, Content]) -> tuple[set[str], set[str]]:
+    """
+    Return at which mountpoints there were files in the last completed backup, and are none now.
+
+    And at which that is not known: it took an empty lost+found for a file.
+    """
+    empty = {path for path, content in seen.items() if content.is_empty}
+    last = journal.last_completed(run.job) if empty else None
     guids = {v.mountpoint: v.guid for v in run.plan.volumes}
-    return {path for path in empty if before.get(guids[path]) is False}
+    before = {path: last[0].get(guids[path]) for path in empty} if last else {}
+    held = {path for path, was in before.items() if was in (Content.ENTRIES, Content.FILES)}
+    unknown = {
+        path for path in held if (before[path], seen[path]) == (Content.ENTRIES, Content.BARE)
+    }
+    return held - unknown, unknown
 
 
 def judged(journal: Journal, run: Run, end: End) -> End:
     """Call a backup partial that lacks what a volume that was not named itself once had."""
-    if end.outcome is not Outcome.COMPLETED:
+    if end.outcome is not Outcome.COMPLETED or run.plan.is_of_kept:
         return end
-    lost = _emptied(journal, run, journal.seen_empty(run.id))
+    lost, _ = _emptied(journal, run, journal.contents(run.id))
     if not lost:
         return end
     return replace(end, outcome=Outcome.PARTIAL, reason=_emptied_words(lost))

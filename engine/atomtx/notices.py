@@ -14,7 +14,7 @@ from datetime import datetime
 from enum import StrEnum
 
 from .errors import ExitStatus, UserError
-from .states import DESTROYED, Outcome
+from .states import FINAL, Outcome, Verb
 from .words import age, local_time, printable, seconds
 
 LOG_LINES = 20
@@ -82,6 +82,7 @@ class Facts:
     host: str
     job: str  # its label
     at: datetime
+    verb: Verb = Verb.BACKUP
     exit_status: ExitStatus = ExitStatus.COMPLETED
     run: str | None = None  # None where it never began
     state: str | None = None
@@ -91,6 +92,7 @@ class Facts:
     hint: str | None = None
     found_unfinished: bool = False  # by `recover`, or by the next `backup` of its job
     datasets: tuple[str, ...] = ()
+    not_a_moment: tuple[str, ...] = ()  # what of it is read live
     last_completed: datetime | None = None  # the moment
     is_last_known: bool = True
     log: tuple[str, ...] = ()
@@ -168,6 +170,7 @@ def _redacted(facts: Facts, redact: Callable[[str], str]) -> Facts:
         reason=clean(facts.reason),
         hint=clean(facts.hint),
         datasets=tuple(map(_line, facts.datasets)),
+        not_a_moment=tuple(map(_line, facts.not_a_moment)),
         log=tuple(_line(redact(line)) for line in facts.log[-LOG_LINES:]),
     )
 
@@ -193,34 +196,71 @@ def _result(facts: Facts) -> str:
     if facts.exit_status == ExitStatus.WAITING:
         return "waiting"
     if facts.exit_status == ExitStatus.STEP_AFTER_FAILED:
-        return "backed up, but a step after it failed"
+        done = {Verb.BACKUP: "backed up", Verb.RUN: "done"}.get(facts.verb, "kept")
+        return f"{done}, but a step after it failed"
     if facts.outcome == Outcome.ROLLED_BACK:
         return "rolled back"
     return facts.outcome or "failed"
 
 
-_MEANINGS = {
+_OF_EVERY_RUN = {
     Event.WAITING: "An unfinished run waits for something, and cannot be settled yet.",
-    Event.FAILED: "No backup was made.",
-    Event.PARTIAL: "Some files could not be read; the rest is in the repository.",
     Event.INTERRUPTED: "A run was found unfinished, with nobody at work on it.",
     Event.PARKED: "Something of the run could not be removed from this machine yet.",
-    Event.COMPLETED: "The backup is complete.",
+}
+_OF_VERB = {
+    Verb.BACKUP: {
+        Event.FAILED: "No backup was made.",
+        Event.PARTIAL: "Some files could not be read; the rest is in the repository.",
+        Event.COMPLETED: "The backup is complete.",
+    },
+    Verb.SNAP: {
+        Event.FAILED: "No snapshots were kept.",
+        Event.PARTIAL: "Somebody destroyed some snapshots before they were kept.",
+        Event.COMPLETED: "The snapshots are kept.",
+    },
+    Verb.PRUNE: {
+        Event.FAILED: "The snapshots that were to go are still there, or some of them.",
+        Event.PARTIAL: "Some snapshots that were to go are still there.",
+        Event.COMPLETED: "The snapshots that were to go are destroyed.",
+    },
+    Verb.RUN: {
+        Event.FAILED: "A step failed; those after it were not run.",
+        Event.PARTIAL: "All steps were run, and one of them did a part of its work.",
+        Event.COMPLETED: "All steps are done.",
+    },
+    Verb.CLONE: {
+        Event.FAILED: "No copy was brought up to date.",
+        Event.PARTIAL: "Some copies are not up to date.",
+        Event.COMPLETED: "The copies are up to date.",
+    },
+}
+_WITHOUT_RUN = {
+    Outcome.PARTIAL: "Something that was kept is not in the repository.",
+    Outcome.COMPLETED: "There was nothing to do.",
+}
+_THE = {
+    Verb.BACKUP: "The backup is complete",
+    Verb.SNAP: "The snapshots are kept",
+    Verb.RUN: "All steps were run",
 }
 
 
 def _meanings(facts: Facts) -> list[str]:
     """Explain each event, the gravest first."""
     found = events_of(facts)
-    lines = [_MEANINGS[event] for event in Event if event in found]
+    meanings = _OF_EVERY_RUN | _OF_VERB[facts.verb]
+    lines = [meanings[event] for event in Event if event in found]
     if facts.exit_status == ExitStatus.STEP_AFTER_FAILED:
-        lines[0] = "The backup is complete, but a step after it failed."
+        lines[0] = f"{_THE[facts.verb]}, but a step after it failed."
     elif facts.run is None and Event.FAILED in found:
         lines[0] = "It failed before a run began."
+    elif facts.run is None and facts.outcome is not None:
+        lines = [_WITHOUT_RUN[Outcome(facts.outcome)]]
     elif Event.WAITING in found and facts.outcome is None:
-        lines.append(_MEANINGS[Event.FAILED])
+        lines.append(meanings[Event.FAILED])
     elif facts.outcome == Outcome.COMPLETED and Event.COMPLETED not in found:
-        lines.append(_MEANINGS[Event.COMPLETED])
+        lines.append(meanings[Event.COMPLETED])
     return lines
 
 
@@ -241,11 +281,17 @@ def _table(facts: Facts) -> list[str]:
         "job": facts.job,
         "host": facts.host,
         "datasets": ", ".join(names),
+        "read live": _live(facts),
         "run": facts.run,
-        "state": facts.state if facts.state != DESTROYED else None,
-        "last backup": _last_completed(facts),
+        "state": None if facts.state in FINAL else facts.state,
+        f"last {facts.verb}": _last_completed(facts),
     }
     return [f"{name:<12}{value}" for name, value in rows.items() if value]
+
+
+def _live(facts: Facts) -> str | None:
+    paths = ", ".join(facts.not_a_moment[:_DATASETS])
+    return f"{paths}: not a moment" if paths else None
 
 
 def _last_completed(facts: Facts) -> str | None:
@@ -288,6 +334,7 @@ def _variables(facts: Facts, subject: str) -> dict[str, str]:
         "REASON": facts.reason,
         "EXIT_STATUS": str(_exit_status(facts)),
         "DATASETS": "\n".join(facts.datasets),
+        "NOT_A_MOMENT": "\n".join(facts.not_a_moment),
         "LAST_COMPLETED": facts.last_completed.isoformat() if facts.last_completed else None,
     }
     # execve(2): 128 KiB for one string

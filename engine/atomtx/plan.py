@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import posixpath
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -19,15 +19,17 @@ from .intents import (
     Intent,
     Mount,
     MountVolumes,
+    Origin,
     RunHook,
     Source,
     TakeSnapshots,
 )
-from .names import BtrfsSnapshot, Dataset, RunId, is_within
-from .states import Outcome
+from .names import BTRFS, LVM, PLAIN, ZFS, BtrfsSnapshot, Dataset, LvmSnapshot, RunId, is_within
+from .states import Outcome, Verb
 
 SYSTEM_PATHS = ("/dev", "/proc", "/run", "/sys")  # always the live ones, in a set that holds "/"
 GRACE_S = 60
+COW_SIZE = "20%"  # of its origin: the room of a classic snapshot of LVM
 _LABEL_CHARS = 60
 
 
@@ -62,6 +64,28 @@ class SubvolumeFacts:
 
 
 @dataclass(frozen=True)
+class DirectoryFacts:
+    """A directory of a file system without snapshots: it is read live."""
+
+    name: str  # its path
+    guid: str  # its file system, and the directory in it; the same on each boot
+    filesystem: str  # what proves that it is the same one
+    fstype: str
+    source: str
+
+
+@dataclass(frozen=True)
+class LogicalFacts:
+    """A logical volume of LVM that is to be snapshotted."""
+
+    name: str  # "VG/LV"
+    guid: str
+    group: str
+    group_guid: str
+    origin: Origin
+
+
+@dataclass(frozen=True)
 class Request:
     """What the user asked for."""
 
@@ -74,12 +98,14 @@ class Request:
     whole_root: bool = False  # the client gets the root itself
     leave_dirs: bool = False  # the directories of the tree stay
     job: str = ""  # its name in the configuration; empty: an unnamed one
+    live: tuple[str, ...] = ()  # directories to read as they are: not a moment
+    cow_size: str = COW_SIZE  # or such as "10G"
 
 
 class Chosen(NamedTuple):
     """A volume of the set, and where it is seen live."""
 
-    facts: DatasetFacts | SubvolumeFacts
+    facts: DatasetFacts | SubvolumeFacts | LogicalFacts | DirectoryFacts
     mountpoint: str
 
 
@@ -103,20 +129,31 @@ class Selection:
     uncovered: tuple[LeftOut, ...]  # what lies below the volumes and was not asked for
     notes: tuple[str, ...]
     parts: tuple[str, ...] = ()  # paths that were named inside a volume, in place of all of it
+    seams: frozenset[str] = frozenset()  # what is seen there is not in the frozen files above it
+
+
+@dataclass(frozen=True)
+class Existing:
+    """A snapshot that was there before the run, which reads it and leaves it."""
+
+    guid: str
+    createtxg: str
 
 
 @dataclass(frozen=True)
 class PlannedVolume:
     """A volume of the set."""
 
-    kind: str  # "zfs" or "btrfs"
-    pool: str  # of btrfs the file system, by its UUID
+    kind: str  # "zfs", "btrfs", "lvm" or "plain"
+    pool: str  # of LVM the volume group; of btrfs and plain ones the file system, by its UUID
     pool_guid: str
     name: str
     guid: str
     mountpoint: str  # where it is mounted live
-    snapshot: str  # the whole name of the snapshot to take
+    snapshot: str  # the whole name of the snapshot to take; empty for a plain directory
     source: Source | None = None  # of btrfs
+    origin: Origin | None = None  # of LVM
+    existing: Existing | None = None  # of ZFS: the snapshot is not to be taken, only to be read
 
 
 @dataclass(frozen=True)
@@ -132,6 +169,9 @@ class ClientPlan:
     environment: tuple[tuple[str, str], ...]  # variables that are no secrets, with their values
     secrets: tuple[str, ...]  # names of the variables that are
     credentials: tuple[tuple[str, str], ...] = ()  # variables of a named job, and their sources
+
+
+NO_CLIENT = ClientPlan("none", (), (), "/", "", None, (), ())  # of a verb that needs none
 
 
 @dataclass(frozen=True)
@@ -163,6 +203,19 @@ class Plan:
     named: tuple[str, ...] = ()  # the mountpoints of the volumes that were named themselves
     nice: int = 0
     io_class: str = ""  # such as "idle", "best-effort:7"; empty: as it is
+    verb: str = Verb.BACKUP
+    transient: bool = False  # of a snap: its snapshots are meant to go again
+    parent: str = ""  # "RUN/N": the run, and its step, that this one is made by
+
+    @property
+    def is_of_kept(self) -> bool:
+        """Tell whether the run takes no snapshot, but reads those that were kept."""
+        return any(volume.existing for volume in self.volumes)
+
+    @property
+    def below(self) -> str:
+        """The root below which the repository has the paths of a backup; empty: they are whole."""
+        return "" if self.whole_root else self.root
 
 
 # -- making a plan -----------------------------------------------------------------------------
@@ -187,19 +240,23 @@ def assemble(
     on_stop: str = "undo",
     nice: int = 0,
     io_class: str = "",
+    by_volume: bool = False,
 ) -> Plan:
     """
     Put a plan together from what was selected and what the client needs.
 
-    *live_paths* and *notes* are the client's.  Raises UserError for a snapshot's name that is too
+    *live_paths* and *notes* are the client's, which with *by_volume* reads no file system through
+    another's directory.  Raises UserError for a snapshot's name that is too
     long, and for a named volume that the client needs as it is now.
     """
     tops = targets(mountpoint for _, mountpoint in selection.volumes)
     system = SYSTEM_PATHS if "/" in tops else ()
-    needed = _live_inside(live_paths, tops, system)
+    needed = _live_inside(live_paths, selection, system, in_tree=bool(request.root))
     chosen, lost = _part(selection, needed)
     tops = targets(mountpoint for _, mountpoint in chosen)
     read = paths_to_read((mountpoint for _, mountpoint in chosen), selection.parts)
+    if by_volume and not selection.parts:
+        read = tuple(mountpoint for _, mountpoint in chosen)
     live = tuple(path for path in needed if _inside(path, tops))
     root = normal(request.root) if request.root else ""
     return Plan(
@@ -207,7 +264,7 @@ def assemble(
         job=job_key(request.job)
         if request.job
         else _unnamed_key((facts.guid for facts, _ in chosen), client, root, selection.parts),
-        label=request.job or _label(request, selection.asked),
+        label=request.job or label(request, selection.asked),
         volumes=_planned(chosen, pools, run),
         targets=read,
         layout=request.layout,
@@ -224,11 +281,41 @@ def assemble(
         hooks=tuple(hooks),
         retention=retention,
         on_stop=on_stop,
-        named=tuple(path for facts, path in chosen if _is_named(facts.name, selection)),
+        named=tuple(volume.mountpoint for volume in chosen if _is_named(volume, selection)),
         whole_root=request.whole_root,
         leave_dirs=request.leave_dirs,
         nice=nice,
         io_class=io_class,
+    )
+
+
+def without_client(
+    *,
+    run: str,
+    job: str,
+    label: str,
+    volumes: tuple[PlannedVolume, ...],
+    verb: Verb,
+    notes: tuple[str, ...] = (),
+    hooks: tuple[RunHook, ...] = (),
+    transient: bool = False,
+) -> Plan:
+    """Return the plan of a run whose volumes nobody reads."""
+    return Plan(
+        run=run,
+        job=job,
+        label=label,
+        volumes=volumes,
+        targets=(),
+        layout="namespace",
+        root="",
+        live_paths=(),
+        excludes=(),
+        notes=notes,
+        client=NO_CLIENT,
+        hooks=hooks,
+        verb=verb,
+        transient=transient,
     )
 
 
@@ -247,7 +334,7 @@ def _part(
         if path is None:
             chosen.append(volume)
             continue
-        if _is_named(name, selection):
+        if _is_named(volume, selection):
             raise UserError(
                 f"{name} cannot be backed up as it was: the client needs {path} as it is now",
                 hint="move the client's cache, repository or temporary files elsewhere",
@@ -258,50 +345,90 @@ def _part(
     return tuple(chosen), tuple(lost)
 
 
-def _is_named(volume: str, selection: Selection) -> bool:
+def _is_named(volume: Chosen, selection: Selection) -> bool:
     """Tell whether a volume, or something in it, was named itself."""
-    in_it = any(_parent_in(part, [volume]) for part in selection.parts)
-    return volume in selection.asked or in_it
+    facts, mountpoint = volume
+    where = "" if isinstance(facts, DatasetFacts) else mountpoint
+    in_it = where and any(_parent_in(part, [where]) for part in selection.parts)
+    return facts.name in selection.asked or bool(in_it)
 
 
 def _planned(
     volumes: Iterable[Chosen], pools: Sequence[Pool], run: RunId
 ) -> tuple[PlannedVolume, ...]:
     guids = {pool.name: pool.guid for pool in pools}
-    return tuple(
-        _planned_dataset(volume.facts, volume.mountpoint, guids, run)
-        if isinstance(volume.facts, DatasetFacts)
-        else _planned_subvolume(volume.facts, n, run)
-        for n, volume in enumerate(volumes)
-    )
+
+    def planned(n: int, volume: Chosen) -> PlannedVolume:
+        match volume.facts:
+            case DatasetFacts() as facts:
+                dataset = Dataset(facts.name)
+                snapshot = str(dataset.snapshot(run).check())
+                return planned_dataset(facts, volume.mountpoint, guids[dataset.pool], snapshot)
+            case SubvolumeFacts() as facts:
+                is_top = facts.source.path == "/"
+                taken = BtrfsSnapshot.of(facts.filesystem, run, n, is_top=is_top)
+                return planned_subvolume(facts, str(taken))
+            case LogicalFacts() as facts:
+                snapshot = str(LvmSnapshot.of(facts.group, run, n))
+                return planned_logical(facts, volume.mountpoint, snapshot)
+            case DirectoryFacts() as facts:
+                return _planned_directory(facts)
+
+    return tuple(planned(n, volume) for n, volume in enumerate(volumes))
 
 
-def _planned_subvolume(facts: SubvolumeFacts, n: int, run: RunId) -> PlannedVolume:
-    is_top = facts.source.path == "/"
+def _planned_directory(facts: DirectoryFacts) -> PlannedVolume:
     return PlannedVolume(
-        kind="btrfs",
+        kind=PLAIN,
         pool=facts.filesystem,
         pool_guid=facts.filesystem,
         name=facts.name,
         guid=facts.guid,
         mountpoint=facts.name,
-        snapshot=str(BtrfsSnapshot.of(facts.filesystem, run, n, is_top=is_top)),
+        snapshot="",
+    )
+
+
+def planned_logical(facts: LogicalFacts, mountpoint: str, snapshot: str) -> PlannedVolume:
+    """Return a logical volume as a plan has it, with a snapshot's name."""
+    return PlannedVolume(
+        kind=LVM,
+        pool=facts.group,
+        pool_guid=facts.group_guid,
+        name=facts.name,
+        guid=facts.guid,
+        mountpoint=mountpoint,
+        snapshot=snapshot,
+        origin=facts.origin,
+    )
+
+
+def planned_subvolume(facts: SubvolumeFacts, snapshot: str) -> PlannedVolume:
+    """Return a subvolume as a plan has it, with a snapshot's name."""
+    return PlannedVolume(
+        kind=BTRFS,
+        pool=facts.filesystem,
+        pool_guid=facts.filesystem,
+        name=facts.name,
+        guid=facts.guid,
+        mountpoint=facts.name,
+        snapshot=snapshot,
         source=facts.source,
     )
 
 
-def _planned_dataset(
-    facts: DatasetFacts, mountpoint: str, guids: dict[str, str], run: RunId
+def planned_dataset(
+    facts: DatasetFacts, mountpoint: str, pool_guid: str, snapshot: str
 ) -> PlannedVolume:
-    dataset = Dataset(facts.name)
+    """Return a dataset as a plan has it, with a snapshot's name."""
     return PlannedVolume(
-        kind="zfs",
-        pool=dataset.pool,
-        pool_guid=guids[dataset.pool],
-        name=dataset.name,
+        kind=ZFS,
+        pool=Dataset(facts.name).pool,
+        pool_guid=pool_guid,
+        name=facts.name,
         guid=facts.guid,
         mountpoint=mountpoint,
-        snapshot=str(dataset.snapshot(run).check()),
+        snapshot=snapshot,
     )
 
 
@@ -320,7 +447,7 @@ def _unnamed_key(guids: Iterable[str], client: ClientPlan, root: str, parts: Ite
     return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:32]
 
 
-def _label(request: Request, asked: Sequence[str]) -> str:
+def label(request: Request, asked: Sequence[str]) -> str:
     """Name the job as a person would: what was asked for, not what it came to."""
     if request.all:
         return "-a"
@@ -332,11 +459,33 @@ def _label(request: Request, asked: Sequence[str]) -> str:
 
 
 def _live_inside(
-    paths: Iterable[str], tops: Sequence[str], system: Sequence[str]
+    paths: Iterable[str], selection: Selection, system: Sequence[str], *, in_tree: bool
 ) -> tuple[str, ...]:
-    """Return those of the client's paths that the set would hide, none below another."""
-    normals = {normal(path) for path in paths}
-    return targets(p for p in normals if _inside(p, tops) and not _inside(p, system))
+    """Return what is to stay live of the client's paths that are in the set."""
+    points = [volume.mountpoint for volume in selection.volumes]
+    inside = [p for p in map(normal, paths) if _inside(p, points) and not _inside(p, system)]
+    return to_bring_back(inside, points, selection.seams, in_tree=in_tree)
+
+
+def to_bring_back(
+    paths: Iterable[str], mountpoints: Collection[str], seams: Collection[str], *, in_tree: bool
+) -> tuple[str, ...]:
+    """
+    Return what to bind so that *paths*, inside *mountpoints* of the set, are live; none twice.
+
+    Below a seam, where something else begins that is not in the set, the frozen files have
+    nothing to bind over: it is brought back as a whole.  A tree hides nothing, and what its
+    frozen files do not have needs no exclusion.
+    """
+    found = {path: _in_frozen(path, mountpoints, seams) for path in paths}
+    return targets(there for path, there in found.items() if there == path or not in_tree)
+
+
+def _in_frozen(path: str, mountpoints: Collection[str], seams: Collection[str]) -> str:
+    """Return *path*, or the seam on the way to it: an empty directory in the frozen files."""
+    volume = max((m for m in mountpoints if is_within(path, m)), key=len)
+    between = (s for s in seams if is_within(path, s) and is_within(s, volume) and s != volume)
+    return min(between, key=len, default=path)
 
 
 def _parent_in(path: str, parents: Iterable[str]) -> str | None:
@@ -365,15 +514,21 @@ def intents(plan: Plan, directories: tuple[str, ...] = ()) -> tuple[Intent, ...]
 
     *directories* are those to be made for a tree, parents first.
     """
-    take = [_take(plan.run, volumes) for volumes in _by_pool(plan)]
+    take = [_take(plan, volumes) for volumes in _by_pool(plan)]
     hold = filter(None, map(hold_of, take))
-    return (*take, *hold, MountVolumes(plan.root, mounts(plan), directories, plan.leave_dirs))
+    mount = MountVolumes(plan.root, mounts(plan), directories, plan.leave_dirs)
+    return (*hold, mount) if plan.is_of_kept else (*take, *hold, mount)
 
 
 def first_intents(plan: Plan) -> tuple[Intent, ...]:
-    """Return what is journaled with a new run: its hooks up to the snapshots, and these."""
+    """
+    Return what is journaled with a new run: its hooks up to the snapshots, and these.
+
+    Of those that exist already the holds.
+    """
     hooks = [hook for when in BEFORE for hook in plan.hooks if hook.when == when]
-    return (*hooks, *(step for step in intents(plan) if isinstance(step, TakeSnapshots)))
+    first = HoldSnapshots if plan.is_of_kept else TakeSnapshots
+    return (*hooks, *(step for step in intents(plan) if isinstance(step, first)))
 
 
 def hooks_after(plan: Plan, outcome: Outcome | None) -> tuple[RunHook, ...]:
@@ -383,7 +538,7 @@ def hooks_after(plan: Plan, outcome: Outcome | None) -> tuple[RunHook, ...]:
     return tuple(hook for when in ends for hook in plan.hooks if hook.when == when and ends[when])
 
 
-def _take(run: str, volumes: Sequence[PlannedVolume]) -> TakeSnapshots:
+def _take(plan: Plan, volumes: Sequence[PlannedVolume]) -> TakeSnapshots:
     first = volumes[0]
     # The top level of a btrfs first: its snapshot is not to have the others' directory in it.
     volumes = sorted(volumes, key=lambda v: v.source is not None and v.source.path != "/")
@@ -391,15 +546,17 @@ def _take(run: str, volumes: Sequence[PlannedVolume]) -> TakeSnapshots:
         pool=first.pool,
         pool_guid=first.pool_guid,
         snapshots=tuple(volume.snapshot for volume in volumes),
-        run=run,
+        run=plan.run,
         volume_kind=first.kind,
         sources=tuple(volume.source for volume in volumes if volume.source),
+        origins=tuple(volume.origin for volume in volumes if volume.origin),
+        transient=plan.transient,
     )
 
 
 def hold_of(take: TakeSnapshots) -> HoldSnapshots | None:
-    """Return the hold that follows on snapshots; btrfs knows no holds."""
-    if take.volume_kind != "zfs":
+    """Return the hold that follows on snapshots; only ZFS knows holds."""
+    if take.volume_kind != ZFS:
         return None
     return HoldSnapshots(take.pool, take.pool_guid, take.snapshots, RunId(take.run).token)
 
@@ -410,15 +567,19 @@ def mounts(plan: Plan) -> tuple[Mount, ...]:
 
 
 def namespace_mounts(plan: Plan) -> tuple[Mount, ...]:
-    """Return each snapshot at its volume's own mountpoint."""
-    return tuple(Mount(v.snapshot, v.mountpoint, v.kind) for v in plan.volumes)
+    """Return each snapshot, or live directory, at its volume's own mountpoint."""
+    return tuple(_mount(v, v.mountpoint) for v in plan.volumes)
 
 
 def tree_mounts(plan: Plan) -> tuple[Mount, ...]:
-    """Return each snapshot at its volume's mountpoint under the root."""
-    return tuple(
-        Mount(v.snapshot, (plan.root + v.mountpoint).rstrip("/"), v.kind) for v in plan.volumes
-    )
+    """Return each snapshot, or live directory, at its volume's mountpoint under the root."""
+    return tuple(_mount(v, (plan.root + v.mountpoint).rstrip("/")) for v in plan.volumes)
+
+
+def _mount(volume: PlannedVolume, mountpoint: str) -> Mount:
+    source = volume.mountpoint if volume.kind == PLAIN else volume.snapshot
+    fstype = volume.origin.fstype if volume.origin else ""
+    return Mount(source, mountpoint, volume.kind, fstype=fstype)
 
 
 def prioritized(plan: Plan, argv: tuple[str, ...]) -> tuple[str, ...]:
@@ -433,6 +594,19 @@ def prioritized(plan: Plan, argv: tuple[str, ...]) -> tuple[str, ...]:
 def tops(plan: Plan) -> tuple[str, ...]:
     """Return the topmost mountpoints of the set: what lies below them is frozen."""
     return targets(volume.mountpoint for volume in plan.volumes)
+
+
+def read_live(plan: Plan) -> tuple[str, ...]:
+    """Return the directories of the set that are not a moment."""
+    return tuple(volume.mountpoint for volume in plan.volumes if volume.kind == PLAIN)
+
+
+def as_read(plan: Plan) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the targets and exclusions by the names that the client's backup has of them."""
+    if not plan.whole_root:
+        return plan.targets, plan.excludes
+    root = plan.root.rstrip("/")
+    return (plan.root,), tuple(root + path for path in plan.excludes)
 
 
 def is_frozen(plan: Plan, path: str) -> bool:
@@ -459,7 +633,7 @@ def describe(plan: Plan, steps: Sequence[Intent] | None = None) -> tuple[str, ..
 def _by_pool(plan: Plan) -> list[list[PlannedVolume]]:
     """Group the volumes: those of one pool are taken in one transaction group (promise 8)."""
     pools: dict[tuple[str, str, str], list[PlannedVolume]] = {}
-    for volume in plan.volumes:
+    for volume in (v for v in plan.volumes if v.kind != PLAIN):
         pools.setdefault((volume.kind, volume.pool, volume.pool_guid), []).append(volume)
     return list(pools.values())
 
@@ -474,8 +648,9 @@ def to_json(plan: Plan) -> str:
 
 
 def _told(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """A volume without a source says nothing of it, as in older journals."""
-    return {name: value for name, value in pairs if name != "source" or value is not None}
+    """A volume without one of these says nothing of it, as in older journals."""
+    untold = ("source", "origin", "existing")
+    return {name: value for name, value in pairs if name not in untold or value is not None}
 
 
 def from_json(text: str) -> Plan:
@@ -492,8 +667,13 @@ def _hook(data: dict[str, Any]) -> RunHook:
 
 
 def _planned_volume(data: dict[str, Any]) -> PlannedVolume:
-    source = data.get("source")
-    return PlannedVolume(**data | {"source": Source(**source) if source else None})
+    source, origin, existing = (data.get(name) for name in ("source", "origin", "existing"))
+    return PlannedVolume(
+        **data
+        | {"source": Source(**source) if source else None}
+        | {"origin": Origin(**origin) if origin else None}
+        | {"existing": Existing(**existing) if existing else None}
+    )
 
 
 def _frozen(value: Any) -> Any:
@@ -513,10 +693,17 @@ def targets(mountpoints: Iterable[str]) -> tuple[str, ...]:
 
 
 def paths_to_read(mountpoints: Iterable[str], parts: Iterable[str]) -> tuple[str, ...]:
-    """Return what the client reads of some volumes: *parts* of those that have any, else all."""
+    """
+    Return what the client reads of some volumes: *parts* of those that have any, else all.
+
+    Each part is in a volume: one that is in none would be left out in silence.
+    """
     points = tuple(mountpoints)
-    holders = {part: [m for m in points if is_within(part, m)] for part in parts}
-    held = {part: max(above, key=len) for part, above in holders.items() if above}
+    held: dict[str, str] = {}
+    for part in parts:
+        above = [m for m in points if is_within(part, m)]
+        assert above, part
+        held[part] = max(above, key=len)
     return targets([*held, *(m for m in points if m not in held.values())])
 
 

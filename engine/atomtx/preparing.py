@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from . import clients, credentials, plan, process, selection
-from .clients import Client, Facts, Settings
+from . import clients, credentials, directories, plan, process, selection
+from .clients import Client, Dumper, Facts, Settings
 from .errors import UserError
 from .intents import RunHook
+from .logical import Logicals
 from .mounts import mountinfo
 from .names import Dataset, RunId, is_within
 from .plan import ClientPlan, DatasetFacts, Plan, Pool, Request
 from .redact import check_arguments, journaled
-from .subvolumes import Filesystem, is_on_btrfs
-from .volumes import btrfs
+from .subvolumes import Filesystem
+from .volumes import btrfs, lvm, plain
 from .volumes.zfs import Zfs
 
 
@@ -29,9 +31,12 @@ def choose_client(name: str | None, command: Sequence[str], env: Mapping[str, st
         return "restic"
     if _kopia_is_connected(env):
         return "kopia"
+    if env.get("BORG_REPO"):
+        return "borg"
     raise UserError(
         "no backup client was named, and the environment names none",
-        hint="set RESTIC_REPOSITORY, connect kopia to a repository, or give --client or --command",
+        hint="set RESTIC_REPOSITORY or BORG_REPO, connect kopia to a repository, or give --client "
+        "or --command",
     )
 
 
@@ -77,7 +82,7 @@ def inventory(
 ) -> tuple[list[Pool], list[DatasetFacts]]:
     """List the imported pools, and the datasets of those that *request* needs: one `zfs` each."""
     named = _pools_of(request, table)
-    if request.names and not named:
+    if not request.all and not named:
         return [], []  # a machine without ZFS has no `zpool`
     pools = zfs.pools()
     healthy = {pool.name for pool in pools if pool.health != "SUSPENDED"}
@@ -100,12 +105,7 @@ def _pools_of(request: Request, table: mountinfo.Table) -> set[str]:
 
 def filesystems(request: Request, table: mountinfo.Table) -> list[Filesystem]:
     """List the subvolumes of each btrfs on which something is named."""
-    paths: dict[str, str] = {}
-    for text in (*request.names, *request.exclude):
-        entry = table.containing(plan.normal(text)) if is_on_btrfs(table, text) else None
-        if entry:
-            paths.setdefault(entry.dev, entry.mountpoint)
-    return [btrfs.find(path, device) for device, path in paths.items()]
+    return btrfs.filesystems((*request.names, *request.exclude), table)
 
 
 def make_plan(
@@ -132,11 +132,16 @@ def make_plan(
     Raises UserError for what is wrong with the request, the datasets or the client.
     """
     client = clients.load(client_name)
+    plain.reach(request.live)
     table = mountinfo.read().without_echoes()
-    pools, datasets = inventory(request, zfs, table)
+    request, volumes = lvm.named(request, table)
+    plain.check_there((*request.names, *request.exclude), table)
+    logicals = Logicals(volumes, table, request.cow_size)
+    on_zfs = tuple(text for text in request.names if not logicals.means(text))
+    pools, datasets = inventory(replace(request, names=on_zfs), zfs, table)
     found = filesystems(request, table)
-    chosen = selection.select(request, datasets, pools, table, found)
-    _check_there(chosen.parts)
+    live = directories.select(request, table, plain.identify, logicals.offers)
+    chosen = selection.select(request, datasets, pools, table, found, volumes, live)
     facts = client.inspect(wanted)
     made = plan.assemble(
         request,
@@ -144,7 +149,8 @@ def make_plan(
         pools=pools,
         run=RunId.new(),
         client=_client_plan(client, wanted, facts),
-        live_paths=(*client.live_paths(wanted), str(state)),
+        # Not as they are named: it is where a link leads to that must not be frozen, nor saved.
+        live_paths=map(os.path.realpath, (*client.live_paths(wanted), str(state))),
         notes=facts.notes,
         keep_snapshots=keep_snapshots,
         retries=retries,
@@ -156,8 +162,13 @@ def make_plan(
         on_stop=on_stop,
         nice=nice,
         io_class=io_class,
+        by_volume=isinstance(client, Dumper),
     )
-    client.check(wanted, made.targets, made.excludes)
+    if made.whole_root and isinstance(client, Dumper):
+        raise UserError(
+            f"{client.name} saves each file system by itself", hint="leave out --whole-root"
+        )
+    client.check(wanted, *plan.as_read(made), made.root if made.whole_root else "")
     _check_cwd(made)
     _check_priority(made, wanted)
     return made
@@ -178,14 +189,6 @@ def _client_plan(client: Client, wanted: Settings, facts: Facts) -> ClientPlan:
         secrets=secrets,
         credentials=wanted.credentials,
     )
-
-
-def _check_there(paths: Sequence[str]) -> None:
-    for path in paths:
-        if not os.path.lexists(path):
-            raise UserError(
-                f"there is no {plan.shown(path)}", hint="is what belongs there mounted?"
-            )
 
 
 def _check_cwd(made: Plan) -> None:

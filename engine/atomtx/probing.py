@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 
-from . import errand, locks
+from . import errand, locks, system
 from .errors import EffectError
 from .mounts import inhabitants
-from .names import RunId
+from .names import ZFS, RunId
 from .records import Run, Volume
 from .recovery import Ended, Presence, Probes
 from .statedir import RunFolder
+from .states import Verb
 from .volumes.kind import Identity
 from .volumes.kinds import Kinds
 
@@ -27,11 +28,14 @@ def probe(run: Run, folder: RunFolder, kinds: Kinds) -> tuple[Probes, dict[str, 
         return Probes(client_alive=True), {}
     if trouble := kinds.trouble(run.plan.volumes):
         return Probes(ended=_ended(run, folder), trouble=trouble), {}
+    # Each is proven when it is destroyed; and both ends are asked when it is sent.
+    if run.verb in (Verb.PRUNE, Verb.CLONE, Verb.RUN):
+        return Probes(), {}
     found = kinds.identities(run.plan.volumes)
     return (
         Probes(
             ended=_ended(run, folder),
-            snapshots={v.snapshot: presence(run, v, found.get(v.snapshot)) for v in run.volumes},
+            snapshots={v.snapshot: presence(run, v, found.get(v.snapshot)) for v in run.frozen},
             equal_createtxg=same_moment(run.volumes, found),
         ),
         found,
@@ -47,26 +51,32 @@ def _ended(run: Run, folder: RunFolder) -> Ended | None:
 
 
 def presence(run: Run, volume: Volume, found: Identity | None) -> Presence:
-    """Judge one snapshot: by mark alone only as long as its identity is not journaled."""
+    """
+    Judge one snapshot: by mark alone only as long as its identity is not journaled.
+
+    One that stays has no mark of the run: its identity is journaled with the plan.
+    """
     if found is None:
         return Presence.ABSENT
+    same = (found.guid, found.createtxg) == (volume.guid, volume.createtxg)
+    if volume.stays:
+        return Presence.OURS if same else Presence.FOREIGN
     if found.mark != run.id:
         return Presence.FOREIGN
-    if volume.guid is None:
-        return Presence.OURS
-    same = (found.guid, found.createtxg) == (volume.guid, volume.createtxg)
-    return Presence.OURS if same else Presence.FOREIGN
+    if volume.guid is not None and not same:
+        return Presence.FOREIGN
+    return Presence.BROKEN if found.flaw else Presence.OURS
 
 
-def same_moment(volumes: Iterable[Volume], found: dict[str, Identity]) -> bool:
+def same_moment(volumes: Iterable[Volume], found: Mapping[str, Identity]) -> bool:
     """
     Tell whether the snapshots of each pool were taken in one transaction group.
 
-    Those of btrfs never are: what lies between them was measured when they were taken.
+    Those of other kinds never are: what lies between them was measured when they were taken.
     """
     groups: dict[str, set[str]] = {}
     for volume in volumes:
-        if volume.kind == "zfs" and volume.snapshot in found:
+        if volume.kind == ZFS and volume.snapshot in found:
             groups.setdefault(volume.pool, set()).add(found[volume.snapshot].createtxg)
     return all(len(group) == 1 for group in groups.values())
 
@@ -82,6 +92,37 @@ def survivors(run: Run, folder: RunFolder) -> list[int]:
     if locks.is_held(folder.client_lock):
         found |= {p.pid for p in locks.holders(folder.client_lock)}
     return sorted(found - {os.getpid()})
+
+
+def fronts(run: str) -> list[int]:
+    """Return who else holds lock F of a run, in whatever state directory."""
+    tail = _lock(run, "front")
+    return _others(system.here.lockers((tail,))[tail])
+
+
+def at_work(runs: Collection[str]) -> dict[str, list[int]]:
+    """
+    Return the other processes that are at work on each of *runs*, for whatever state directory.
+
+    Every process is looked at once, however many runs there are.
+    """
+    tails = {run: [_lock(run, name) for name in ("front", "runner", "client")] for run in runs}
+    locking = system.here.lockers([tail for of_run in tails.values() for tail in of_run])
+    living = inhabitants.of_each([RunId(run).token for run in runs])
+    return {
+        run: _others(
+            [*living[RunId(run).token], *(pid for tail in tails[run] for pid in locking[tail])]
+        )
+        for run in runs
+    }
+
+
+def _lock(run: str, name: str) -> str:
+    return f"/runs/{run}/{name}.lock"
+
+
+def _others(pids: Iterable[int]) -> list[int]:
+    return sorted({*pids} - {os.getpid()})
 
 
 def end_survivors(run: Run, folder: RunFolder, tell: Callable[[str], None]) -> None:

@@ -13,7 +13,7 @@ from enum import Enum
 
 from . import states
 from .records import Run, Volume
-from .states import Outcome
+from .states import Outcome, Verb
 
 MAX_ATTEMPTS = 5
 
@@ -24,6 +24,7 @@ class Presence(Enum):
     OURS = "ours"
     ABSENT = "absent"  # in a pool that is imported and is the same pool
     FOREIGN = "foreign"  # something else has the name
+    BROKEN = "broken"  # ours, and not whole: of no use, and to be destroyed
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,15 @@ def decide(run: Run, probes: Probes, wish: Wish) -> Decision:
         return Adopt()
     if probes.client_alive:
         return EndOrphans()
+    if run.verb is Verb.PRUNE:
+        # Not gone on with: what was to stay may be gone since, and the next one decides anew.
+        return RollBack("at the user's word" if wish.rollback else "it was interrupted")
+    if run.verb is Verb.CLONE:
+        return _of_clone(probes, wish)
+    if run.verb is Verb.RUN:
+        return _of_steps(probes, wish)
+    if run.verb is Verb.SNAP and run.state == states.SNAPSHOTTED:
+        return Wait(probes.trouble) if probes.trouble else RollForward()
     if run.state == states.UNMOUNTING:
         return Wait(probes.trouble) if probes.trouble else RollForward()
     if run.state == states.BACKING_UP and probes.ended:
@@ -111,18 +121,34 @@ def decide(run: Run, probes: Probes, wish: Wish) -> Decision:
     return _unfinished(run, probes, wish)
 
 
+def _of_clone(probes: Probes, wish: Wish) -> Decision:
+    """Go on with what has arrived, as often as it takes: nothing is sent twice."""
+    if probes.trouble:
+        return Wait(probes.trouble)
+    return RollBack("at the user's word") if wish.rollback else Resume()
+
+
+def _of_steps(probes: Probes, wish: Wish) -> Decision:
+    """Go on with the steps that are left; the runs of the others were settled before."""
+    if wish.rollback:
+        return RollBack("at the user's word")
+    return Wait(probes.not_ready) if probes.not_ready else Resume()
+
+
 def _after_end(run: Run, ended: Ended, probes: Probes, wish: Wish) -> Decision:
     if ended.outcome is Outcome.FAILED and wish.rollback and not probes.trouble:
         return RollBack(f"at the user's word: {ended.reason or 'the client failed'}")
-    worth = ended.stopped or (ended.retriable and within_patience(run, wish.now_us))
+    failures = run.failures + 1  # this one is not recorded yet
+    is_patient = within_patience(run, wish.now_us, failures=failures)
+    worth = ended.stopped or (ended.retriable and is_patient)
     again = ended.outcome is Outcome.FAILED and worth
     return _unfinished(run, probes, wish) if again else RollForward()
 
 
-def within_patience(run: Run, now_us: int) -> bool:
-    """Tell whether a moment is still worth keeping after a client that failed."""
+def within_patience(run: Run, now_us: int, *, failures: int) -> bool:
+    """Tell whether a moment is still worth keeping after a client that failed so often."""
     plan = run.plan
-    if run.attempts <= plan.retries:
+    if failures <= plan.retries:
         return True
     since = run.moment_at or run.started_at
     return plan.keep_for_s > 0 and now_us < since + plan.keep_for_s * 1_000_000
@@ -133,12 +159,13 @@ def _unfinished(run: Run, probes: Probes, wish: Wish) -> Decision:
         return Wait(probes.trouble)
     if wish.rollback:
         return RollBack("at the user's word")
-    lost = [v for v in run.volumes if probes.snapshots[v.snapshot] is not Presence.OURS]
+    lost = [v for v in run.frozen if probes.snapshots[v.snapshot] is not Presence.OURS]
     if lost:
         return RollBack(_loss(run, lost, probes))
     if not probes.equal_createtxg:
         return RollBack("the snapshots are not of one moment")
-    if run.state == states.SNAPSHOTTED and run.reason and not within_patience(run, wish.now_us):
+    is_patient = within_patience(run, wish.now_us, failures=run.failures)
+    if run.state == states.SNAPSHOTTED and run.reason and not is_patient:
         return RollBack(f"the client failed for too long: {run.reason}")
     if run.attempts >= MAX_ATTEMPTS + run.plan.retries:
         return RollBack(f"the client was interrupted {run.attempts} times")
@@ -146,11 +173,15 @@ def _unfinished(run: Run, probes: Probes, wish: Wish) -> Decision:
 
 
 def _loss(run: Run, lost: list[Volume], probes: Probes) -> str:
-    if run.state == states.PLANNED:
+    if run.state == states.PLANNED and not run.plan.is_of_kept:
         return "it was interrupted before its snapshots were taken"
     first = lost[0].snapshot
-    what = (
-        "is gone" if probes.snapshots[first] is Presence.ABSENT else "is not the one that we took"
+    what = {
+        Presence.ABSENT: "is gone",
+        Presence.BROKEN: "is not whole: it overflowed, or was never finished",
+    }.get(
+        probes.snapshots[first],
+        "is another one now" if run.plan.is_of_kept else "is not the one that we took",
     )
     more = f", and {len(lost) - 1} more" if len(lost) > 1 else ""
     return f"{first} {what}{more}"

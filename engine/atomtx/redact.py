@@ -43,13 +43,26 @@ _HARMLESS = frozenset(
         "RESTIC_KEY_HINT",
     ]
 )
-_SECRET_NAME = re.compile(r"PASS|SECRET|TOKEN|KEY|SAS|CREDENTIAL|^RCLONE_CONFIG_", re.IGNORECASE)
+# A header of rclone's may let in by any name: RCLONE_HEADER_UPLOAD, RCLONE_WEBDAV_HEADERS.
+_HEADERS = r"^RCLONE_(?:.*_)?HEADER"
+_SECRET_NAME = re.compile(
+    rf"PASS|SECRET|TOKEN|KEY|SAS|CREDENTIAL|^RCLONE_CONFIG_|{_HEADERS}", re.IGNORECASE
+)
 _POINTER_NAME = re.compile(
     r"_(FILE|FILE2|FD|DIR|DIRECTORY|PATH|SOCK)$|^RCLONE_CONFIG_.*_(TYPE|PROVIDER|REGION)$",
     re.IGNORECASE,
 )
 # `scheme://user:password@host`, and borg 2's `s3:key:secret@...`.
 _URL_PASSWORD = re.compile(r"((?:://|\b(?:s3|b2):)[^/\s:@]*:)([^/\s]+)@")
+# `Authorization: Bearer TOKEN`; in rclone's lists of headers a comma stands for the colon.
+_AUTHORIZATION = re.compile(r"\bauthorization[\"']?\s*[:,=]|\bbearer\s+\S", re.IGNORECASE)
+_HEADER_TOKEN = re.compile(
+    r"(?:\b(?:bearer|basic)\s+|\bauthorization[\"']?\s*[:,=]\s*[\"']?(?:[^\s,\"']+[ \t]+)?)"
+    r"([^\s,\"']+)",
+    re.IGNORECASE,
+)
+_HEADER_NAME = re.compile(r"(?:^|[,\n])\s*[\"']?[\w-]+:\s+")
+_SCHEME = re.compile(r"[\w-]+\s+(\S+)")
 
 _RELEVANT_PREFIX = re.compile(
     r"(RESTIC|KOPIA|BORG|BORGSTORE|RCLONE|AWS|B2|AZURE|GOOGLE|OS|ST)_|(https?|no|all)_proxy$",
@@ -69,6 +82,11 @@ _RELEVANT = frozenset(
     ]
 )
 
+# Those of them that a login, a timer and a service have each their own of, and that name no place
+# of backups; the others of a home may lead to a program's configuration.
+_OF_A_SESSION = _RELEVANT - {"HOME", "XDG_CONFIG_HOME"}
+_PROXY = re.compile(r"_proxy$", re.IGNORECASE)
+
 _SECRET_FLAG = re.compile(
     r"--([a-z0-9-]+-)?"
     r"(pass|password|password-hash|passphrase|secret|token|access-key|storage-key)"
@@ -79,7 +97,7 @@ _ASSIGNMENT = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)=(.+)", re.DOTALL)
 
 
 def _is_secret(name: str, value: str) -> bool:
-    if _URL_PASSWORD.search(value):
+    if _URL_PASSWORD.search(value) or _AUTHORIZATION.search(value):
         return True
     if name in _HARMLESS or _POINTER_NAME.search(name):
         return False
@@ -93,7 +111,12 @@ def secret_names(env: Mapping[str, str]) -> frozenset[str]:
 
 def is_of_a_client(name: str) -> bool:
     """Tell whether a variable is one by which a client is told where and how to back up."""
-    return bool(_RELEVANT_PREFIX.match(name)) and not name.lower().endswith("_proxy")
+    return bool(_RELEVANT_PREFIX.match(name)) and not _PROXY.search(name)
+
+
+def tells_where(name: str) -> bool:
+    """Tell whether a variable of a client, as journaled, may tell it where its backups go."""
+    return name not in _OF_A_SESSION and not _PROXY.search(name)
 
 
 def _is_relevant(name: str) -> bool:
@@ -120,10 +143,37 @@ def _without_url_passwords(text: str) -> str:
     return _URL_PASSWORD.sub(rf"\1{HIDDEN}@", text)
 
 
-def _secret_parts(value: str) -> set[str]:
-    """Return what to hide of a secret's *value*: of a URL only the password, as is and decoded."""
+def _tokens(text: str) -> tuple[str, ...]:
+    """Return by what a header in *text* lets in; nothing where there is none that does."""
+    return tuple(_HEADER_TOKEN.findall(text)) if _AUTHORIZATION.search(text) else ()
+
+
+def _header_values(text: str) -> set[str]:
+    """
+    Return the values of headers as rclone has them, `Name: value` or `Name,value`.
+
+    Where a name cannot be told from a value for certain it is one of them.  What a value has
+    behind a scheme (`Token T`) is one of them alone, too.
+    """
+    pieces = re.split(r"[,:\n]", _HEADER_NAME.sub(",", text))
+    values = {piece.strip().strip("\"'") for piece in pieces}
+    return values | {match[1] for value in values if (match := _SCHEME.fullmatch(value))}
+
+
+def _secret_parts(name: str, value: str) -> set[str]:
+    """
+    Return what to hide of a secret's *value*: of a URL only the password, as is and decoded.
+
+    Of a header also its value alone, and by what it lets in.
+    """
     passwords = {match[2] for match in _URL_PASSWORD.finditer(value)}
-    return passwords | {unquote(word) for word in passwords} or {
+    of_headers = {*_tokens(value)}
+    if re.match(_HEADERS, name, re.IGNORECASE):
+        of_headers |= _header_values(value)
+    if passwords:
+        return {*passwords, *map(unquote, passwords), *of_headers}
+    return {
+        *of_headers,
         value,
         value.strip(),
         *value.splitlines(),  # the log is written line by line
@@ -135,7 +185,7 @@ class Redactor:
 
     def __init__(self, env: Mapping[str, str], also: Collection[str] = ()) -> None:
         names = secret_names(env) | {name for name in also if name in env}
-        parts = {part for name in names for part in _secret_parts(env[name])}
+        parts = {part for name in names for part in _secret_parts(name, env[name])}
         words = sorted((word for word in parts if len(word) >= _SHORTEST), key=len, reverse=True)
         # The longest first: one secret may be a part of another.
         self._pattern = re.compile("|".join(map(re.escape, words))) if words else None
@@ -157,6 +207,9 @@ def _secret_of(word: str, *, for_kopia: bool) -> str | None:
     assignment = _ASSIGNMENT.fullmatch(word)
     if assignment and _is_secret(assignment[1], assignment[2]):
         return f"{assignment[1]}=..."
+    # A shell puts a variable's value in only where it runs the word.
+    if any(not token.startswith("$") for token in _tokens(word)):
+        return "Authorization: ..."
     return _without_url_passwords(word) if _URL_PASSWORD.search(word) else None
 
 

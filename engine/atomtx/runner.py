@@ -10,7 +10,7 @@ Single-threaded, because only the calling thread moves into a namespace, and lig
 neither the journal nor the state machine.
 
     front end -> runner   one line of JSON, the Task; then "go"
-    runner -> front end   {"mounted": true, "empty": [...]} or {"error": ..., "hint": ...};
+    runner -> front end   {"mounted": true, "seen": {...}} or {"error": ..., "hint": ...};
                           {"end": ...} where it could not be written
 """
 
@@ -30,7 +30,7 @@ from typing import Any
 from . import locks, system
 from .clients import End, failed
 from .errors import AtomtxError, EffectError
-from .mounts import namespace
+from .mounts import live, namespace
 from .mounts.witness import Witness
 from .names import RunId
 from .statedir import RunFolder
@@ -38,6 +38,7 @@ from .states import Outcome
 from .supervisor import Supervisor
 from .task import Task, end_to_json
 
+_TELL_S = 30.0
 _ROOM_S = 120.0  # how long to wait for room for the end record when nobody else can be told
 _MAX_OPEN_FILES = 65_536
 
@@ -54,11 +55,19 @@ class Conversation:
         return Task.from_json(line.decode()) if line.endswith(b"\n") else None
 
     def tell(self, **facts: Any) -> bool:
-        """Tell the front end; False where it was killed: whoever comes next reads the folder."""
+        """
+        Tell the front end; False where it was killed: whoever comes next reads the folder.
+
+        Also where it does not listen: it waits for our end, and more than fits into a socket
+        nobody would read.
+        """
+        self._control.settimeout(_TELL_S)
         try:
             self._control.sendall(json.dumps(facts).encode() + b"\n")
         except OSError:
             return False
+        finally:
+            self._control.settimeout(None)
         return True
 
     def go(self, wakeup: socket.socket) -> bool:
@@ -78,8 +87,19 @@ def main(control: int, front: int) -> int:
     *front* is a descriptor of lock F: held until we have R, so that a recovery cannot come in
     between when the front end is killed in that moment.
     """
-    wakeup = _prepare_process()
     conversation = Conversation(socket.socket(fileno=control))
+    try:
+        return _converse(conversation, front)
+    except AtomtxError as exc:
+        conversation.tell(error=exc.message, hint=exc.hint)
+    except OSError as exc:  # as many descriptors as are allowed, or no memory
+        of_what = f" ({exc.filename})" if exc.filename else ""
+        conversation.tell(error=f"the runner cannot go on: {exc.strerror}{of_what}", hint=None)
+    return 1
+
+
+def _converse(conversation: Conversation, front: int) -> int:
+    wakeup = _prepare_process()
     task = conversation.task()
     if task is None:
         return 1
@@ -91,28 +111,31 @@ def main(control: int, front: int) -> int:
         return 1
     try:
         return _serve(task, folder, conversation, wakeup)
-    except AtomtxError as exc:
-        conversation.tell(error=exc.message, hint=exc.hint)
-        return 1
     finally:
         os.close(lock)
 
 
 def _serve(task: Task, folder: RunFolder, conversation: Conversation, wakeup: socket.socket) -> int:
     _reserve_end(folder)
+    watch = live.Watch(task.mounts)
     assembly = _assemble(task)
     _stand_in(task.cwd)
-    empty = sorted(assembly.empty())
+    seen = assembly.contents()
     witness = Witness([m.mountpoint for m in task.mounts])
-    supervisor = Supervisor(task, folder, wakeup, witness)
-    conversation.tell(mounted=True, empty=empty)
+    supervisor = Supervisor(task, folder, wakeup, witness, assembly.failure)
+    conversation.tell(mounted=True, seen=seen)
     if not conversation.go(wakeup):
         return 1
     try:
         end = supervisor.run()
     except EffectError as exc:
         end = End(Outcome.FAILED, exc.message)
-    trouble = assembly.disturbance() or _unread(task, witness, end)
+    except OSError as exc:
+        end = End(Outcome.FAILED, f"cannot watch over the client: {exc.strerror}")
+    try:
+        trouble = assembly.disturbance() or watch.trouble() or _unread(task, witness, end)
+    except OSError as exc:
+        trouble = f"it is not known whether the mounts stayed: {exc.strerror}"
     if trouble:
         end = failed(end, trouble)
     record = end_to_json(end, attempt=task.attempt, stopped=supervisor.stopped)
@@ -179,7 +202,7 @@ def _made(task: Task) -> namespace.Assembly:
         return namespace.observe(task.mounts)
     namespace.enter()
     if task.in_namespace:
-        namespace.drop_pinned([*(m.mountpoint for m in task.mounts), *_needed(task)])
+        namespace.drop_pinned([*(m.mountpoint for m in task.mounts), *_needed(task)], task.live)
         assembly = namespace.assemble(task.mounts, live=task.live)
     else:
         assembly = namespace.observe(task.mounts)

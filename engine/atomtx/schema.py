@@ -13,6 +13,7 @@ from pathlib import Path
 from sqlalchemy import (
     CheckConstraint,
     Column,
+    Dialect,
     Engine,
     ForeignKey,
     Index,
@@ -20,12 +21,14 @@ from sqlalchemy import (
     MetaData,
     Table,
     Text,
+    TypeDecorator,
     UniqueConstraint,
     text,
 )
 
 from .errors import JournalError
-from .states import STATES, Outcome
+from .names import BTRFS, LVM, PLAIN, ZFS
+from .states import FINAL, STATES, Outcome, Verb
 
 metadata = MetaData(
     naming_convention={
@@ -42,6 +45,16 @@ def _one_of(column: str, values: tuple[str, ...]) -> str:
     return f"{column} IN ({', '.join(repr(v) for v in values)})"
 
 
+class _Words(TypeDecorator[str]):
+    """Text for people, such as a name of a file: what is no UTF-8 in it SQLite could not store."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
+        return None if value is None else value.encode("utf-8", "replace").decode()
+
+
 # One row: which journal this is.  Effects on the machine belong to one journal.
 journals = Table(
     "journals",
@@ -56,29 +69,31 @@ runs = Table(
     "runs",
     metadata,
     Column("id", Text, primary_key=True),
+    Column("verb", Text, nullable=False),
     Column("job", Text, nullable=False),  # the key: one active run each
     Column("label", Text, nullable=False),  # what people read
     Column("state", Text, nullable=False),
     Column("rev", Integer, nullable=False),  # fences transitions
     Column("outcome", Text),  # NULL until the client's end is known
     Column("cleanup", Text),  # 'parked' where something could not be removed now; else NULL
-    Column("reason", Text),  # why it failed, was rolled back or is parked; NULL for none
+    Column("reason", _Words),  # why it failed, was rolled back or is parked; NULL for none
     Column("attempts", Integer, nullable=False),  # how often the client was started or is about to
     Column("plan", Text, nullable=False),  # JSON of plan.Plan, without secrets
     Column("client", Text, nullable=False),
     Column("repository", Text),  # the repository's own id; NULL where the client has none
     Column("moment_at", Integer),  # the snapshots' creation time; NULL until taken
     Column("started_at", Integer, nullable=False),
-    Column("ended_at", Integer),  # NULL until 'destroyed'
+    Column("ended_at", Integer),  # NULL until its final state
     Column("boot_id", Text, nullable=False),  # of the newest front end, for messages
     Column("pid", Integer, nullable=False),
     Column("bytes_added", Integer),  # to the repository; NULL where the client does not tell
     Column("bytes_processed", Integer),
     Column("files_processed", Integer),
+    CheckConstraint(_one_of("verb", tuple(v.value for v in Verb)), name="verb"),
     CheckConstraint(_one_of("state", STATES), name="state"),
     CheckConstraint(_one_of("outcome", tuple(o.value for o in Outcome)), name="outcome"),
     CheckConstraint("cleanup = 'parked'", name="cleanup"),
-    CheckConstraint("(state = 'destroyed') = (ended_at IS NOT NULL)", name="ended"),
+    CheckConstraint(f"({_one_of('state', FINAL)}) = (ended_at IS NOT NULL)", name="ended"),
     sqlite_strict=True,
 )
 # At most one active run a job; a parked one has its result and blocks nobody.
@@ -86,10 +101,10 @@ Index(
     "uq_runs_active_job",
     runs.c.job,
     unique=True,
-    sqlite_where=text("state <> 'destroyed' AND cleanup IS NULL"),
+    sqlite_where=text("ended_at IS NULL AND cleanup IS NULL"),
 )
 Index("ix_runs_started_at", runs.c.started_at)
-Index("ix_runs_open", runs.c.started_at, sqlite_where=text("state <> 'destroyed'"))
+Index("ix_runs_open", runs.c.started_at, sqlite_where=text("ended_at IS NULL"))
 
 volumes = Table(
     "volumes",
@@ -105,9 +120,9 @@ volumes = Table(
     Column("snapshot", Text, nullable=False),  # the whole name
     Column("snapshot_guid", Text),  # NULL until its identity was read back
     Column("createtxg", Text),  # likewise
-    Column("is_empty", Integer),  # 1 where the snapshot's root has no entry; NULL until mounted
+    Column("is_empty", Integer),  # records.Content; NULL until mounted
     UniqueConstraint("run", "n"),
-    CheckConstraint(_one_of("kind", ("zfs", "btrfs")), name="kind"),
+    CheckConstraint(_one_of("kind", (ZFS, BTRFS, LVM, PLAIN)), name="kind"),
     CheckConstraint("(snapshot_guid IS NULL) = (createtxg IS NULL)", name="identity"),
     sqlite_strict=True,
 )
@@ -126,10 +141,16 @@ steps = Table(
     Column("intended_at", Integer, nullable=False),
     Column("ended_at", Integer),  # NULL until the outcome is known
     Column("outcome", Text),  # NULL until then
-    Column("detail", Text),  # what was found; NULL for nothing to say
+    Column("detail", _Words),  # what was found; NULL for nothing to say
     CheckConstraint(_one_of("outcome", ("done", "failed", "not-needed", "parked")), name="outcome"),
     CheckConstraint("(outcome IS NULL) = (ended_at IS NULL)", name="ended"),
     sqlite_strict=True,
+)
+# Else each step that is deleted costs a look at all steps: it may be what one compensates.
+Index(
+    "ix_steps_compensates",
+    steps.c.compensates,
+    sqlite_where=text("compensates IS NOT NULL"),
 )
 
 moves = Table(
@@ -141,7 +162,7 @@ moves = Table(
     Column("event", Text, nullable=False),
     Column("source", Text, nullable=False),
     Column("dest", Text, nullable=False),
-    Column("reason", Text),  # NULL for the ordinary course
+    Column("reason", _Words),  # NULL for the ordinary course
     UniqueConstraint("run", "rev"),
     sqlite_strict=True,
 )
@@ -154,7 +175,7 @@ backups = Table(
     Column("path", Text, nullable=False),  # what was backed up; paths joined by newlines
     Column("backup_id", Text),  # the repository's name for it; NULL where the client tells none
     Column("outcome", Text, nullable=False),
-    Column("reason", Text),
+    Column("reason", _Words),
     Column("bytes_added", Integer),
     Column("bytes_processed", Integer),
     Column("files_processed", Integer),

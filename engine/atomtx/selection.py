@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from . import system
+from . import directories, system
 from .errors import UserError
 from .inventory import Inventory, Unfit, ancestors, command, is_whole_dataset
+from .logical import Logicals
+from .lvmio import Volume
 from .mounts.mountinfo import Entry, Table
 from .names import Dataset, is_within
 from .plan import (
@@ -27,6 +29,7 @@ from .plan import (
     path_order,
     paths_to_read,
     shown,
+    targets,
 )
 from .subvolumes import Filesystem, Subvolumes, is_on_btrfs
 
@@ -37,16 +40,26 @@ def select(
     pools: Sequence[Pool],
     mounts: Table,
     filesystems: Sequence[Filesystem] = (),
+    logical: Sequence[Volume] = (),
+    live: directories.Found = directories.Found(),  # noqa: B008  (frozen)
 ) -> Selection:
     """
     Return the volumes that *request* asks for, parents first, and what it leaves out.
 
     *datasets* are all file systems and volumes of the imported *pools*, *filesystems* those of
-    btrfs on which something is named.  Raises UserError for a request that makes no sense, and
-    for a volume that was named and cannot be backed up.
+    btrfs on which something is named, *logical* all of LVM's where something may be, *live* what
+    is read without a snapshot.  Raises UserError for a request that makes no sense, and for a
+    volume that was named and cannot be backed up.
     """
     _check_request(request)
     order = request.names
+    logicals = Logicals(logical, mounts, request.cow_size)
+    on_lvm = logicals.select([text for text in request.names if logicals.means(text)])
+    request = replace(
+        request,
+        names=tuple(text for text in request.names if not logicals.means(text)),
+        exclude=tuple(text for text in request.exclude if text not in live.excluded),
+    )
     request, on_btrfs = _parted(request, mounts)
     there = Inventory(datasets, pools, mounts)
     subvolumes = Subvolumes(filesystems, mounts)
@@ -59,32 +72,38 @@ def select(
         if facts.name not in excluded
     }
     _check_named(request, named, judged)
-    volumes = _in_mount_order(there, judged, found.volumes)
+    others = (*found.volumes, *on_lvm.volumes, *_not_frozen(live.volumes, on_lvm.volumes))
+    volumes = _in_mount_order(there, judged, others)
     skipped = (*_suspended(request, there, excluded), *_skipped(judged), *found.skipped)
+    skipped += _not_chosen(live.skipped, volumes)
     if not volumes:
         raise _nothing(skipped)
     _check_gaps(there, volumes)
     if request.layout == "tree":
         _check_root(normal(request.root), volumes)
     known = there.facts if request.all else {*judged, *excluded}
-    tops = paths_to_read((mountpoint for _, mountpoint in volumes), found.parts)
+    parts = (*found.parts, *on_lvm.parts)
+    tops = paths_to_read((mountpoint for _, mountpoint in volumes), parts)
     told = {*subvolumes.at(on_btrfs.exclude)}
     told |= {*subvolumes.at(found.named)} if request.recursive else set()
     return Selection(
-        asked=_in_order(order, named, found.named),
+        asked=(*_in_order(order, named, found.named, logicals.places(on_lvm)), *live.named),
         volumes=volumes,
         skipped=skipped,
         uncovered=(
             *_other_datasets(there, volumes, known, tops),
             *subvolumes.uncovered(volumes, told, tops),
-            *_other_mounts(there, volumes, subvolumes, tops),
+            *_other_mounts(there, volumes, subvolumes, logicals, live, tops),
         ),
         notes=(
             *_exclusions(request, there),
             *subvolumes.exclusions(on_btrfs),
+            *directories.exclusions(live),
             *_choices(there, volumes),
+            *directories.read_live(volumes),
         ),
-        parts=found.parts,
+        parts=parts,
+        seams=_seams(mounts, subvolumes, volumes),
     )
 
 
@@ -97,8 +116,8 @@ def _check_request(request: Request) -> None:
             f"--all and {request.names[0]} exclude each other",
             hint="name datasets, or use --all with --exclude",
         )
-    if not request.all and not request.names:
-        raise UserError("no dataset was named", hint="name datasets, or use --all")
+    if not request.all and not request.names and not request.live:
+        raise UserError("nothing was named", hint="name volumes, or use --all")
     if request.layout == "namespace" and not system.here.NAMESPACES:
         raise UserError(
             f"{system.here.NAME} has no mount namespaces: a client can only read in a tree",
@@ -134,10 +153,13 @@ def _parted(request: Request, mounts: Table) -> tuple[Request, Request]:
 
 
 def _in_order(
-    texts: Sequence[str], named: Mapping[str, str], paths: Collection[str]
+    texts: Sequence[str],
+    named: Mapping[str, str],
+    paths: Collection[str],
+    logical: Mapping[str, str],
 ) -> tuple[str, ...]:
-    """Return what was named, on ZFS and on btrfs, in the user's order."""
-    places = {path: name for name, path in named.items() if path}
+    """Return what was named, on ZFS, on btrfs and on LVM, in the user's order."""
+    places = {path: name for name, path in named.items() if path} | dict(logical)
     words = (normal(text) if text.startswith("/") else text for text in texts)
     return tuple(word if word in paths else places.get(word, word) for word in words)
 
@@ -181,8 +203,8 @@ def _dataset_at(mounts: Table, path: str) -> str:
     if entry is None or entry.fstype != "zfs":
         what = f"{entry.fstype} at {shown(entry.mountpoint)}" if entry else "no mount"
         raise UserError(
-            f"{shown(path)} is neither on ZFS nor on btrfs, but on {what}",
-            hint="`zfs list` shows the datasets",
+            f"{shown(path)} is on none of ZFS, btrfs and LVM, but on {what}",
+            hint="`zfs list` shows the datasets; --read-live reads a directory, not of a moment",
         )
     if "@" in entry.source:
         raise UserError(
@@ -269,6 +291,18 @@ def _skipped(judged: Mapping[str, str | Unfit]) -> tuple[LeftOut, ...]:
     )
 
 
+def _not_frozen(live: Iterable[Chosen], logical: Iterable[Chosen]) -> Iterator[Chosen]:
+    """Return what is read live, without what -r took of volumes of LVM that were named as well."""
+    frozen = {volume.mountpoint for volume in logical}
+    return (volume for volume in live if volume.mountpoint not in frozen)
+
+
+def _not_chosen(skipped: Iterable[LeftOut], volumes: Iterable[Chosen]) -> tuple[LeftOut, ...]:
+    """Return what -r did not take below a live directory, but what was named as well."""
+    chosen = {volume.mountpoint for volume in volumes}
+    return tuple(each for each in skipped if each.name not in chosen)
+
+
 def _nothing(skipped: Sequence[LeftOut]) -> UserError:
     hint = f"{shown(skipped[0].name)}: {skipped[0].reason}" if skipped else "no dataset is mounted"
     more = f"; and {len(skipped) - 1} more" if len(skipped) > 1 else ""
@@ -336,12 +370,21 @@ def _other_datasets(
 
 
 def _other_mounts(
-    there: Inventory, volumes: Sequence[Chosen], subvolumes: Subvolumes, tops: Collection[str]
+    there: Inventory,
+    volumes: Sequence[Chosen],
+    subvolumes: Subvolumes,
+    logicals: Logicals,
+    live: directories.Found,
+    tops: Collection[str],
 ) -> Iterator[LeftOut]:
     """Yield the mounts below the volumes that are not datasets, or datasets once more."""
     chosen = {volume.facts.name: volume.mountpoint for volume in volumes}
+    told = {volume.mountpoint for volume in live.volumes} | {each.name for each in live.skipped}
+    told |= set(map(normal, live.excluded))
     for entry in _below(there, tops):
-        if subvolumes.shows(entry):
+        if entry.mountpoint in told:
+            continue
+        if subvolumes.shows(entry) or logicals.shows(entry, volumes):
             continue  # it is in the set, or told already
         if not is_whole_dataset(entry) or entry.source not in there.facts:
             yield LeftOut(entry.mountpoint, _what_is(entry))
@@ -367,6 +410,13 @@ def _what_is(entry: Entry) -> str:
     if entry.root != "/":
         return f"it is a bind mount of {shown(entry.root)} in {source}"
     return f"it is the dataset {source}, which `zfs list` does not show"
+
+
+def _seams(mounts: Table, subvolumes: Subvolumes, volumes: Iterable[Chosen]) -> frozenset[str]:
+    """Return where something else is seen below the volumes, in the set or not."""
+    tops = targets(mountpoint for _, mountpoint in volumes)
+    mounted = (entry.mountpoint for top in tops for entry in mounts.visible_below(top))
+    return frozenset((*mounted, *subvolumes.at(tops)))
 
 
 def _exclusions(request: Request, there: Inventory) -> Iterator[str]:

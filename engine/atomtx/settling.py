@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
+from typing import Self
 
 from . import clients, errand, locks, moment, plan, recovery, states
 from .errors import (
@@ -28,17 +29,23 @@ from .errors import (
 )
 from .executor import Executor, Tell
 from .interrupts import Interrupts
-from .journal import Journal, NoRunError
+from .journal import Change, Journal, NoRunError
 from .launching import settings_of
 from .probing import end_survivors, probe, survivors
+from .pruning import Pruner
 from .records import Run
+from .records import status_of as status_of
 from .recovery import Decision, Probes, Wish
 from .statedir import RunFolder
-from .states import Event, Outcome
+from .states import Event, Outcome, Verb
+from .stepping import Commands, Stepper
 from .volumes.kinds import Kinds
 
-LEFT = recovery.LeaveAlone("`atomtx recover` goes on with it when its repository is there")
-_COMMAND_S = 60.0
+LEFT = recovery.LeaveAlone(
+    "`atomtx recover` goes on with it when its repository, or its target, is there"
+)
+_NO_COMMANDS = "`atomtx recover` goes on with it"
+_COMMAND_S = 90.0  # an ssh whose other end is gone gives up after 75 s
 _LOOK_S = 0.2
 
 
@@ -68,17 +75,32 @@ class Settled:
         return status_of(self.run)
 
 
-def status_of(run: Run) -> ExitStatus:
-    """Return the exit status of a run as it stands."""
-    if run.outcome in (Outcome.FAILED, None) and run.state in (states.DESTROYED, states.UNMOUNTING):
-        return ExitStatus.FAILED
-    if run.outcome is None:
-        return ExitStatus.WAITING
-    if run.outcome == Outcome.PARTIAL:
-        return ExitStatus.PARTIAL
-    if run.failed_after and run.outcome == Outcome.COMPLETED:
-        return ExitStatus.STEP_AFTER_FAILED
-    return ExitStatus.PARKED if run.is_parked else ExitStatus.COMPLETED
+class ActiveStepError(WaitingError):
+    """A run of steps cannot be gone on with while the run of one is at work: *run* is its id."""
+
+    def __init__(self, whole: Run, run: str) -> None:
+        super().__init__(
+            f"run {whole.id} ({whole.label}): run {run} of its step is at work in another atomtx",
+            hint="once that has ended, `atomtx recover` goes on with the other steps",
+        )
+        self.run = run
+
+
+class LivingCommandError(WaitingError):
+    """A command of a killed front end does not end: *run* is the id of the run that it is of."""
+
+    run = ""
+
+    @classmethod
+    def of(cls, run: Run, command: locks.Process) -> Self:
+        """Return the error that names both."""
+        made = cls(
+            f"run {run.id} ({run.label}) waits for process {command}, whose atomtx was killed",
+            hint="such a command is never killed; where a suspended pool keeps it: "
+            "`zpool status`, `zpool clear`, then `atomtx recover`",
+        )
+        made.run = run.id
+        return made
 
 
 class Settler:
@@ -86,6 +108,8 @@ class Settler:
     Settles the open runs of a journal.
 
     *sources* tell where the credentials of a job are now: its key -> variable -> source.
+    *commands* carry out the steps of a job that are left; without them such a run waits.
+    *told* is called for each run of a step that was settled with its run of steps, before that.
     Unless it *may_resume*, only what needs neither the client nor its repository is done, and a
     client that is stopped can go on later.
     """
@@ -100,6 +124,8 @@ class Settler:
         patience: Patience = Patience.WAIT,
         sources: Mapping[str, Mapping[str, str]] | None = None,
         may_resume: bool = True,
+        commands: Commands | None = None,
+        told: Callable[[Settled], None] = lambda _: None,
     ) -> None:
         self._journal = journal
         self._interrupts = interrupts
@@ -108,61 +134,90 @@ class Settler:
         self._patience = patience
         self._may_resume = may_resume
         self._sources = sources or {}
+        self._commands = commands
+        self._told = told
 
     def settle(self, run: Run) -> Settled:
         """
         Bring one open run to its end, or as far as it can be brought now.
 
-        Raises WaitingError where it must wait, and says for what; NoRunError where it has ended
-        and was forgotten meanwhile.
+        Raises WaitingError where it must wait, and says for what: LivingCommandError for a command
+        that holds lock F and does not end within 90 s, ActiveStepError for the run of a step, any
+        other also for what cannot be read or asked now; NoRunError where it has ended and was
+        forgotten meanwhile.
         """
+        with _seen(run):
+            return self._settle(run)
+
+    def _settle(self, run: Run) -> Settled:
         run = self._journal.load(run.id)  # no folder is made for one that was forgotten
         folder = RunFolder.of(self._journal.state, run.id).make()
-        if self._patience is not Patience.LEAVE:
-            self._await_command(folder)
+        stuck = None if self._patience is Patience.LEAVE else self._await_command(folder)
         with front(folder) as lock:
             if lock is None:
+                if stuck and locks.holds(stuck.pid, folder.front_lock):
+                    raise LivingCommandError.of(run, stuck)
                 return Settled(run, recovery.decide(run, Probes(front_alive=True), self._wish()))
             # Somebody may have settled it between our look and our lock.
             run = self._journal.load(run.id)
             return self._settle_locked(run, folder, lock)
 
-    def _await_command(self, folder: RunFolder) -> None:
+    def _await_command(self, folder: RunFolder) -> locks.Process | None:
         """
         Wait for the command of a killed front end: it is never killed, and holds lock F.
 
-        Not for ever, because one in a suspended pool does not end.
+        Not for ever, because one in a suspended pool does not end: then it is returned.
         """
         end = time.monotonic() + _COMMAND_S
         told = False
-        while locks.is_held(folder.front_lock) and time.monotonic() < end:
+        while locks.is_held(folder.front_lock):
             holders = locks.holders(folder.front_lock)
             if not holders or any(p.command not in locks.COMMANDS for p in holders):
-                return
+                return None
+            if time.monotonic() >= end:
+                return holders[0]
             if not told:
                 self._tell.step(f"waiting for the end of {holders[0]}, whose atomtx was killed")
                 told = True
             self._interrupts.sleep(_LOOK_S)
+        return None
 
     def decide(self, run: Run) -> Decision:
         """Return what `settle` would do first, changing nothing."""
         folder = RunFolder.of(self._journal.state, run.id).make()
-        with front(folder) as lock:
-            if lock is None:
-                return recovery.decide(run, Probes(front_alive=True), self._wish())
-            return self._decide(run, folder, Kinds.real(lock))
+        try:
+            with front(folder) as lock:
+                if lock is None:
+                    return recovery.decide(run, Probes(front_alive=True), self._wish())
+                return self._decide(run, folder, Kinds.real(lock))
+        except OSError as exc:
+            return recovery.Wait(str(exc))
 
     def _wish(self) -> Wish:
         return Wish(rollback=self._rollback, now_us=time.time_ns() // 1000)
 
     def _decide(self, run: Run, folder: RunFolder, kinds: Kinds) -> Decision:
+        decision, probes = self._look(run, folder, kinds)
+        return self._ask(run, probes, kinds) if self._wants_client(run, decision) else decision
+
+    def _look(self, run: Run, folder: RunFolder, kinds: Kinds) -> tuple[Decision, Probes]:
+        """Decide by what the machine says, without the client: it counts if no client is wanted."""
         probes, _ = probe(run, folder, kinds)
         decision = recovery.decide(run, probes, self._wish())
-        if isinstance(decision, recovery.Resume) and self._may_resume:
-            # Asking the repository may take a minute: only when everything else is ready.
-            not_ready = self._not_ready(self._updated(run), kinds)
-            decision = recovery.decide(run, replace(probes, not_ready=not_ready), self._wish())
-        return decision
+        if isinstance(decision, recovery.Resume) and run.verb is Verb.RUN and self._may_resume:
+            not_ready = self._commands.not_ready(run) if self._commands else _NO_COMMANDS
+            probes = replace(probes, not_ready=not_ready)
+            decision = recovery.decide(run, probes, self._wish())
+        return decision, probes
+
+    def _wants_client(self, run: Run, decision: Decision) -> bool:
+        is_resumed = isinstance(decision, recovery.Resume) and self._may_resume
+        return is_resumed and run.verb is Verb.BACKUP
+
+    def _ask(self, run: Run, probes: Probes, kinds: Kinds) -> Decision:
+        """Decide by what the client says as well: asking its repository may take minutes."""
+        not_ready = self._not_ready(self._updated(run), kinds)
+        return recovery.decide(run, replace(probes, not_ready=not_ready), self._wish())
 
     def _updated(self, run: Run) -> Run:
         """Return the run with the sources that its credentials have in the configuration now."""
@@ -195,8 +250,20 @@ class Settler:
         executor = Executor(
             self._journal, folder, front=lock, interrupts=self._interrupts, tell=self._tell
         )
-        while run.state != states.DESTROYED:
-            decision = self._decide(run, folder, Kinds.real(lock))
+        Kinds.real(lock).mend(run.plan.volumes)
+        while not run.is_final:
+            if run.verb is Verb.RUN and (left := self._settle_children(run)):
+                return left
+            try:
+                decision, probes = self._look(run, folder, Kinds.real(lock))
+                if self._wants_client(run, decision):
+                    # What a hook has stopped does not wait for a repository out of reach.
+                    run = executor.take_over(run)
+                    decision = self._ask(run, probes, Kinds.real(lock))
+            except OSError:
+                if not locks.is_held(folder.runner_lock):  # else its client is at work
+                    executor.take_over(run)
+                raise
             if isinstance(decision, recovery.Adopt):
                 if self._patience is Patience.LEAVE:
                     return Settled(run, decision)
@@ -204,7 +271,7 @@ class Settler:
             elif isinstance(decision, recovery.EndOrphans):
                 try:
                     self._end_orphans(run, folder, Kinds.real(lock))
-                except AtomtxError:
+                except (AtomtxError, OSError):
                     executor.take_over(run)
                     raise
             elif isinstance(decision, recovery.Wait):
@@ -213,9 +280,58 @@ class Settler:
             elif not self._may_resume and _is_for_later(run, decision):
                 return Settled(executor.take_over(run), LEFT)
             else:
+                if run.verb is Verb.PRUNE:
+                    return Settled(self._prune(run, decision, lock), decision)
+                if run.verb is Verb.CLONE:
+                    return self._clone(run, decision, lock)
+                if run.verb is Verb.RUN:
+                    return self._go_on(run, decision)
                 run = self._act(executor.take_over(run), decision, executor)
                 return Settled(run, decision, executor.interrupted)
         return Settled(run, recovery.RollForward())
+
+    def _settle_children(self, run: Run) -> Settled | None:
+        """
+        Settle the runs of a run's steps, before it is asked which steps are done.
+
+        What stands in the way of one of them stands in the way of *run*, and is returned.
+        """
+        for child in self._journal.children(run):
+            if child.is_final or child.is_parked:
+                continue
+            try:
+                settled = self.settle(child)
+            except (WaitingError, EffectError) as exc:
+                raise _step_waits(run, exc.message, exc.hint) from exc
+            if isinstance(settled.decision, recovery.LeaveAlone):
+                if self._may_resume:
+                    raise ActiveStepError(run, child.id)
+                return Settled(run, LEFT)  # whoever is at work: the other steps are for later
+            if isinstance(settled.decision, recovery.Adopt):
+                return replace(settled, run=run)
+            self._told(settled)
+            if settled.interrupted:
+                return replace(settled, run=run)
+            if not (settled.run.is_final or settled.run.is_parked):
+                hint = f"`atomtx recover` tries again; or `atomtx recover {self._roll_back(child)}`"
+                raise _step_waits(run, f"run {child.id}: {settled.run.reason}", hint)
+        return None
+
+    def _go_on(self, run: Run, decision: Decision) -> Settled:
+        """Carry out the steps that are left, or give the run up."""
+        if isinstance(decision, recovery.RollBack):
+            self._tell.step(f"giving up run {run.id} ({run.label}): {decision.reason}")
+        else:
+            self._tell.step(f"resuming run {run.id} ({run.label}) at the step where it was")
+        stepper = Stepper(self._journal, self._commands, self._interrupts)
+        try:
+            if isinstance(decision, recovery.RollBack):
+                return Settled(stepper.give_up(run, decision.reason), decision)
+            return Settled(stepper.advance(run), decision)
+        except JournalFullError as exc:
+            raise self._waiting(run, recovery.Wait(exc.message)) from exc
+        except Interrupted as exc:
+            return Settled(self._journal.load(run.id), decision, exc)
 
     def _end_orphans(self, run: Run, folder: RunFolder, kinds: Kinds) -> None:
         """End what is left of the run; in a suspended pool no signal is heard."""
@@ -229,11 +345,18 @@ class Settler:
 
     def _waiting(self, run: Run, decision: recovery.Wait) -> WaitingError:
         probes_blocked = self._rollback or run.state == states.UNMOUNTING
-        way_out = f"--abandon {run.id}" if probes_blocked else "--rollback"
+        probes_blocked |= run.verb is Verb.SNAP and run.state == states.SNAPSHOTTED
+        probes_blocked |= run.verb is Verb.CLONE
+        way_out = f"--abandon {run.id}" if probes_blocked else self._roll_back(run)
         return WaitingError(
             f"run {run.id} ({run.label}) waits: {decision.reason}",
             hint=f"mend that and run `atomtx recover`; or `atomtx recover {way_out}`",
         )
+
+    def _roll_back(self, run: Run) -> str:
+        """Return the option that gives a run up, with the open run of which it is a step's."""
+        is_of_open = any(each.id == run.of_run for each in self._journal.open_runs())
+        return f"--rollback --run {run.of_run}" if is_of_open else "--rollback"
 
     def _adopt(self, run: Run, folder: RunFolder) -> None:
         if self._patience is Patience.STOP:
@@ -254,8 +377,7 @@ class Settler:
         match decision:
             case recovery.Resume():
                 self._tell.step(
-                    f"resuming run {run.id} ({run.label}): "
-                    f"the same snapshots, attempt {run.attempts + 1}"
+                    f"resuming run {run.id} ({run.label}): the same snapshots, {moment.again(run)}"
                 )
                 run = executor.resume(self._update(run))
                 executor.mend(run)
@@ -269,11 +391,57 @@ class Settler:
                 raise AssertionError(decision)
         return executor.advance(run)
 
+    def _prune(self, run: Run, decision: Decision, lock: int) -> Run:
+        assert isinstance(decision, recovery.RollBack)
+        self._tell.step(f"giving up run {run.id} ({run.label}): {decision.reason}")
+        pruner = Pruner(self._journal, lock, self._interrupts, self._tell.step)
+        try:
+            return pruner.give_up(run, decision.reason)
+        except JournalFullError as exc:
+            raise self._waiting(run, recovery.Wait(exc.message)) from exc
+
+    def _clone(self, run: Run, decision: Decision, lock: int) -> Settled:
+        """Go on with a clone, or give it up; a target that cannot be reached is waited for."""
+        from .cloner import Cloner  # 20 ms that no other recovery need pay
+        from .volumes.ends import UnreachableError
+
+        cloner = Cloner(self._journal, lock, self._interrupts, self._tell)
+        try:
+            if isinstance(decision, recovery.RollBack):
+                self._tell.step(f"giving up run {run.id} ({run.label}): {decision.reason}")
+                cloner.undo(run)
+                return Settled(cloner.give_up(run, decision.reason), decision)
+            self._tell.step(f"resuming run {run.id} ({run.label}) with what has arrived")
+            return Settled(cloner.advance(run, is_patient=True), decision)
+        except (UnreachableError, JournalFullError) as exc:
+            raise self._waiting(run, recovery.Wait(exc.message)) from exc
+        except Interrupted as exc:
+            return Settled(self._journal.load(run.id), decision, exc)
+
+
+def _step_waits(run: Run, reason: str, hint: str | None) -> WaitingError:
+    words = f"run {run.id} ({run.label}): the run of its step waits: {reason}"
+    return WaitingError(words, hint=hint)
+
 
 def _is_for_later(run: Run, decision: Decision) -> bool:
     """Tell whether what is left to do needs the client, its repository or hooks of the end."""
+    if run.verb is not Verb.BACKUP:
+        return run.verb in (Verb.CLONE, Verb.RUN)
     ends = run.plan.retention or plan.hooks_after(run.plan, None)
     return isinstance(decision, recovery.Resume) or bool(ends)
+
+
+@contextmanager
+def _seen(run: Run) -> Iterator[None]:
+    """Wait for what cannot be read or asked now: descriptors are used up, or a disk is bad."""
+    try:
+        yield
+    except OSError as exc:
+        raise WaitingError(
+            f"run {run.id} ({run.label}) waits: {exc}",
+            hint="mend that and run `atomtx recover`",
+        ) from exc
 
 
 @contextmanager
@@ -295,14 +463,25 @@ def abandon(journal: Journal, run: Run) -> None:
     """
     Close a run whose pool or file system will never return, touching nothing on the machine.
 
-    Refused where all of them are there: then `recover` can settle it.
+    Refused where all of them are there: then `recover` can settle it.  Raises WaitingError for what
+    cannot be read now, such as the client's own word.
     """
     folder = RunFolder.of(journal.state, run.id).make()
-    with front(folder) as lock:
+    with _seen(run), front(folder) as lock:
         if lock is None or locks.is_held(folder.runner_lock) or survivors(run, folder):
             raise BusyError(f"run {run.id} is at work", hint="see `atomtx status`")
         run = journal.load(run.id)
-        if Kinds.real(lock).trouble(run.plan.volumes) is None:
+        if run.verb is Verb.PRUNE:
+            raise UserError(
+                f"run {run.id} destroys kept snapshots",
+                hint="`atomtx recover` gives it up, and leaves what is still there",
+            )
+        if run.verb is Verb.RUN:
+            raise UserError(
+                f"run {run.id} changes nothing itself: its steps have runs of their own",
+                hint=f"abandon those; `atomtx recover --rollback --run {run.id}` gives it up",
+            )
+        if run.verb is not Verb.CLONE and Kinds.real(lock).trouble(run.plan.volumes) is None:
             raise UserError(
                 f"the pools of run {run.id} are imported", hint="`atomtx recover` settles it"
             )
@@ -315,6 +494,18 @@ def abandon(journal: Journal, run: Run) -> None:
 
 
 def _close(journal: Journal, run: Run, end: clients.End | None, reason: str) -> None:
+    if run.verb is Verb.SNAP and run.state == states.SNAPSHOTTED:
+        with journal.change(run) as change:
+            _end_steps(change, run, reason)
+            change.set(outcome=Outcome.FAILED.value, reason=reason)
+            change.fire(Event.SNAPSHOTS_KEPT, reason=reason)
+        return
+    if run.verb is Verb.CLONE:
+        with journal.change(run) as change:
+            _end_steps(change, run, reason)
+            change.set(outcome=Outcome.ROLLED_BACK.value, reason=reason)
+            change.fire(Event.GIVEN_UP, reason=reason)
+        return
     if run.state != states.UNMOUNTING:
         with journal.change(run) as change:
             if end:  # the client's own word stands
@@ -324,8 +515,12 @@ def _close(journal: Journal, run: Run, end: clients.End | None, reason: str) -> 
             change.fire(Event.GIVEN_UP, reason=reason)
         run = journal.load(run.id)
     with journal.change(run) as change:
-        for step in run.steps:
-            if step.outcome in (None, "parked"):
-                change.ended(step, "failed", reason)
+        _end_steps(change, run, reason)
         change.set(cleanup=None)
         change.fire(Event.CLEANED_UP, reason=reason)
+
+
+def _end_steps(change: Change, run: Run, reason: str) -> None:
+    for step in run.steps:
+        if step.outcome in (None, "parked"):
+            change.ended(step, "failed", reason)

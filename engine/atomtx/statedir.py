@@ -16,6 +16,8 @@ from typing import Any
 
 from . import locks, system
 from .errors import AtomtxError, EffectError, UserError
+from .journalfile import ELSEWHERE, LOCK, NAME
+from .names import RunId
 
 # flock and fsync mean little there, and another machine could write the same journal.
 REMOTE_FILE_SYSTEMS = frozenset(
@@ -45,6 +47,8 @@ _SWEEP_AFTER_S = 3600.0  # long after any front end would have written its row
 END_RECORD_BYTES = 262_144  # reserved before the client starts: its end must find room
 
 
+# What a file system of its own may have: mke2fs(8), snapdir of zfsprops(7), snapper(8).
+_OF_A_FILE_SYSTEM = {"lost+found", ".zfs", ".snapshots"}
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -61,33 +65,21 @@ def prepare(path: Path) -> Path:
     """
     Make the state directory ready, mode 0700, and return it; idempotent.
 
-    Raises UserError where it cannot be written, belongs to somebody else, or is on a remote file
-    system, EffectError where its disk is full; but a full disk does not stop an undo.
+    Raises UserError where it cannot be written, belongs to somebody else, is a directory of others'
+    that it would close to them, or is on a remote file system; EffectError where its disk is full,
+    but that does not stop an undo.
     """
-    hint = "set ATOMTX_STATE_DIR to a directory of root's on a local disk"
     try:
-        _make(path)
-        info = path.stat()
+        make_directory(path, 0o700)
+        info = check(path)
+    except FileExistsError as exc:
+        raise _unusable(path, "it is not a directory") from exc
     except OSError as exc:
-        raise UserError(
-            f"cannot use the state directory {path}: {exc.strerror}", hint=hint
-        ) from exc
-    if not stat.S_ISDIR(info.st_mode):
-        raise UserError(f"cannot use the state directory {path}: it is not a directory", hint=hint)
-    if info.st_uid != os.geteuid():
-        raise UserError(
-            f"the state directory {path} belongs to user {info.st_uid}, not to {os.geteuid()}",
-            hint="run atomtx as its owner (root), or set ATOMTX_STATE_DIR",
-        )
-    fstype = _file_system(path)
-    if fstype in REMOTE_FILE_SYSTEMS:
-        raise UserError(
-            f"the state directory {path} is on a remote file system ({fstype})", hint=hint
-        )
+        raise _unusable(path, exc.strerror) from exc
     try:
         if stat.S_IMODE(info.st_mode) & 0o077:
             path.chmod(0o700)
-        _make(path / "runs")
+        make_directory(path / "runs", 0o700)
         os.utime(path)  # mkdir(2) finds no fault where there is nothing to make
     except OSError as exc:
         if exc.errno not in _FULL or not (path / "runs").is_dir():
@@ -95,12 +87,56 @@ def prepare(path: Path) -> Path:
     return path
 
 
-def _make(path: Path) -> None:
-    """Make a directory, with its parents; the names of new ones are durable on return."""
-    new = [each for each in (path, *path.parents) if not each.exists()]
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for each in new:
-        sync_directory(each.parent)
+def check(path: Path) -> os.stat_result:
+    """
+    Return what the state directory is; nothing is changed.
+
+    Raises FileNotFoundError where it is not there, UserError where `prepare` would refuse it as
+    it is.
+    """
+    try:
+        info = path.stat()
+    except FileNotFoundError:
+        raise
+    except OSError as exc:
+        raise _unusable(path, exc.strerror) from exc
+    if not stat.S_ISDIR(info.st_mode):
+        raise _unusable(path, "it is not a directory")
+    if info.st_uid != os.geteuid():
+        owner = f"`chown root: {path}`" if os.geteuid() == 0 else "run atomtx as its owner (root)"
+        raise UserError(
+            f"the state directory {path} belongs to user {info.st_uid}, not to {os.geteuid()}",
+            hint=f"{owner}, or set ATOMTX_STATE_DIR",
+        )
+    if stat.S_IMODE(info.st_mode) & 0o077 and not _may_be_closed(path, info):
+        raise UserError(
+            f"the state directory {path} is one for others too, and would be closed to them",
+            hint=f"set ATOMTX_STATE_DIR to a directory of its own, such as {path / 'atomtx'}",
+        )
+    fstype = file_system(path)
+    if fstype in REMOTE_FILE_SYSTEMS:
+        raise UserError(
+            f"the state directory {path} is on a remote file system ({fstype})", hint=ELSEWHERE
+        )
+    return info
+
+
+def _may_be_closed(path: Path, info: os.stat_result) -> bool:
+    """Tell whether a directory has nobody's things but ours, as one that was made for us has."""
+    if info.st_mode & stat.S_ISVTX:  # made for everybody, as /tmp
+        return False
+    try:
+        names = {*os.listdir(path)} - _OF_A_FILE_SYSTEM
+        runs = os.listdir(path / "runs") if (path / "runs").is_dir() else None
+    except OSError as exc:
+        raise _unusable(path, exc.strerror) from exc
+    if not names or names & {NAME, LOCK}:
+        return True
+    return any(map(RunId.is_one, runs or ())) or (names == {"runs"} and runs == [])
+
+
+def _unusable(path: Path, why: str | None) -> UserError:
+    return UserError(f"cannot use the state directory {path}: {why}", hint=ELSEWHERE)
 
 
 def _not_written(path: Path, cause: OSError) -> AtomtxError:
@@ -108,11 +144,12 @@ def _not_written(path: Path, cause: OSError) -> AtomtxError:
         return EffectError(f"no space left in {path}", hint="make room on its disk")
     return UserError(
         f"the state directory {path} cannot be written: {cause.strerror}",
-        hint="set ATOMTX_STATE_DIR to a directory of root's on a local disk",
+        hint=ELSEWHERE,
     )
 
 
-def _file_system(path: Path) -> str:
+def file_system(path: Path) -> str:
+    """Return the type of the file system that *path* is on; empty where that cannot be told."""
     from .mounts import mountinfo
 
     try:
@@ -220,14 +257,17 @@ class RunFolder:
         sync_directory(self.path)
 
     def write_end(self, data: Mapping[str, Any]) -> None:
-        """Write the end record over the reserved space and make it durable."""
+        """
+        Write the end record over the reserved space and make it durable.
+
+        OSError where a longer one than was reserved finds no room.
+        """
         body = json.dumps(data).encode()
         record = hashlib.sha256(body).hexdigest().encode() + b" " + body + b"\n"
-        if len(record) > END_RECORD_BYTES:
-            raise ValueError(f"an end record of {len(record)} bytes")
         descriptor = os.open(self.end, os.O_WRONLY | os.O_CLOEXEC)
         try:
-            os.pwrite(descriptor, record, 0)
+            if os.pwrite(descriptor, record, 0) != len(record):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.end))
             os.fdatasync(descriptor)
         finally:
             os.close(descriptor)
@@ -250,17 +290,23 @@ def sweep(state: Path, known: Collection[str]) -> None:
     Remove the folders of runs that were killed before their row was written.
 
     *known* are the runs of the journal.  A folder in which a runner was at work, and whose run
-    is not known, belongs to a journal that was set aside, or lost: it is left.
+    is not known, belongs to a journal that was set aside, or lost: it is left.  So is what is no
+    folder of a run.
     """
     for path in (state / "runs").iterdir():
-        folder = RunFolder(path)
-        try:
-            young = time.time() - path.stat().st_mtime < _SWEEP_AFTER_S
-        except FileNotFoundError:  # another process has swept it meanwhile
-            continue
-        needed = young or folder.was_used() or locks.is_held(folder.front_lock)
-        if path.name not in known and not needed:
+        if RunId.is_one(path.name) and path.name not in known and _is_left_over(path):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_left_over(path: Path) -> bool:
+    folder = RunFolder(path)
+    try:
+        info = path.lstat()
+    except FileNotFoundError:  # another process has swept it meanwhile
+        return False
+    if not stat.S_ISDIR(info.st_mode) or time.time() - info.st_mtime < _SWEEP_AFTER_S:
+        return False
+    return not (folder.was_used() or locks.is_held(folder.front_lock))
 
 
 def write_new(path: Path, text: str, mode: int = 0o600) -> None:
@@ -272,8 +318,9 @@ def write_new(path: Path, text: str, mode: int = 0o600) -> None:
     """
     path.unlink(missing_ok=True)
     flags = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY | os.O_CLOEXEC
+    descriptor = os.open(path, flags, mode)
     try:
-        with open(os.open(path, flags, mode), "w", encoding="utf-8") as file:
+        with open(descriptor, "w", encoding="utf-8") as file:
             os.fchmod(file.fileno(), mode)  # whatever the umask is
             file.write(text)
             file.flush()
@@ -282,6 +329,23 @@ def write_new(path: Path, text: str, mode: int = 0o600) -> None:
         with suppress(OSError):  # the first error is the one to tell
             path.unlink()
         raise
+
+
+def make_directory(path: Path, mode: int) -> None:
+    """
+    Make a directory, with its parents; the names of new ones are durable on return; idempotent.
+
+    Nobody but the owner may write a new parent, whatever the umask is: `Path.mkdir` would leave
+    that to the umask alone.
+    """
+    new = [each for each in path.parents if not each.exists()]
+    for each in reversed(new):
+        each.mkdir(mode=0o755, exist_ok=True)
+    if not path.exists():
+        new.append(path)
+    path.mkdir(mode=mode, exist_ok=True)
+    for each in new:
+        sync_directory(each.parent)
 
 
 def sync_directory(path: Path) -> None:

@@ -7,12 +7,12 @@ another one that is.  In the snapshot of that other one it would be an empty dir
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from .errors import UserError
 from .intents import Source
-from .inventory import ancestors, command, is_utf8
+from .inventory import ancestors, command, named_elsewhere, unfit_name
 from .mounts.mountinfo import Entry, Table
 from .names import BtrfsSnapshot, is_within
 from .plan import (
@@ -87,11 +87,12 @@ class Subvolumes:
                     found[path] = (filesystem, subvolume, entry)
         return found
 
-    def select(self, request: Request) -> Found:
+    def select(self, request: Request, *, shown_together: bool = True) -> Found:
         """
         Return what *request*, which has names and exclusions on btrfs alone, comes to.
 
-        Raises UserError for a path that is on no subvolume, or cannot be backed up.
+        Raises UserError for a path that is on no subvolume, or cannot be backed up, and where one
+        could not be seen in another, if they are to be *shown_together*.
         """
         named = self._named(request)
         holders = {path: self._holder(path) for path in named}
@@ -102,12 +103,14 @@ class Subvolumes:
                 raise UserError(f"{path} is both named and left out", hint="do one of the two")
         below = self._below(named) if request.recursive else []
         wanted = [p for p in below if not any(is_within(p, other) for other in excluded)]
+        self._check_one_place(holders, wanted)
         snapshots = [path for path in wanted if self._is_snapshot(path)]
-        bad = [path for path in wanted if not is_utf8(path)]
+        bad = {path: why for path in wanted if (why := unfit_name(path))}
         paths = [*holders.values(), *(p for p in wanted if p not in snapshots and p not in bad)]
         volumes = [self._chosen(path) for path in self._once(paths)]
-        self._check_gaps([volume.mountpoint for volume in volumes])
-        skipped = [LeftOut(path, "its name is not UTF-8") for path in bad]
+        if shown_together:
+            self._check_gaps([volume.mountpoint for volume in volumes])
+        skipped = [LeftOut(path, f"its name {why}") for path, why in bad.items()]
         skipped += _of_snapshots(snapshots)
         return Found(tuple(named), parts, tuple(volumes), tuple(skipped))
 
@@ -117,8 +120,8 @@ class Subvolumes:
             path = normal(text)
             if path in named:
                 raise UserError(f"{shown(path)} is given twice", hint="name it once")
-            if not is_utf8(path):  # neither the journal nor the clients' JSON could hold it
-                raise UserError(f"the name of {shown(path)} is not UTF-8", hint="rename it")
+            if why := unfit_name(path):
+                raise UserError(f"the name of {shown(path)} {why}", hint="rename it")
             _, _, entry = self._at[self._holder(path)]
             if "ro" in entry.super_options.split(","):
                 raise UserError(
@@ -136,6 +139,22 @@ class Subvolumes:
             if above and (recursive or self._holder(path) == self._holder(above)):
                 how = f"{above} with -r" if recursive else above
                 raise UserError(f"{path} is already included by {how}", hint=f"leave out {path}")
+
+    def _check_one_place(self, holders: Mapping[str, str], below: Iterable[str]) -> None:
+        """
+        Refuse what is named at two places of one subvolume: the client is shown one of them.
+
+        Also a part of one that -r finds whole elsewhere.
+        """
+        first: dict[tuple[str, int], str] = {}
+        for path, holder in holders.items():
+            other = first.setdefault(self._key(holder), path)
+            if holders[other] != holder:
+                raise named_elsewhere(path, other)
+        for place in below:
+            part = first.get(self._key(place))
+            if part and holders[part] not in (part, place):
+                raise named_elsewhere(place, part)
 
     def _holder(self, path: str) -> str:
         """Return where the subvolume is seen that a path is in."""
@@ -169,7 +188,7 @@ class Subvolumes:
             for path, (filesystem, subvolume, _) in self._at.items()
             if any(is_within(path, top) and path != top for top in tops)
             and not any(is_within(path, other) for other in ignored)
-            and BtrfsSnapshot(filesystem.uuid, subvolume.path).run is None
+            and not BtrfsSnapshot(filesystem.uuid, subvolume.path).is_ours
         ]
         return sorted(found, key=path_order)
 

@@ -35,18 +35,27 @@ _READ_BYTES = 1 << 16
 _LAST_READS = (1 << 20) // _READ_BYTES + 1  # a pipe holds 1 MiB at most (pipe(7)), then its end
 PROGRESS_S = 0.5
 DESCENDANTS_S = 5.0
+LOOK_S = 15.0  # between two looks at the snapshots, where there is something to see
 
 
 class Supervisor:
     """Runs the client's commands one after the other and reads what they print."""
 
     def __init__(
-        self, task: Task, folder: RunFolder, wakeup: socket.socket, witness: Witness
+        self,
+        task: Task,
+        folder: RunFolder,
+        wakeup: socket.socket,
+        witness: Witness,
+        failure: Callable[[], str | None] = lambda: None,
     ) -> None:
         self._task = task
         self._folder = folder
         self._wakeup = wakeup
         self._witness = witness
+        self._failure = failure  # of a snapshot, while it is read
+        self._look_at = time.monotonic() + LOOK_S
+        self._lost = False  # stopped because a snapshot does not show any more what it showed
         self._redactor = Redactor(dict(os.environ), task.secrets)
         try:
             self._log = Log(folder.log, self._redactor)
@@ -66,10 +75,13 @@ class Supervisor:
         if self._task.time_limit_s:  # of a clock that nobody sets, and that stands in a suspend
             self._limit_at = time.monotonic() + self._task.time_limit_s
         for n, argv in enumerate(self._task.commands):
-            if self.stopped or self._overdue:
+            if self.stopped or self._overdue or self._lost:
                 break
-            self._run_one(n, argv)
-            self._end_descendants()
+            try:
+                self._run_one(n, argv)
+            finally:  # also of a client that cannot be watched over any more
+                self._end_descendants()
+        self._hear()  # a signal to all of a service may reach us after the client
         return self._redacted(self._judged(self._reader.end()))
 
     def _judged(self, end: End) -> End:
@@ -78,7 +90,8 @@ class Supervisor:
             return end
         if self._overdue:
             how = "killed" if self._killed else "stopped"
-            return failed(end, f"did not end within {span(self._task.time_limit_s)}: {how}")
+            words = f"did not end within {span(self._task.time_limit_s)}: {how}"
+            return replace(failed(end, words), overdue=True)
         return replace(end, retriable=False) if self.stopped else end
 
     def _run_one(self, n: int, argv: tuple[str, ...]) -> None:
@@ -137,6 +150,7 @@ class Supervisor:
                 key.data(selector)
         self._tell_progress()
         self._limit()
+        self._look()
         self._escalate()
         return not ended
 
@@ -181,14 +195,18 @@ class Supervisor:
     # -- stopping --------------------------------------------------------------------------
 
     def _on_signal(self, _: selectors.BaseSelector) -> None:
-        for number in self._wakeup.recv(4096):
-            if number in (signal.SIGTERM, signal.SIGINT) and self.stopped is None:
-                self._stop(number)
+        self._hear()
+
+    def _hear(self) -> None:
+        with suppress(BlockingIOError):  # looked at once more at the end, where nothing came
+            for number in self._wakeup.recv(4096):
+                if number in (signal.SIGTERM, signal.SIGINT) and self.stopped is None:
+                    self._stop(number)
 
     def _stop(self, number: int) -> None:
-        self.stopped = number
         self._log.line(f"atomtx: asked to stop by {signal.Signals(number).name}")
-        if not self._overdue:  # else it was told already, and its grace runs
+        if not self._overdue:  # else it was told already, its grace runs, and it has failed
+            self.stopped = number
             self._ask_to_end()
 
     def _limit(self) -> None:
@@ -197,6 +215,17 @@ class Supervisor:
             if self.stopped is None:
                 self._overdue = True
                 self._log.line(f"atomtx: over its limit of {span(self._task.time_limit_s)}")
+                self._ask_to_end()
+
+    def _look(self) -> None:
+        """Stop a client that reads a lost snapshot; the runner judges the mounts at the end."""
+        if self._lost or time.monotonic() < self._look_at:
+            return
+        self._look_at = time.monotonic() + LOOK_S
+        if trouble := self._failure():
+            self._lost = True
+            self._log.line(f"atomtx: {trouble}")
+            if self.stopped is None and not self._overdue:
                 self._ask_to_end()
 
     def _ask_to_end(self) -> None:
@@ -210,16 +239,12 @@ class Supervisor:
             self._kill_at = None
             self._killed = True
             self._log.line(f"atomtx: not ended after {span(self._task.grace_s)}: killed")
-            for pid in system.here.descendants():
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            _signal_descendants(signal.SIGKILL)
 
     def _end_descendants(self) -> None:
         """End what the client left behind; as its subreaper we are the parent of all of it."""
         for signum, wait_s in ((signal.SIGTERM, DESCENDANTS_S), (signal.SIGKILL, DESCENDANTS_S)):
-            for pid in system.here.descendants():
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signum)
+            _signal_descendants(signum)
             if locks.wait_until(_reaped_all, wait_s):
                 return
         left = system.here.descendants()
@@ -230,7 +255,13 @@ class Supervisor:
             return self._redactor.redact(text)[:2000] if text else text
 
         backups = tuple(Backup(**{**vars(b), "reason": clean(b.reason)}) for b in end.backups)
-        return End(end.outcome, clean(end.reason), end.retriable, backups)
+        return replace(end, reason=clean(end.reason), backups=backups)
+
+
+def _signal_descendants(signum: signal.Signals) -> None:
+    """Signal each, proven first: its parent may have reaped it, and its number be another's."""
+    for pid in system.here.descendants():
+        locks.send(pid, signum, if_still=lambda p: p in system.here.descendants())
 
 
 def _reaped_all() -> bool:

@@ -77,5 +77,6 @@ def end_from_json(data: dict[str, Any]) -> tuple[End, int, int | None]:
         Backup(**{**b, "paths": tuple(b["paths"]), "outcome": Outcome(b["outcome"])})
         for b in data["backups"]
     )
-    end = End(Outcome(data["outcome"]), data["reason"], data["retriable"], backups)
+    overdue = data.get("overdue", False)  # not in the record of an older runner
+    end = End(Outcome(data["outcome"]), data["reason"], data["retriable"], backups, overdue)
     return end, data["attempt"], data["stopped"]

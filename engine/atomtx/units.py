@@ -1,13 +1,14 @@
 """
 The units of systemd for the jobs of a configuration, as text.  Pure.
 
-    atomtx@.service          backs up a job, once
+    atomtx@.service          backs up a job, once; or runs its steps
     atomtx@JOB.timer         starts it
     atomtx-recover.service   at boot: cleans up what needs no client and no network
     atomtx-resume@.service   at boot, when there is a network: goes on with the same moment
     atomtx-notify@.service   when one of these has ended: gives the notices that it left
 
-What concerns one job is in a drop-in of its service and of its resumption, both the same.
+What concerns one job is in a drop-in of its service and of its resumption, both the same but for
+the command of a job with steps.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _FOR_COMMANDS = (*_FOR_HOOKS, "CAP_FSETID", "CAP_MKNOD", "CAP_SETFCAP")
 _CONFINED = """\
 NoNewPrivileges=yes
 ProtectSystem=strict
-ReadWritePaths=/tmp /var/tmp
+ReadWritePaths=/tmp /var/tmp -/etc/lvm -/run/lvm -/run/lock/lvm
 ProtectHome=read-only
 PrivateMounts=yes
 ProtectHostname=yes
@@ -64,6 +65,7 @@ class Program:
 
     words: tuple[str, ...]
     environment: Mapping[str, str]
+    has_lvm: bool = False  # on this machine
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class Service:
     is_command: bool = False  # its client is a program of the user's own
     has_priority: bool = False  # its configuration says how nice its client is
     quiesces: bool = False
+    has_steps: bool = False  # `atomtx run` is what it does
 
 
 @dataclass(frozen=True)
@@ -100,8 +103,10 @@ def files(services: Sequence[Service], program: Program) -> dict[str, str]:
         NOTIFY: _notify(program),
     }
     for service in services:
-        for template in (BACKUP, RESUME):
-            found[f"{instance(template, service.job)}.d/{DROP_IN}"] = _drop_in(program, service)
+        drop_in = _drop_in(program, service)
+        ran = _ran(program) if service.has_steps else ""
+        found[f"{instance(BACKUP, service.job)}.d/{DROP_IN}"] = drop_in + ran
+        found[f"{instance(RESUME, service.job)}.d/{DROP_IN}"] = drop_in
     return found
 
 
@@ -179,11 +184,15 @@ def _settle(program: Program) -> str:
 
 
 def _backup(program: Program) -> str:
+    # A confined service may load no module: at the first snapshot lvcreate would want this one.
+    module = "modprobe@dm_snapshot.service"
+    loaded = [f"Wants={module}", f"After={module}"] if program.has_lvm else []
     return _page(
         "[Unit]",
         "Description=Back up the job %i",
         "Wants=network-online.target",
         f"After=network-online.target local-fs.target remote-fs.target zfs.target {RECOVER}",
+        *loaded,
         *_told(),
         "",
         "[Service]",
@@ -282,6 +291,12 @@ def _told() -> list[str]:
 def _drop_in(program: Program, service: Service) -> str:
     own = {name: program.environment.get(name, "") for name in PASSED_ON}
     return _page("[Service]", *_variables(Program((), own)), *_of_job(service))
+
+
+def _ran(program: Program) -> str:
+    """Return what makes a service run the steps of its job; an empty one takes the other away."""
+    command = _command(program, "run", "--wait", "--on-stop", "keep", "%i")
+    return f"ExecStart=\nExecStart={command}\n"
 
 
 def _of_job(service: Service) -> Iterator[str]:

@@ -9,7 +9,10 @@ from .errors import UserError
 
 _UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 SPAN = re.compile(r"(\d{1,9})([smhdwy]?)")
+SHARE = re.compile(r"([1-9]\d{0,2})%")
+SIZE = re.compile(r"([1-9]\d{0,8})([KMGT])")
 UNITS_S = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800, "y": 31_557_600}
+MOST_YEARS = 10_000  # systemd and SQLite count microseconds, in 64 bits
 
 
 def size(count: int | None) -> str:
@@ -60,14 +63,37 @@ def local_time(then: datetime | None, *, seconds: bool = False) -> str:
     return then.astimezone().strftime("%Y-%m-%d %H:%M:%S" if seconds else "%Y-%m-%d %H:%M")
 
 
+def creation_time(seconds: int) -> datetime:
+    """
+    Return a snapshot's time of creation in local time, whose days are those that people mean.
+
+    One that there cannot be counts as ahead: a stream brings what its sender says.
+    """
+    try:
+        return datetime.fromtimestamp(seconds, UTC).astimezone()
+    except (OSError, OverflowError, ValueError):  # time_t of a machine, the years of Python
+        return datetime.max.replace(tzinfo=UTC)
+
+
 def printable(text: str) -> str:
     """Return *text* in one line without control characters: a name must not drive a terminal."""
     return "".join(char if char.isprintable() else "?" for char in text)
 
 
 def seconds(text: str) -> int:
-    """Read a time such as "90", "15m", "6h", "2d", "1y"."""
+    """Read a time such as "90", "15m", "6h", "2d", "1y"; UserError for what is none, or longer."""
     match = SPAN.fullmatch(text.strip())
     if not match:
         raise UserError(f"{text!r} is not a time", hint="such as 90s, 15m, 6h, 2d, 4w, 1y")
-    return int(match[1]) * UNITS_S[match[2]]
+    found = int(match[1]) * UNITS_S[match[2]]
+    if found > MOST_YEARS * UNITS_S["y"]:
+        raise UserError(f"{text!r} is too long a time", hint=f"at most {MOST_YEARS}y")
+    return found
+
+
+def bytes_of(text: str) -> int:
+    """Read a size such as "512M", "10G", in powers of 1024."""
+    match = SIZE.fullmatch(text.strip())
+    if not match:
+        raise UserError(f"{text!r} is not a size", hint="such as 512M, 10G")
+    return int(match[1]) << 10 * ("KMGT".index(match[2]) + 1)

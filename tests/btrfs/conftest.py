@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.btrfs.stage import Disk, Stage
+from tests.btrfs.stage import Disk, Stage, call
 
 
 @pytest.fixture
@@ -49,6 +49,35 @@ class Nested:
             (self.data / name).parent.mkdir(exist_ok=True)
             (disk.make(name) / "file").write_text(f"frozen {name}")
         (self.data / "file").write_text("frozen top")
+
+
+class Boot:
+    """An ext4 with an xfs mounted in it, on files, as /boot and the EFI partition lie."""
+
+    def __init__(self, disk: Disk) -> None:
+        self.image = self._image(disk, "ext4", 16, "-q")
+        self.boot = disk.mount(disk.home / "the boot", options="loop", device=self.image)
+        self.efi = disk.mount(
+            self.boot / "efi", options="loop", device=self._image(disk, "xfs", 320, "-q")
+        )
+        (self.boot / "kernel").write_text("a kernel")
+        (self.boot / "grub").mkdir()
+        (self.boot / "grub" / "config").write_text("a configuration")
+        (self.efi / "loader").write_text("a loader")
+
+    def _image(self, disk: Disk, kind: str, size_mib: int, *options: str) -> Path:
+        image = disk.home / f"image of {kind}"
+        with open(image, "wb") as file:
+            file.truncate(size_mib * 2**20)
+        call(f"mkfs.{kind}", *options, image)
+        return image
+
+
+@pytest.fixture
+def boot(disk: Disk) -> Boot:
+    for kind in ("ext4", "xfs"):
+        assert shutil.which(f"mkfs.{kind}"), "install e2fsprogs and xfsprogs"
+    return Boot(disk)
 
 
 @pytest.fixture

@@ -8,11 +8,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from atomtx import btrfsio, selection
+from atomtx import btrfsio, directories, selection
 from atomtx.mounts import mountinfo
 from atomtx.names import RunId
 from atomtx.plan import ClientPlan, Plan, Request, assemble
 from atomtx.preparing import filesystems
+from atomtx.volumes import plain
 from tests.scene import Scene
 
 SIZE_BYTES = 300 * 2**20
@@ -87,7 +88,12 @@ class Stage(Scene):
         self.disk = disk
 
     def plan_of(
-        self, *paths: Path, recursive: bool = False, exclude: Iterable[Path] = (), **values: Any
+        self,
+        *paths: Path,
+        recursive: bool = False,
+        exclude: Iterable[Path] = (),
+        live: Iterable[Path] = (),
+        **values: Any,
     ) -> Plan:
         """Return the plan that `atomtx backup` would make, for a client that copies."""
         client, root = values.pop("client", "command"), values.pop("root", "")
@@ -97,9 +103,13 @@ class Stage(Scene):
             exclude=tuple(map(str, exclude)),
             layout="tree" if root else "namespace",
             root=root,
+            live=tuple(map(str, live)),
         )
+        plain.reach(request.live)
         table = mountinfo.read()
-        found = selection.select(request, (), (), table, filesystems(request, table))
+        read_live = directories.select(request, table, plain.identify)
+        on_btrfs = filesystems(request, table)
+        found = selection.select(request, (), (), table, on_btrfs, live=read_live)
         repository = "repo" if client == "played" else None
         command = ClientPlan(client, (self.client,), (), "/", "1.2", repository, (), ())
         return assemble(

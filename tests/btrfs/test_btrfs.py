@@ -17,12 +17,12 @@ from typing import Any
 
 import pytest
 
-from atomtx import btrfsio
+from atomtx import btrfsio, locks
 from atomtx.errors import UserError, WaitingError
 from atomtx.names import BtrfsSnapshot, RunId
 from atomtx.recovery import Resume, RollBack, RollForward
 from atomtx.volumes import btrfs
-from tests.btrfs.conftest import Flat, Nested
+from tests.btrfs.conftest import Boot, Flat, Nested
 from tests.btrfs.stage import Disk, Stage, call, tree
 from tests.scene import Ended
 
@@ -136,6 +136,53 @@ def test_part(stage: Stage, flat: Flat, layout: str) -> None:
     assert not (stage.saved(Path(root + str(flat.home))) / "file").exists()
 
 
+@pytest.mark.parametrize("layout", ["namespace", "tree"])
+def test_live_elsewhere(stage: Stage, nested: Nested, boot: Boot, layout: str) -> None:
+    """What the client needs on a disk, or in a subvolume, below is live; the rest is frozen."""
+    usb = nested.data / "a directory" / "usb"
+    device = call("findmnt", "-no", "SOURCE", boot.efi).strip()
+    stage.disk.mount(usb, options="rw", device=device)
+    needed = [usb / "restic", usb / "of the user" / "cache", nested.data / "photos" / "cache"]
+    for path in needed:
+        path.mkdir(parents=True)
+    root = str(stage.home / "tree") if layout == "tree" else ""
+    the_plan = stage.plan_of(nested.data, root=root, live_paths=map(str, needed))
+    seams = (str(usb), str(nested.data / "photos"))
+    assert the_plan.live_paths == the_plan.excludes == (() if root else seams)
+    writes = [f"echo now >{quote(str(path))}/written\n" for path in needed]
+    stage.behave(f"echo later >{quote(str(stage.disk.top))}/file\n{''.join(writes)}")
+    check_completed(stage, stage.backup(the_plan))
+    assert {(path / "written").read_text() for path in needed} == {"now\n"}
+    assert (stage.saved(Path(f"{root}{nested.data}")) / "file").read_text() == "frozen top"
+
+
+# A namespace in which the frozen tree is the root, and what is then seen of the live one.
+_AS_ROOT = """
+import os, sys
+from atomtx.intents import Mount
+from atomtx.mounts import namespace
+namespace.enter()
+snapshot, uuid, live = sys.argv[1:]
+namespace.assemble([Mount(snapshot, "/", "btrfs", uuid)], live=[live])
+print(sorted(os.listdir("/")), os.listdir(live), os.path.ismount(live))
+"""
+
+
+def test_live_elsewhere_below_a_root(disk: Disk, boot: Boot) -> None:
+    """In a set that holds `/` a whole mount is brought back into the tree that becomes the root."""
+    made = disk.make("@")
+    for path in ("dev", "proc", "sys", "run", str(boot.efi)[1:]):
+        (made / path).mkdir(parents=True)
+    call("btrfs", "-q", "subvolume", "snapshot", "-r", made, disk.top / "taken")
+    with btrfsio.top_level(disk.uuid) as top:
+        (row,) = [row for row in btrfsio.subvolumes(top) if row.path == "/taken"]
+    argv = (sys.executable, "-c", _AS_ROOT, f"{disk.uuid}:/taken", row.uuid, str(boot.efi))
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)
+    seen = sorted(["dev", "proc", "sys", "run", str(boot.efi).split("/")[1]])
+    assert (done.stdout, done.stderr) == (f"{seen} ['loader'] True\n", "")
+
+
 def test_tree(stage: Stage, flat: Flat) -> None:
     """In a tree the mounts are the host's: they are removed again, with their directories."""
     root = stage.home / "tree"
@@ -175,8 +222,11 @@ class Typed:
         assert done.returncode == status, (argv, done.stdout, done.stderr)
         return done.stdout + done.stderr
 
+    def words(self, *words: str) -> tuple[str, ...]:
+        return (sys.executable, "-m", "atomtx", *words)
+
     def atomtx(self, *words: str, status: int = 0) -> str:
-        return self.run(sys.executable, "-m", "atomtx", *words, status=status)
+        return self.run(*self.words(*words), status=status)
 
 
 @pytest.fixture
@@ -211,7 +261,7 @@ def test_no_zfs(disk: Disk, flat: Flat, typed: Typed, tmp_path: Path) -> None:
     """On a machine without ZFS a path that is nowhere near it is refused for what it is."""
     typed.env["PATH"] = "/nonexistent"
     said = typed.atomtx("backup", "-n", "--command", "/bin/true", str(tmp_path), status=2)
-    assert "is neither on ZFS nor on btrfs, but on" in said
+    assert "is on none of ZFS, btrfs and LVM, but on" in said
     typed.atomtx("backup", "-n", "--command", "/bin/true", str(flat.home))
 
 
@@ -235,6 +285,53 @@ def test_adopt(stage: Stage, disk: Disk, nested: Nested, typed: Typed) -> None:
         assert f"  snapshot {volume.snapshot}\n" in said
     typed.atomtx("recover", "--adopt", the_plan.run)
     assert [row.path for row in disk.snapshots()] == [f"/.atomtx-{other.run}/0"]
+
+
+def test_adopt_of_another_state_directory(disk: Disk, flat: Flat, typed: Typed) -> None:
+    """Promise 6: a run that is at work for another state directory is listed so, and refused."""
+    home = Path(typed.env["HOME"])
+    waits = f"touch {home}/at-work; while ! test -e {home}/go; do sleep 0.1; done"
+    words = typed.words("backup", str(flat.home), "--command", f"sh -c '{waits}'")
+    child = subprocess.Popen(words, env=typed.env, cwd="/", stderr=subprocess.PIPE, text=True)
+    try:
+        assert locks.wait_until((home / "at-work").exists, 60)
+        (name,) = disk.left()
+        run = name.removeprefix(".atomtx-")
+        typed.env["ATOMTX_STATE_DIR"] = str(home / "another")
+        for _ in range(2):  # the first one leaves a folder of the run's
+            said = typed.atomtx("recover", "--adopt", run, status=5)
+            assert f"run {run} is at work for another state directory: {child.pid} (" in said
+        typed.atomtx("recover", "--adopt", run, "--stop", status=5)  # its front end lives
+        assert f"  at work: {child.pid} (" in typed.atomtx("recover", "--scan")
+        (home / "go").touch()
+        said = child.communicate(timeout=60)[1]
+        assert child.returncode == 0, said
+    finally:
+        child.kill()
+        child.communicate()
+    assert disk.left() == []
+
+
+def test_adopt_of_a_lost_state_directory(disk: Disk, flat: Flat, typed: Typed) -> None:
+    """A client that outlived its front end is ended where somebody says so, and not before."""
+    home = Path(typed.env["HOME"])
+    waits = f"touch {home}/at-work; exec sleep 1000"
+    words = typed.words("backup", str(flat.home), "--command", f"sh -c '{waits}'")
+    child = subprocess.Popen(words, env=typed.env, cwd="/", stderr=subprocess.DEVNULL)
+    try:
+        assert locks.wait_until((home / "at-work").exists, 60)
+    finally:
+        child.kill()
+        child.wait()
+    (home / "state").rename(home / "lost")
+    (name,) = disk.left()
+    run = name.removeprefix(".atomtx-")
+    said = typed.atomtx("recover", "--adopt", run, status=5)
+    assert "(sleep)" in said
+    assert "--stop ends them" in said
+    assert disk.left() == [name]
+    typed.atomtx("recover", "--adopt", run, "--stop")
+    assert disk.left() == []
 
 
 def test_doctor(disk: Disk, typed: Typed) -> None:
@@ -453,19 +550,21 @@ def test_foreign_before_it_is_known(stage: Stage, flat: Flat, how: str) -> None:
     ours.rmdir() if how == "a directory" else call("btrfs", "-q", "subvolume", "delete", ours)
 
 
-def test_busy(stage: Stage, flat: Flat, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A snapshot of ours that somebody mounted is not emptied under them: it is parked."""
+@pytest.mark.parametrize("part", [".", "etc"])
+def test_busy(stage: Stage, flat: Flat, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    """A snapshot of ours, or a part of it, that somebody mounted is not emptied under them."""
     monkeypatch.setattr("atomtx.cleaning.PAUSES_S", ())
+    (flat.home / "etc").mkdir()
+    (flat.home / part / "seen").write_text("frozen")
     the_plan = stage.plan_of(flat.home)
     stage.backup(the_plan, at="journal:snapshotted#1")
-    where = stage.disk.mount(
-        stage.disk.home / "looked at", options=f"subvol=.atomtx-{the_plan.run}/0"
-    )
+    snapshot = stage.disk.top / f".atomtx-{the_plan.run}/0"
+    where = stage.disk.mount(stage.disk.home / "looked at", device=snapshot / part, options="bind")
     ended = stage.recover(rollback=True)
     assert ended.run
     assert ended.run.cleanup == "parked"
     assert f"mounted at {where}" in ended.said("warn")[-1]
-    assert (where / "file").read_text() == "frozen @home"
+    assert (where / "seen").read_text() == "frozen"
     call("umount", where)
     assert stage.recover().decisions == [RollForward()]
     assert stage.left() == []
@@ -505,10 +604,17 @@ def test_never_seen(stage: Stage, flat: Flat) -> None:
     table = Path(f"/proc/{os.getpid()}/mountinfo")
     stage.behave(f"cat {table} > {stage.home}/seen\ncat /proc/self/mountinfo > {stage.home}/own\n")
     the_plan = stage.plan_of(flat.home)
-    before = table.read_text()
+    before = of_disk(stage, table.read_text())
     check_completed(stage, stage.backup(the_plan))
     assert f".atomtx-{the_plan.run}/0" in (stage.home / "own").read_text()
-    assert (stage.home / "seen").read_text() == before
+    assert len(of_disk(stage, (stage.home / "own").read_text())) > len(before) > 0
+    assert of_disk(stage, (stage.home / "seen").read_text()) == before
+    assert the_plan.run not in (stage.home / "seen").read_text()
+
+
+def of_disk(stage: Stage, table: str) -> list[str]:
+    """Return the lines of *table* whose source is the stage's disk: other tests mount theirs."""
+    return [line for line in table.splitlines() if line.split()[-2] == stage.disk.device]
 
 
 def test_older(stage: Stage, flat: Flat) -> None:
@@ -543,6 +649,29 @@ def test_old_kernel(stage: Stage, flat: Flat, flags: int, monkeypatch: pytest.Mo
     else:
         with pytest.raises(UserError, match=r"older than Linux 5\.10"):
             stage.plan_of(flat.home)
+
+
+@pytest.mark.parametrize("where", ["", "elsewhere"])
+def test_changed_while_listed(disk: Disk, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """What others delete or move while subvolumes are listed is gone, or in its new place."""
+    for name in ("one", "two"):
+        (disk.top / name).mkdir()
+        disk.make(f"{name}/snapshot")
+    ioctl = fcntl.ioctl
+
+    def at_work(fd: int, number: int, data: bytearray) -> object:
+        old = disk.top / "two" / "snapshot"
+        if number == btrfsio._INO_LOOKUP and old.exists():
+            if where:
+                old.rename(disk.top / where)
+            else:
+                call("btrfs", "-q", "subvolume", "delete", old)
+            old.parent.rmdir()
+        return ioctl(fd, number, data)
+
+    monkeypatch.setattr(fcntl, "ioctl", at_work)
+    found = {row.path for row in btrfs.find(str(disk.top), "x").subvolumes}
+    assert found == {"/", "/one/snapshot"} | ({f"/{where}"} if where else set())
 
 
 # -- power -----------------------------------------------------------------------------------

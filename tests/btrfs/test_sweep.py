@@ -1,5 +1,6 @@
 """
-P1 and P4 on btrfs: a run killed at every point that it passes, and its recovery as well.
+P1 and P4 on btrfs, alone and beside a live directory: a run killed at every point that it passes,
+and its recovery as well.
 
 By default a sample; with ATOMTX_CRASH=full all of it (some minutes).  The points are recorded from
 a run that nothing disturbs, so that nobody lists them.
@@ -7,18 +8,21 @@ a run that nothing disturbs, so that nobody lists them.
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from tests.btrfs.conftest import Flat, Nested
+from atomtx.intents import Mount
+from atomtx.mounts.namespace import Assembly
+from atomtx.plan import Plan
+from atomtx.records import Content
+from tests.btrfs.conftest import Boot, Flat, Nested
 from tests.btrfs.stage import Disk, Stage, tree
+from tests.extent import FULL
 from tests.scene import Scene
 
-FULL = os.environ.get("ATOMTX_CRASH") == "full"
 STEP = 1 if FULL else 7
 WHO = ("front", "runner", "all") if FULL else ("all",)
 FIRST = (
@@ -34,8 +38,11 @@ FIRST = (
 class Field:
     """One disk on which case after case is tried."""
 
-    def __init__(self, home: Path, disk: Disk, root: Path, changed: Path) -> None:
+    def __init__(
+        self, home: Path, disk: Disk, root: Path, changed: Path, live: Path | None = None
+    ) -> None:
         self._home = home
+        self._live = [live] if live else []
         self._disk = disk
         self._root = root
         self._changed = changed
@@ -45,9 +52,12 @@ class Field:
     def points(self) -> list[str]:
         """Return what a run that nothing disturbs passes."""
         stage = self._stage()
-        ended = stage.backup(stage.plan_of(self._root, recursive=True))
+        ended = stage.backup(self._plan(stage))
         self._end(stage)
         return ended.points
+
+    def _plan(self, stage: Stage) -> Plan:
+        return stage.plan_of(self._root, recursive=True, live=self._live)
 
     def try_(self, at: str, who: str, again: str = "", then: str = "front") -> list[str]:
         """
@@ -56,9 +66,10 @@ class Field:
         Without *again* nothing disturbs the recovery.  The live files change before it.
         """
         stage = self._stage()
-        the_plan = stage.plan_of(self._root, recursive=True)
+        the_plan = self._plan(stage)
         stage.backup(the_plan, at=at, who=who)
-        whole = len(self._disk.snapshots()) == len(the_plan.volumes)
+        taken = sum(bool(volume.snapshot) for volume in the_plan.volumes)
+        whole = len(self._disk.snapshots()) == taken
         frozen = self._changed.read_text()
         self._changed.write_text("changed")
         if again:
@@ -71,7 +82,7 @@ class Field:
     def recovery_points(self, at: str) -> list[str]:
         """Return what the recovery of a run that was killed at a point passes."""
         stage = self._stage()
-        stage.backup(stage.plan_of(self._root, recursive=True), at=at, who="all")
+        stage.backup(self._plan(stage), at=at, who="all")
         ended = stage.recover()
         self._end(stage)
         return ended.points
@@ -85,6 +96,8 @@ class Field:
             if row["outcome"] == "completed":
                 if tree(stage.saved(self._root)) != self._before:
                     yield "the backup is not of the moment"
+                if any(tree(stage.saved(live)) != tree(live) for live in self._live):
+                    yield "what is read live is not in the backup"
             elif row["outcome"] != "rolled-back" or whole:
                 yield f"a whole moment was given up: {row}"
         if stage.recover().decisions:
@@ -99,11 +112,12 @@ class Field:
         shutil.rmtree(stage.home)
 
 
-@pytest.fixture(params=["flat", "nested"])
+@pytest.fixture(params=["flat", "nested", "mixed"])
 def field(request: pytest.FixtureRequest, tmp_path: Path, disk: Disk) -> Field:
-    if request.param == "flat":
+    if request.param in ("flat", "mixed"):
         flat = Flat(disk)
-        return Field(tmp_path, disk, flat.root, flat.home / "file")
+        live = Boot(disk).boot / "grub" if request.param == "mixed" else None
+        return Field(tmp_path, disk, flat.root, flat.home / "file", live)
     nested = Nested(disk)
     return Field(tmp_path, disk, nested.data, nested.data / "photos" / "file")
 
@@ -144,7 +158,11 @@ def test_violations_are_seen(field: Field, monkeypatch: pytest.MonkeyPatch) -> N
     assert "not of the moment" in wrong
 
 
-def _blind(mounts: object) -> object:
-    from atomtx.mounts.namespace import Assembly
+def _blind(mounts: Sequence[Mount]) -> Assembly:
+    """Return what sees no mount, and would see none go."""
 
-    return Assembly((), (), {}, frozenset())
+    class Blind(Assembly):
+        def contents(self) -> dict[str, Content]:
+            return {mount.mountpoint: Content.FILES for mount in mounts}
+
+    return Blind((), (), {}, frozenset())

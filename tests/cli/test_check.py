@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from atomtx.journal import Journal
 from tests.cli.conftest import Run, State
 from tests.cli.test_cli import loaded
 from tests.journals import a_run
@@ -40,7 +41,8 @@ def ago(hours: float) -> int:
 
 def add(add_to: State, number: int, hours: float, **values: Any) -> None:
     """Write a run whose moment was *hours* ago."""
-    add_to.add_run(a_run(number, moment_at=ago(hours), **values))
+    at = ago(hours)
+    add_to.add_run(a_run(number, **{"moment_at": at, "started_at": at} | values))
 
 
 def check(atomtx_: Run, *words: str) -> tuple[int, str]:
@@ -132,6 +134,25 @@ def test_one_off(state: State, atomtx_: Run) -> None:
     assert check(atomtx_, "--max-age", "26h", "--job", "home")[0] == 2
 
 
+def test_idle(state: State, atomtx_: Run) -> None:
+    """A job whose timer is off is critical after its history was forgotten; the way out is told."""
+    for number in range(3):
+        add(state, number, (9 - number) * 168, job="job weekly", label="weekly")
+        add(state, number + 10, 1, job="job daily", label="daily", ended_at=ago(1))
+    with Journal.open(state.path) as journal:
+        assert journal.expire(86_400) == 1
+    status, line = check(atomtx_, "--max-age", "9d")
+    assert status == 2
+    assert "weekly: last completed 49 d ago, over 9d; daily: completed" in line
+    assert "; where one was given up: --ignore JOB | " in line
+    named = check(atomtx_, "--max-age", "9d", "--job", "weekly")
+    assert (named[0], "--ignore" in named[1]) == (2, False)
+    assert check(atomtx_, "--max-age", "9d", "--ignore", "weekly")[0] == 0
+    add(state, 4, 1, job="job weekly", label="weekly", outcome="failed")
+    status, line = check(atomtx_, "--max-age", "9d")
+    assert (status, "--ignore" in line) == (2, False)
+
+
 def test_job(state: State, atomtx_: Run) -> None:
     """--job takes a label or a key, exactly; one that never ran is critical."""
     add(state, 1, 9999, label="home -r")
@@ -186,7 +207,7 @@ def test_many(state: State, atomtx_: Run) -> None:
     assert status == 2
     text, numbers = line.split(" | ")
     assert text.startswith("ATOMTX CRITICAL - job-7: last completed ")
-    assert text.endswith("; and 3 more jobs")
+    assert text.endswith("; and 3 more jobs; where one was given up: --ignore JOB")
     assert numbers.count(";;93600;0") == 8
 
 

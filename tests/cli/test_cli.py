@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,15 @@ import click
 import pytest
 
 import atomtx
-from atomtx import __version__, cli, clients, journalfile, plan, process
+from atomtx import __version__, cli, clients, journalfile, plan, process, retention
+from atomtx.clients.dumps import MARK, Destination
+from atomtx.config_kinds import keys
+from atomtx.config_schema import Job
 from atomtx.errors import AtomtxError, ExitStatus, UserError
 from tests.cli.conftest import Run, State
+from tests.dumps import ID, make_chain
 from tests.journals import T0, a_run
+from tests.runs import RUN
 
 SLOW = ("sqlalchemy", "alembic", "transitions", "rich", "asyncio", "sqlite3")
 _LOADED = f"""
@@ -96,16 +103,134 @@ def test_completion(env: dict[str, str], atomtx_: Run) -> None:
     """The shell completes the names of the commands."""
     words = {"_ATOMTX_COMPLETE": "bash_complete", "COMP_WORDS": "atomtx s", "COMP_CWORD": "1"}
     done = atomtx_(env={**env, **words})
-    assert done.stdout.split() == ["plain,show", "plain,status", "plain,stop"]
+    assert done.stdout.split() == [
+        "plain,snap",
+        "plain,show",
+        "plain,status",
+        "plain,stop",
+        "plain,sure",
+    ]
+
+
+PACKAGE = Path(str(cli.__file__)).parent.parent
+FOLDERS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
+
+
+def modules(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob("*.py") if not path.name.startswith("__")}
+
+
+def layout() -> dict[str, str]:
+    """Return what the layout in docs/design.md says of each file and folder of the package."""
+    page = (Path(__file__).parents[2] / "docs/design.md").read_text()
+    block = (
+        page.partition("\n## 12. Layout\n")[2]
+        .partition("```text\n")[2]
+        .partition("\nmigrations/")[0]
+    )
+    entries = re.split(r"\n  (?=\S)", block)[1:]
+    return {name: words for name, _, words in (entry.partition(" ") for entry in entries)}
 
 
 def test_map() -> None:
-    """The package's docstring, the map for a newcomer, names every module."""
-    package = Path(str(cli.__file__)).parent.parent
-    there = {path.name for path in package.glob("*.py") if not path.name.startswith("__")}
-    folders = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    """The package's docstring, the map for a newcomer, names every module; so does the design."""
+    there = modules(PACKAGE) | {f"{name}/" for name in FOLDERS}
     named = {line.split()[0] for line in (atomtx.__doc__ or "").splitlines() if line[:4] == " " * 4}
-    assert there | folders == named
+    assert named == there
+    assert set(layout()) - {"__init__.py"} == there
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_map_of_folder(folder: str) -> None:
+    """The layout in the design names every file of a folder, but for those of the commands."""
+    commands = {
+        f"{module.partition(':')[0].rpartition('.')[2]}.py" for module, _ in cli.COMMANDS.values()
+    }
+    there = modules(PACKAGE / folder) - (commands if folder == "cli" else set())
+    assert set(re.findall(r"\w+\.py", layout()[f"{folder}/"])) == there
+
+
+# -- the README --------------------------------------------------------------------------------
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+
+
+def leaves(group: click.Group, *path: str) -> Iterator[tuple[str, click.Command]]:
+    """Yield each command that does something, with the words that it is called by."""
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        assert command is not None
+        if isinstance(command, click.Group):
+            yield from leaves(command, *path, name)
+        else:
+            yield " ".join((*path, name)), command
+
+
+# What takes an empty text all the same, besides a job's keys; and what becomes of it.
+EMPTY = {
+    "names": "it is refused as the name of a volume, or is a job that never ran",
+    "options": "no more options for the client",
+    "ignore": "nothing is left out",
+    "max_age": "it is refused as a time",
+    "warn_age": "it is refused as a time",
+    **dict.fromkeys((o.replace("-", "_") for o in retention.OPTIONS), "it is refused as a rule"),
+    "file": "it is refused as what is there",
+}
+
+
+def test_empty() -> None:
+    """What a variable that is not set stands for is refused: it is never taken for nothing."""
+    taken = {
+        (name, param.name)
+        for name, command in leaves(cli.cli)
+        for param in command.params
+        if isinstance(param.type, click.types.StringParamType | click.Path)
+        and not _refuses_empty(param)
+    }
+    of_jobs = {each.name for each in keys(Job).values()}  # tests/unit/test_config.py
+    assert {(of, name) for of, name in taken if name not in EMPTY.keys() | of_jobs} == set()
+    assert ("install", "names") not in taken
+
+
+def _refuses_empty(param: click.Parameter) -> bool:
+    try:
+        param.type.convert("", param, None)
+    except click.BadParameter:
+        return True
+    return False
+
+
+def test_readme_json() -> None:
+    """The README names each command that has no `--json`."""
+    sentence = re.search(r"`--json` but for (.*?), which prints", README, re.DOTALL)
+    assert sentence is not None
+    without = {
+        name
+        for name, command in leaves(cli.cli)
+        if all("--json" not in param.opts for param in command.params)
+    }
+    assert set(re.findall(r"`(.*?)`", sentence[1])) == without
+
+
+def test_readme_names() -> None:
+    """The README's table says as the help does what a command may be of."""
+    shown = [
+        f"| `atomtx {name} {param.metavar}"
+        for name, command in leaves(cli.cli)
+        for param in command.params
+        if " " not in name and (param.metavar or "").startswith("[JOB")
+    ]
+    assert len(shown) > 4
+    assert [each for each in shown if each not in README.replace("\\|", "|")] == []
+
+
+def test_readme_secrets() -> None:
+    """What the first backup reads of a password is made by a line before."""
+    page = README.partition("## First backup")[2].partition("\n## ")[0]
+    files = set(re.findall(r"/root/[\w-]+", page))
+    assert len(files) == 2
+    assert [file for file in files if page.find(f">{file})") != page.index(file) - 1] == []
 
 
 # -- errors ------------------------------------------------------------------------------------
@@ -126,6 +251,35 @@ def test_unknown_command(atomtx_: Run) -> None:
     done = atomtx_("frobnicate")
     assert done.returncode == 2
     assert "frobnicate" in done.stderr
+
+
+@pytest.mark.parametrize("words", [(), ("sure",), ("config",), ("journal",)], ids=" ".join)
+def test_no_command(atomtx_: Run, words: tuple[str, ...]) -> None:
+    """Where a command is lacking the help is printed as help; the status is that of usage."""
+    done = atomtx_(*words)
+    assert done.returncode == 2
+    assert done.stdout == atomtx_(*words, "--help").stdout
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("backup", "--command", "true", "/absent/dir"),
+        ("backup", "--command", "true", "/", "--exclude", "/absent/dir"),
+        ("snap", "/absent/dir"),
+        ("clone", "/absent/dir", "--to", "tank/x"),
+    ],
+    ids=" ".join,
+)
+def test_absent_path(atomtx_: Run, words: tuple[str, ...]) -> None:
+    """Of a path that is not there that is said, and not which file system it would be on."""
+    done = atomtx_(*words, "--dry-run")
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "atomtx: there is no /absent/dir",
+        "  is what belongs there mounted?",
+    ]
 
 
 def test_error_lines(atomtx_: Run) -> None:
@@ -194,7 +348,9 @@ def test_other_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
         cli.run(["history"])
 
 
-@pytest.mark.parametrize("args", [("history", "--json"), ("--help",)])
+@pytest.mark.parametrize(
+    "args", [("history", "--json"), ("--help",), ("--version",), ("history", "--help"), ()]
+)
 def test_closed_pipe(state: State, atomtx_: Run, args: tuple[str, ...]) -> None:
     """A reader that went away ends the program without a word."""
     state.add_run(a_run(1))
@@ -202,14 +358,26 @@ def test_closed_pipe(state: State, atomtx_: Run, args: tuple[str, ...]) -> None:
     os.close(read)
     done = atomtx_(*args, capture_output=False, stdout=write, stderr=subprocess.PIPE)
     os.close(write)
-    assert done.stderr == ""
-    assert done.returncode != 0
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
-def test_full_stdout(atomtx_: Run) -> None:
+def test_closed_stderr(tmp_path: Path, atomtx_: Run) -> None:
+    """A reader of the errors that went away changes no exit status."""
+    path = tmp_path / "atomtx.toml"
+    path.write_text("[jobs.home]\n")
+    read, write = os.pipe()
+    os.close(read)
+    words = ("config", "check", "--config", str(path))
+    done = atomtx_(*words, capture_output=False, stdout=subprocess.PIPE, stderr=write)
+    os.close(write)
+    assert (done.returncode, done.stdout) == (2, "")
+
+
+@pytest.mark.parametrize("word", ["history", "--help", "--version"])
+def test_full_stdout(atomtx_: Run, word: str) -> None:
     """Standard output on a full disk is one clear line."""
     with open("/dev/full", "w") as full:
-        done = atomtx_("history", capture_output=False, stdout=full, stderr=subprocess.PIPE)
+        done = atomtx_(word, capture_output=False, stdout=full, stderr=subprocess.PIPE)
     assert done.returncode == 1
     assert "cannot write to standard output: No space left on device" in done.stderr
 
@@ -294,7 +462,7 @@ class _Fake:
     """A client that shows what it was asked for."""
 
     def restore_command(
-        self, settings: clients.Settings, backup: clients.Backup, to: str
+        self, settings: clients.Settings, facts: clients.Facts, backup: clients.Backup, to: str
     ) -> tuple[str, ...]:
         return ("restic", "restore", f"{backup.backup_id}:{backup.paths[0]}", "--target", to)
 
@@ -337,6 +505,26 @@ def test_show(shown: Callable[..., str]) -> None:
     assert "it needs RESTIC_PASSWORD" in page
 
 
+def test_show_of_no_id(state: State, shown: Callable[..., str]) -> None:
+    """A backup that has no id is restored as the latest of its paths: that is said."""
+    assert "latest" not in shown()
+    row = {"run": f"{1:016x}", "n": 1, "path": "/c", "outcome": "completed", "backup_id": None}
+    state.journal.add("backups", **row)
+    page = shown()
+    assert page.index("(no id)  completed") < page.index("the latest that has its paths")
+
+
+@pytest.mark.parametrize("word", ["last", "latest"])
+def test_last(state: State, atomtx_: Run, word: str) -> None:
+    """What only reads a run takes the newest by a word; what changes one does not."""
+    for number, outcome in enumerate(["completed", "partial", "failed"], start=1):
+        state.add_run(a_run(number, outcome=outcome))
+    assert json.loads(atomtx_("show", word, "--json").stdout)["run"]["outcome"] == "failed"
+    assert f"run {3:016x}: failed" in atomtx_("attach", word).stderr
+    assert f"the plan of run {2:016x}" in atomtx_("sure", "verify-backup", word).stderr
+    assert "is not a run id" in atomtx_("stop", word).stderr
+
+
 def test_show_log(shown: Callable[..., str]) -> None:
     """`show` prints the end of the client's log, `--log` all of it; neither drives a terminal."""
     page = shown()
@@ -354,6 +542,55 @@ def test_show_json(shown: Callable[..., str]) -> None:
     assert data["steps"][0]["description"] == "end restic and all that it started"
 
 
+def test_show_dumps(state: State, atomtx_: Run, tmp_path: Path) -> None:
+    """
+    `show` of xfsdump prints the chain in order and what it reads; `--check` finds damage.
+
+    xfsrestore says SUCCESS of a dump that was cut short.
+    """
+    store = Destination(str(tmp_path / "my dumps"))
+    made = make_chain(store)
+    settled = plan.ClientPlan(
+        "xfsdump", (), ("--destination", str(store.path)), "/", "3.1.11", ID, (), ()
+    )
+    whole = plan.Plan(RUN, "j", "home", (), ("/home",), "namespace", "", (), (), (), settled)
+    state.add_run(a_run(1, plan=plan.to_json(whole), client="xfsdump"))
+    row = {"path": "/home", "outcome": "completed", "backup_id": made[-1].name}
+    state.journal.add("backups", run=f"{1:016x}", n=0, **row)
+
+    done = atomtx_("show", "0000", "--to", "/r", "--check")
+    assert (done.returncode, done.stderr) == (0, "")
+    told = [line.strip() for line in done.stdout.splitlines()]
+    first = told.index("mkdir -p /r/home")
+    assert told[first + 1 : first + 4] == [
+        f"xfsrestore -F -J -r -f '{store.path / dump.name}/dump' /r/home" for dump in made
+    ]
+    assert all(any(dump.sha256 in line for line in told) for dump in made)
+    assert told[-1] == "each dump is what was written"
+
+    (store.path / made[0].name / "dump").write_text("cut")
+    done = atomtx_("show", "0000", "--check", "--json")
+    assert done.returncode == 1
+    (damage,) = json.loads(done.stdout)["damage"]
+    assert "has 3 bytes, and was written with" in damage
+    assert atomtx_("show", "0000").returncode == 0
+
+    (store.path / MARK).unlink()
+    done = atomtx_("show", "0000")
+    assert "no restore command" in done.stdout
+    assert "is its disk mounted?" in done.stdout
+
+
+def test_show_check_of_others(state: State, atomtx_: Run) -> None:
+    """A client that checks its repository itself is named to whoever asks us."""
+    settled = plan.ClientPlan("restic", (), (), "/", "0.18.0", "abc", (), ())
+    whole = plan.Plan(RUN, "j", "home", (), ("/home",), "namespace", "", (), (), (), settled)
+    state.add_run(a_run(1, plan=plan.to_json(whole)))
+    done = atomtx_("show", "0000", "--check")
+    assert done.returncode == 2
+    assert "let restic check its repository itself" in done.stderr
+
+
 def test_doctor(env: dict[str, str], atomtx_: Run) -> None:
     """`doctor` says what is missing, in words and as JSON, and exits 1 if something is."""
     lines = atomtx_("doctor")
@@ -363,3 +600,51 @@ def test_doctor(env: dict[str, str], atomtx_: Run) -> None:
     assert {"python", "sqlite", "zfs", "user", "mount namespace", "journal"} <= names
     assert lines.returncode == done.returncode == (0 if data["ok"] else 1)
     assert "docker" in lines.stdout
+
+
+def _state_check(done: subprocess.CompletedProcess[str]) -> tuple[str, str, str | None]:
+    checks = json.loads(done.stdout)["checks"]
+    (found,) = (each for each in checks if each["name"] == "state directory")
+    return found["status"], found["detail"], found["hint"]
+
+
+def test_doctor_of_a_state_directory(env: dict[str, str], atomtx_: Run) -> None:
+    """`doctor` finds missing what the commands that write would refuse, and makes nothing."""
+    path = Path(env["ATOMTX_STATE_DIR"])
+    status, detail, _ = _state_check(atomtx_("doctor", "--json"))
+    assert (status, detail) == ("note", f"{path} is not there; the first backup makes it")
+    assert not path.exists()
+    path.touch()
+    done = atomtx_("doctor", "--json")
+    assert done.returncode == 1
+    status, detail, hint = _state_check(done)
+    assert (status, detail) == (
+        "missing",
+        f"cannot use the state directory {path}: it is not a directory",
+    )
+    assert "ATOMTX_STATE_DIR" in (hint or "")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="another owner needs root")
+def test_doctor_of_a_foreign_state_directory(env: dict[str, str], atomtx_: Run) -> None:
+    """`doctor` finds one missing that belongs to somebody else, and says what mends it."""
+    path = Path(env["ATOMTX_STATE_DIR"])
+    path.mkdir()
+    os.chown(path, 65534, 65534)
+    status, detail, hint = _state_check(atomtx_("doctor", "--json"))
+    assert (status, detail) == (
+        "missing",
+        f"the state directory {path} belongs to user 65534, not to 0",
+    )
+    assert f"`chown root: {path}`" in (hint or "")
+
+
+@pytest.mark.parametrize("command", ["history", "status"])
+def test_state_directory_is_a_file(env: dict[str, str], atomtx_: Run, command: str) -> None:
+    """Where the state directory is a file, a reader says so, and what to do."""
+    path = Path(env["ATOMTX_STATE_DIR"])
+    path.touch()
+    assert atomtx_(command).stderr.splitlines() == [
+        f"atomtx: cannot read the journal {path}/journal.db: Not a directory",
+        "  set ATOMTX_STATE_DIR to a directory of root's on a local disk",
+    ]

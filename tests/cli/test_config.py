@@ -163,6 +163,18 @@ def test_imports(file: Path, env: dict[str, str], words: str) -> None:
 # -- init --------------------------------------------------------------------------------------
 
 
+def test_doctor_of_steps(file: Path, atomtx_: Run) -> None:
+    """A step that `config check` refuses is no configuration that `doctor` calls right."""
+    file.write_text(file.read_text() + 'steps = ["backup nosuch --frob"]\n')
+    done = atomtx_("config", "check")
+    assert done.returncode == 2
+    checks = json.loads(atomtx_("doctor", "--json").stdout)["checks"]
+    found = [check for check in checks if check["name"] == "configuration"]
+    assert [check["status"] for check in found] == ["warning"]
+    assert found[0]["detail"] == done.stderr.strip()
+    assert "the step 'backup nosuch --frob' is wrong" in found[0]["detail"]
+
+
 def test_init(tmp_path: Path, atomtx_: Run) -> None:
     """`init` writes a file for its owner alone that `check` finds right, and never overwrites."""
     path = tmp_path / "etc" / "new.toml"
@@ -175,6 +187,14 @@ def test_init(tmp_path: Path, atomtx_: Run) -> None:
     assert done.returncode == 2
     assert f"{path} exists" in done.stderr
     assert path.read_text() == before
+
+
+def test_init_new_parents(tmp_path: Path, atomtx_: Run) -> None:
+    """The directories above that it makes can be written by nobody else, whatever the umask is."""
+    path = tmp_path / "new" / "etc" / "new.toml"
+    done = atomtx_("config", "init", "--config", str(path), umask=0)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [above.stat().st_mode & 0o777 for above in path.parents[:2]] == [0o755, 0o755]
 
 
 def test_init_refused(tmp_path: Path, atomtx_: Run) -> None:

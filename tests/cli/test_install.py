@@ -65,6 +65,27 @@ def test_install(file: Path, tmp_path: Path, atomtx_: Run) -> None:
     assert (last.returncode, last.stdout) == (0, "nothing of ours is there\n")
 
 
+def test_install_new_parents(file: Path, tmp_path: Path, atomtx_: Run) -> None:
+    """The directories that it makes can be written by root alone, whatever the umask is."""
+    where = tmp_path / "new" / "units"
+    assert atomtx_("install", "systemd", "--directory", str(where), umask=0).returncode == 0
+    made = [where.parent, where, *(path for path in where.iterdir() if path.is_dir())]
+    assert {path.stat().st_mode & 0o777 for path in made} == {0o755}
+
+
+@pytest.mark.parametrize("name", ["*", "**", "hom?", "../home"])
+def test_uninstall_no_name(file: Path, tmp_path: Path, atomtx_: Run, name: str) -> None:
+    """What no job can be called takes nothing away, a pattern of names neither."""
+    where = tmp_path / "units"
+    words = ("systemd", "--directory", str(where))
+    assert atomtx_("install", *words).returncode == 0
+    before = sorted(where.rglob("*"))
+    done = atomtx_("uninstall", *words, "--job", "home", "--job", name)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"{name!r} cannot be a job's name" in done.stderr
+    assert sorted(where.rglob("*")) == before
+
+
 def test_other_configuration(file: Path, tmp_path: Path, env: dict[str, str], atomtx_: Run) -> None:
     """A job that has gone is told; no configuration is put in the place of an installed job's."""
     where = tmp_path / "units"
@@ -98,6 +119,34 @@ def test_print(file: Path, tmp_path: Path, atomtx_: Run) -> None:
     assert f"# {where}/atomtx@home.timer\n{units.MARKER}\n" in done.stdout
     assert "my-photos" not in done.stdout
     assert not where.exists()
+
+
+def test_steps(file: Path, tmp_path: Path, atomtx_: Run) -> None:
+    """The service of a job with steps runs them, with the paths of the jobs that they back up."""
+    text = '[jobs.night]\nvolumes = ["tank/a"]\nsteps = ["snap", "backup home", "unsnap"]\n'
+    file.write_text(file.read_text() + text)
+    done = atomtx_("install", "systemd", "--print", "--job", "night", "--directory", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    of_job = done.stdout.partition(f"# {tmp_path}/atomtx@night.service.d/{units.DROP_IN}\n")[2]
+    service, _, others = of_job.partition("\n# /")
+    assert " run --wait --on-stop keep %i\n" in service
+    assert "/srv/restic" in service
+    assert " run --wait" not in others
+
+
+def test_no_client(file: Path, tmp_path: Path, env: dict[str, str], atomtx_: Run) -> None:
+    """What each backup of a service would lack is told, and how to see it; not what a shell has."""
+    file.write_text(file.read_text() + '[jobs.bare]\nvolumes = ["tank/a"]\n')
+    env["RESTIC_REPOSITORY"] = "/srv/of-this-shell"
+    done = atomtx_("install", "systemd", "--directory", str(tmp_path / "units"))
+    assert (done.returncode, done.stderr) == (0, "")
+    told = [line for line in done.stdout.splitlines() if line.startswith("warning: ")]
+    assert [line.partition(":")[2].partition(":")[2].partition(":")[0] for line in told] == [
+        " its service has no password (RESTIC_PASSWORD)",  # of home
+        ' its service has no client (client = "restic")',
+    ]
+    assert told[1].endswith(f": atomtx backup --dry-run --config {file} bare")
+    assert "is not known" not in done.stdout
 
 
 @pytest.mark.parametrize(

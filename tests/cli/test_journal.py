@@ -18,7 +18,7 @@ import click
 import pytest
 
 from atomtx import aside, journalfile
-from atomtx.cli import backup
+from atomtx.cli import runs
 from atomtx.cli.journal import TABLES, journal
 from atomtx.cli.render import Reporter
 from atomtx.errors import AtomtxError, EffectError, JournalDamagedError
@@ -203,9 +203,9 @@ def test_export_to_a_slow_reader(path: Path, env: dict[str, str]) -> None:
     with closing(sqlite3.connect(path)) as connection:  # more than a pipe holds
         for n in range(40):
             connection.execute(
-                "INSERT INTO runs SELECT printf('%016x', ?), 'job ' || ?, label, 'destroyed', 0, "
-                "NULL, NULL, NULL, 0, zeroblob(9000) || plan, client, NULL, NULL, 1, 1, 'b', 1, "
-                "NULL, NULL, NULL FROM runs LIMIT 1",
+                "INSERT INTO runs SELECT printf('%016x', ?), 'backup', 'job ' || ?, label, "
+                "'destroyed', 0, NULL, NULL, NULL, 0, zeroblob(9000) || plan, client, NULL, NULL, "
+                "1, 1, 'b', 1, NULL, NULL, NULL FROM runs LIMIT 1",
                 (n, n),
             )
         connection.commit()
@@ -271,7 +271,7 @@ def test_damaged(path: Path, atomtx_: Run) -> None:
     for words in ("history", "status", "show 1", "doctor", "journal check", "recover --dry-run"):
         done = atomtx_(*words.split())
         assert done.returncode == 1, words
-        assert "damaged" in done.stdout + done.stderr or "damage" in done.stdout, words
+        assert "damaged" in done.stdout + done.stderr, words
         assert path.read_bytes() == before, words
     done = atomtx_("recover")
     (kept,) = aside.damaged(path.parent)
@@ -302,6 +302,32 @@ def test_reminder(path: Path, atomtx_: Run) -> None:
     assert "aside" not in atomtx_("doctor").stdout
 
 
+@root_only
+def test_only_looks(env: dict[str, str], atomtx_: Run) -> None:
+    """`--dry-run` says that there is nothing to do; where there is no journal it makes none."""
+    Journal.open(prepare(Path(env["ATOMTX_STATE_DIR"]))).close()
+    done = atomtx_("recover", "--dry-run")
+    assert (done.returncode, done.stderr) == (0, "nothing to recover\n")
+    env["ATOMTX_STATE_DIR"] += "-new"
+    done = atomtx_("recover", "--dry-run")
+    assert (done.returncode, done.stderr) == (0, "nothing to recover\n")
+    done = atomtx_("recover", "--dry-run", "--run", "5e0a")
+    assert (done.returncode, "no open run begins with '5e0a'" in done.stderr) == (2, True)
+    assert not Path(env["ATOMTX_STATE_DIR"]).exists()
+
+
+@root_only
+def test_looks_after_loss(path: Path, atomtx_: Run) -> None:
+    """Where the journal is gone, a dry run does not say that all is well, and stays one."""
+    path.unlink()
+    before = files(path)
+    for _ in range(2):
+        done = atomtx_("recover", "--dry-run")
+        assert done.returncode == 0
+        assert "note: the journal that was here is gone; `atomtx recover --scan`" in done.stderr
+    assert files(path) == before
+
+
 class _Settler:
     """Stands for what settles a parked run, and meets trouble."""
 
@@ -316,12 +342,13 @@ def test_damage_is_not_a_parked_run(path: Path) -> None:
     """What keeps a parked run from its end stops no backup; a damaged journal does."""
     said: list[str] = []
     show = SimpleNamespace(step=said.append, warn=said.append, progress=said.append)
-    made = backup._Backup(cast(Reporter, show), False, (), (), {})
     run = a_run()
-    made._try_parked(cast(Settler, _Settler(EffectError("it is busy"))), run)
+    busy = cast(Settler, _Settler(EffectError("it is busy")))
+    runs._try_parked(busy, run, cast(Reporter, show))
     assert said == ["it is busy"]
+    damaged = cast(Settler, _Settler(JournalDamagedError(path, "why")))
     with pytest.raises(JournalDamagedError):
-        made._try_parked(cast(Settler, _Settler(JournalDamagedError(path, "why"))), run)
+        runs._try_parked(damaged, run, cast(Reporter, show))
 
 
 @root_only

@@ -10,14 +10,28 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from atomtx.intents import (
+    AFTER_SUCCESS,
+    AROUND_SNAPSHOT,
+    FINALLY,
+    ApplyRetention,
+    Intent,
+    RunHook,
+    RunStep,
+    UndoHook,
+)
 from tests.cli.conftest import Run, State
-from tests.journals import a_run
+from tests.journals import T0, a_run
 
 RUN = f"{1:016x}"
 Hold = Callable[..., "subprocess.Popen[str]"]
+Made = tuple[Intent | str, str, str | None]  # what was intended, its outcome, and the detail
+PARKED_ROW = {"state": "unmounting", "cleanup": "parked"}
+STEPS = {"verb": "run", "state": "ran", "ended_at": T0 + 2_000_000}
 
 # Holds the lock; on SIGTERM runs the SQL, if any, and ends: so does a front end that compensates.
 _HOLDER = """
@@ -122,12 +136,54 @@ def test_attach(state: State, env: dict[str, str], hold: Hold) -> None:
 
 
 @pytest.mark.parametrize(
-    ("outcome", "status"), [("completed", 0), ("partial", 3), ("failed", 1), ("rolled-back", 1)]
+    ("values", "status"),
+    [
+        ({}, 0),
+        ({"outcome": "partial"}, 3),
+        ({"outcome": "failed"}, 1),
+        ({"outcome": "rolled-back"}, 1),
+        (PARKED_ROW, 4),
+        (PARKED_ROW | {"outcome": "failed"}, 1),
+        (PARKED_ROW | {"outcome": "rolled-back"}, 1),
+    ],
 )
-def test_attach_ended(state: State, atomtx_: Run, outcome: str, status: int) -> None:
-    """`attach` to a run that has ended tells how, at once."""
-    state.add_run(a_run(1, outcome=outcome))
+def test_attach_ended(state: State, atomtx_: Run, values: dict[str, Any], status: int) -> None:
+    """`attach` to a run that has ended tells how, at once; the worst part decides."""
+    state.add_run(a_run(1, **values))
     assert atomtx_("attach", RUN).returncode == status
+
+
+RETENTION = ApplyRetention("restic", ("/home",), ("--keep-last", "1"))
+
+
+@pytest.mark.parametrize(
+    ("values", "steps", "status"),
+    [
+        ({}, [(RunHook(AFTER_SUCCESS, ("mail",)), "failed", None)], 7),
+        ({}, [(UndoHook(AROUND_SNAPSHOT, ("thaw",)), "failed", None)], 7),
+        ({}, [(RETENTION, "failed", None), (RunHook(FINALLY, ("mail",)), "done", None)], 7),
+        ({}, [(RETENTION, "done", None)], 0),
+        ({}, [("of-another-release", "failed", None)], 0),
+        (PARKED_ROW, [(RETENTION, "failed", None)], 7),
+        ({"outcome": "partial"}, [(RETENTION, "failed", None)], 3),
+        ({"outcome": "failed"}, [(RunHook(AROUND_SNAPSHOT, ("freeze",)), "failed", None)], 1),
+        (STEPS, [(RunStep(1, ("snap",)), "done", "exit status 0")], 0),
+        (STEPS, [(RunStep(n, ("backup",)), "done", f"exit status {n}") for n in (4, 7)], 7),
+        (STEPS | {"outcome": "partial"}, [(RunStep(1, ("snap",)), "done", "exit status 3")], 3),
+    ],
+)
+def test_attach_steps(
+    state: State, atomtx_: Run, values: dict[str, Any], steps: list[Made], status: int
+) -> None:
+    """`attach` exits as the run itself did: its hooks, its retention and its steps count."""
+    state.add_run(a_run(1, **values))
+    for what, outcome, detail in steps:
+        kind, payload = (what, "{}") if isinstance(what, str) else (what.kind, what.to_json())
+        row = {"run": RUN, "attempt": 1, "kind": kind, "payload": payload, "detail": detail}
+        state.journal.add("steps", outcome=outcome, intended_at=T0, ended_at=T0, **row)
+    done = atomtx_("attach", "--json", RUN)
+    assert done.returncode == status, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["exit_status"] == status
 
 
 def test_attach_interrupted(state: State, atomtx_: Run) -> None:

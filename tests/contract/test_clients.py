@@ -15,6 +15,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any
 
 import pytest
 
-from atomtx.clients import Client, End, Launch, Moment, Settings
+from atomtx.clients import Client, End, Facts, Launch, Moment, Settings
 from atomtx.clients.command import Command
 from atomtx.clients.kopia import Kopia
 from atomtx.clients.restic import Restic
@@ -38,7 +39,9 @@ UNPRIVILEGED = (
     "--bounding-set=-dac_override,-dac_read_search",
     "--inh-caps=-dac_override,-dac_read_search",
 )
-Restics = pytest.mark.parametrize("version", ["0.14.0", "0.16.5", "0.19.1"])
+Restics = pytest.mark.parametrize(
+    "version", ["0.14.0", pytest.param("0.16.5", marks=pytest.mark.full), "0.19.1"]
+)
 
 
 def program(name: str) -> str:
@@ -388,6 +391,9 @@ def test_restic_root(version: str, restic: Callable[[str], Settings], home: Path
         seen = back_up(Restic(), settings, moment)
         if seen.end.outcome is not Outcome.PARTIAL:
             break
+        failed = [json.loads(line) for line in seen.lines if '"message_type":"error"' in line]
+        assert failed
+        assert not [each for each in failed if is_within(each["item"], str(home))]
     assert seen.end.outcome is Outcome.COMPLETED
     # Other processes may have put files beside it meanwhile.
     listed = call(settings, "ls", "latest").splitlines()
@@ -554,12 +560,37 @@ def test_restic_lock_of_a_living(restic: Callable[[str], Settings], home: Path) 
 def test_restic_restore(
     version: str, restic: Callable[[str], Settings], home: Path, tmp_path: Path
 ) -> None:
-    """The command that is shown restores the backup."""
+    """The command that is shown restores the backup, holes and access lists too, onto an XFS."""
     settings = restic(version)
+    subprocess.run(["setfacl", "-m", "u:1234:rw", home / "d0/f0"], check=True)
+    with (home / "sparse").open("wb") as file:
+        file.truncate(16 << 20)
     (backup,) = back_up(Restic(), settings, moment_of(home)).end.backups
-    words = Restic().restore_command(settings, backup, str(tmp_path / "to"))
-    call(replace(settings, command=words))
-    assert (tmp_path / "to" / str(home)[1:] / "d0/f0").read_text() == "home 0"
+    to = tmp_path / "xfs"
+    words = Restic().restore_command(settings, Facts(version, None), backup, str(to))
+    with an_xfs(to):
+        call(replace(settings, command=words))
+        restored = Path(f"{to}{home}")
+        assert (restored / "d0/f0").read_text() == "home 0"
+        lists = "system.posix_acl_access"
+        assert os.getxattr(restored / "d0/f0", lists) == os.getxattr(home / "d0/f0", lists)
+        has_holes = (restored / "sparse").stat().st_blocks == 0
+        assert has_holes == (version != "0.14.0")
+
+
+@contextmanager
+def an_xfs(place: Path) -> Iterator[None]:
+    """Have an empty XFS mounted at *place*."""
+    image = place.with_suffix(".img")
+    with image.open("wb") as file:
+        file.truncate(320 << 20)
+    subprocess.run(["mkfs.xfs", "-q", image], check=True)
+    place.mkdir()
+    subprocess.run(["mount", "-o", "loop", image, place], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", place], check=True)
 
 
 # -- kopia ------------------------------------------------------------------------------------
@@ -750,6 +781,75 @@ def test_kopia_one_file_system(kopia: Settings, home: Path) -> None:
     Kopia().check(kopia, (str(home),), ())
 
 
+def test_kopia_one_file_system_below(kopia: Settings, home: Path) -> None:
+    """The policy of a directory below a target counts: not one beside it, left out, or others'."""
+    targets, out = (str(home),), (str(home / "d1"),)
+    call(kopia, "policy", "set", str(home), "--add-ignore=/d1")
+    for other in (f"other@host:{home}/d0", f"{home}0", f"{home}/d1/x"):
+        call(kopia, "policy", "set", other, "--one-file-system=true")
+    Kopia().check(kopia, targets, out)
+    call(kopia, "policy", "set", str(home / "d0"), "--one-file-system=true")
+    with pytest.raises(UserError, match=f"policy for {home}/d0 keeps it on one file") as caught:
+        Kopia().check(kopia, targets, out)
+    call(kopia, *shlex.split((caught.value.hint or "").strip("`"))[1:])
+    Kopia().check(kopia, targets, out)
+
+
+def test_kopia_policy_below_what_is_ignored(kopia: Settings, home: Path) -> None:
+    """A policy counts only where kopia goes: not below what the rules above it ignore."""
+    targets, out = (str(home),), (str(home / "d0/f0"),)
+    call(kopia, "policy", "set", str(home), "--add-ignore=/d0", "--add-ignore=!f3")
+    call(kopia, "policy", "set", str(home / "d0"), "--add-ignore=!f0", "--one-file-system=true")
+    call(kopia, "policy", "set", str(home / "d1"), "--add-ignore=x")
+    for below in ("d0/f0", "d1/x/y"):
+        call(kopia, "policy", "set", str(home / below), "--one-file-system=true")
+    (home / "d1/x/y").mkdir(parents=True)
+    (home / "d1/x/y/file").write_text("ignored")
+    Kopia().check(kopia, targets, out)
+    end = back_up(Kopia(), kopia, moment_of(home)).end
+    assert end.backups[0].files_processed == FILES - len(list((home / "d0").iterdir()))
+
+
+@pytest.mark.parametrize(
+    ("ignored", "of", "rule", "below"), [("d0", "", "!d0", "d0"), ("x", "d0", "!x", "d0/x")]
+)
+def test_kopia_policy_below_what_is_taken_back(
+    kopia: Settings, home: Path, ignored: str, of: str, rule: str, below: str
+) -> None:
+    """Where a rule may take back what is ignored, kopia may go there, and the policy counts."""
+    call(kopia, "policy", "set", str(home), f"--add-ignore={ignored}")
+    call(kopia, "policy", "set", str(home / of), f"--add-ignore={rule}")
+    call(kopia, "policy", "set", str(home / below), "--one-file-system=true")
+    with pytest.raises(UserError, match=f"policy for {home}/{below} keeps it on one file"):
+        Kopia().check(kopia, (str(home),), ())
+
+
+def test_kopia_one_file_system_of_all(kopia: Settings, home: Path) -> None:
+    """Where the connection does not tell who we are, the policies of all may be ours."""
+    config = Path(kopia.env["KOPIA_CONFIG_PATH"])
+    words = json.loads(config.read_text())
+    call(kopia, "policy", "set", f"other@host:{home}/d0", "--one-file-system=true")
+    Kopia().check(kopia, (str(home),), ())
+    config.write_text(json.dumps(words | {"username": "", "hostname": ""}))
+    with pytest.raises(UserError, match=f"policy for {home}/d0 keeps it on one file"):
+        Kopia().check(kopia, (str(home),), ())
+
+
+def test_kopia_negated_rule_below(kopia: Settings, home: Path) -> None:
+    """A rule of a directory below takes back what its parents ignore: kopia saves it."""
+    out, targets = str(home / "d0/f0"), (str(home),)
+    call(kopia, "policy", "set", str(home), "--add-ignore=/d0/f0")
+    call(kopia, "policy", "set", str(home / "d0"), "--add-ignore=!f3", "--add-ignore=x")
+    Kopia().check(kopia, targets, (out,))
+    assert back_up(Kopia(), kopia, moment_of(home)).end.backups[0].files_processed == FILES - 1
+    call(kopia, "policy", "set", str(home / "d0"), "--add-ignore=!f0")
+    assert back_up(Kopia(), kopia, moment_of(home)).end.backups[0].files_processed == FILES
+    with pytest.raises(UserError, match=f"!f0 of kopia's policy for {home}/d0 may") as caught:
+        Kopia().check(kopia, targets, (out,))
+    call(kopia, *shlex.split((caught.value.hint or "").strip("`"))[1:])
+    Kopia().check(kopia, targets, (out,))
+
+
 def test_kopia_live_paths(kopia: Settings, tmp_path: Path) -> None:
     """The folders that kopia really uses are found."""
     assert set(Kopia().live_paths(kopia)) == {
@@ -760,8 +860,9 @@ def test_kopia_live_paths(kopia: Settings, tmp_path: Path) -> None:
 def test_kopia_restore(kopia: Settings, home: Path, tmp_path: Path) -> None:
     """The command that is shown restores the backup."""
     (backup,) = back_up(Kopia(), kopia, moment_of(home)).end.backups
-    call(replace(kopia, command=Kopia().restore_command(kopia, backup, str(tmp_path / "to"))))
-    assert (tmp_path / "to/d0/f0").read_text() == "home 0"
+    words = Kopia().restore_command(kopia, Facts("0.23.1", None), backup, str(tmp_path / "to"))
+    call(replace(kopia, command=words))
+    assert Path(f"{tmp_path}/to{home}/d0/f0").read_text() == "home 0"
 
 
 # -- any other --------------------------------------------------------------------------------

@@ -23,9 +23,14 @@ FILLING = ("pwrite64", "write", "fsync", "ftruncate", "fallocate", "mkdir", "ren
 CALLS = ",".join((*PERSISTING, *SPAWNING))
 # On either side of these nothing has changed: P1 tries them, the pairs of P4 do without.
 _LOOKS = (
-    *("zpool list", "zfs list", "zfs get", "prepare folder", "upgrade journal"),
+    *("zpool list", "zfs list", "zfs get", "lvs", "blkid", "prepare folder", "upgrade journal"),
     *("make folder", "forget runs"),
 )
+
+
+_AT_WORK = "journal:backing-up#1"
+# What the runner does in its namespace is gone with it, and the worst way to die is with it.
+_OF_NAMESPACE = ("enter", "mount", "btrfs mount")
 
 
 def case(level: str, scenario: str, run: Mapping[str, str], **more: Any) -> Case:
@@ -59,19 +64,27 @@ def kills(points: Sequence[str]) -> Iterator[dict[str, str]]:
 
 
 def changing(wish: Mapping[str, str]) -> bool:
-    """Tell whether the machine is another one at a point than just before."""
+    """Tell whether the machine is another one at a point than at the one before it."""
     kind, _, name = wish["at"].removeprefix("runner:").partition(":")
     what = name.partition("#")[0]
-    if what in _LOOKS:
+    if what in _LOOKS or kind == "before":
+        return False
+    if wish["at"].startswith("runner:") and what in _OF_NAMESPACE:
         return False
     in_process = not what.startswith(("zfs", "runner", "client"))
     return not (kind == "start" and in_process)
 
 
 def worst(wishes: Iterable[Mapping[str, str]]) -> Iterator[dict[str, str]]:
-    """Yield one way to die for each point at which the machine has changed: the worst one."""
+    """
+    Yield one way to die for each point at which the machine has changed: the worst one.
+
+    And once the front end alone, while the client reads: that run's recovery finds it at work.
+    """
     ways = {wish["at"]: dict(wish) for wish in wishes if changing(wish) and wish["who"] != "runner"}
     yield from ways.values()  # "all" comes after "front"
+    if ways.get(_AT_WORK, {}).get("who") == "all":
+        yield {"at": _AT_WORK, "who": "front"}
 
 
 def injections(calls: Sequence[str], of: str, many: int = 100) -> Iterator[dict[str, str]]:

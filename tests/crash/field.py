@@ -15,9 +15,11 @@ from tests.crash.cases import CALLS, Case, case, injections, kills, worst
 from tests.vm.machine import Machine
 
 HERE = Path(__file__).parent
-GUEST = (HERE.parent / "vm/points.py", *(HERE / f"{n}.py" for n in ("tracing", "stage", "sweep")))
-SCENARIOS = ("namespace", "tree")
+_PLAYERS = ("tracing", "mixed", "stage", "sweep")
+GUEST = (HERE.parent / "vm/points.py", *(HERE / f"{name}.py" for name in _PLAYERS))
+SCENARIOS = ("namespace", "tree", "mixed")
 TREE_CALLS = ("mount", "umount2", "mkdir", "rmdir")
+JOURNAL_CALLS = ("pwrite64", "fdatasync", "ftruncate")
 _KILLED = {"at": "journal:backing-up#1", "who": "all"}  # a run whose recovery resumes
 _CHUNK = 60  # cases a start of the players
 
@@ -108,7 +110,7 @@ class Field:
         """
         P4: yield the cases of runs that are killed, and then their recovery as well.
 
-        Of the tree those in which at least one of the two points is its own.
+        Of the others than the namespace those in which at least one of the two points is its own.
         """
         runs = [case("P1", scenario, wish) for wish in worst(kills(self.points(scenario)))]
         self.play(runs)
@@ -119,14 +121,16 @@ class Field:
         """Yield the cases in which the recovery of a killed run is killed as well."""
         (result,) = self.play([run])
         for wish in worst(kills(result.points(1))):
-            if run["scenario"] != "tree" or _is_of_tree(run["run"]) or _is_of_tree(wish):
+            own = _OWN[run["scenario"]]
+            if own(run["run"]) or own(wish):
                 yield case("P4", run["scenario"], run["run"], recover=wish)
 
     def injected(self, scenario: str) -> Iterator[Case]:
         """
         P2, P3: yield the cases in which a system call kills a process, or fails.
 
-        Of the tree those that it has and the namespace has not, in the front end.
+        Of the tree those that it has and the namespace has not; of `mixed` all but the journal's,
+        which are those of the namespace.
         """
         for of in ("front", "runner"):
             count = {"count": CALLS, "of": of}
@@ -161,8 +165,22 @@ def _is_of_tree(wish: Mapping[str, str]) -> bool:
     return front and any(word in wish["at"] for word in ("tree", "mount#"))
 
 
+def _is_of_mixed(wish: Mapping[str, str]) -> bool:
+    """Tell whether a point is one that only volumes of other kinds than ZFS have."""
+    return any(word in wish["at"] for word in ("lv", "dmsetup", "btrfs"))
+
+
+_OWN: Mapping[str, Callable[[Mapping[str, str]], bool]] = {
+    "namespace": lambda _: True,
+    "tree": _is_of_tree,
+    "mixed": _is_of_mixed,
+}
+
+
 def _own(calls: Sequence[str], scenario: str) -> Sequence[str]:
-    return [c for c in calls if c in TREE_CALLS] if scenario == "tree" else calls
+    if scenario == "tree":
+        return [c for c in calls if c in TREE_CALLS]
+    return [c for c in calls if c not in JOURNAL_CALLS] if scenario == "mixed" else calls
 
 
 def _level(wish: dict[str, str]) -> str:

@@ -5,7 +5,9 @@ It takes hours.  Results are kept as they come, for as long as the program and t
 the same: an interrupted sweep goes on where it was.  Ends with a table, and with 1 where
 anything was violated.
 
-    python -m tests.crash.full [P1] [P2] [P3] [P4]      # without words: all of them
+    python -m tests.crash.full [P1] [P2] [P3] [P4] [TEXT...]
+
+Without a level it plays all of them; with texts the cases alone whose id has one of these.
 """
 
 from __future__ import annotations
@@ -22,22 +24,22 @@ from pathlib import Path
 
 from tests.crash.cases import Case
 from tests.crash.field import GUEST, SCENARIOS, Field, Result, table, violations
-from tests.vm.machine import CHECKOUT, DATA_DISKS, cache_folder, install, open_machine
+from tests.vm.machine import CHECKOUT, CPUS, DATA_DISKS, cache_folder, install, open_machine
 
 LEVELS = ("P1", "P4", "P2", "P3")
 
 
 def main(words: Sequence[str]) -> int:
-    """Play all cases of the levels that are named."""
-    levels = [level for level in LEVELS if level in words or not words]
+    """Play the cases that are named."""
+    levels = [word for word in words if word in LEVELS] or LEVELS
+    texts = [word for word in words if word not in LEVELS]
     kept = cache_folder() / f"crash-{_version()}.jsonl"
     lines = kept.read_text().splitlines() if kept.exists() else []
     known = {result.id: result for result in (Result(**json.loads(line)) for line in lines)}
     _tell(f"{len(known)} results are there; each is kept in {kept}")
     with ExitStack() as stack, kept.open("a", buffering=1) as file:
-        machines = [
-            stack.enter_context(open_machine()) for _ in range(max(1, (os.cpu_count() or 2) // 2))
-        ]
+        count = max(1, (os.cpu_count() or 2) // int(CPUS))
+        machines = [stack.enter_context(open_machine()) for _ in range(count)]
         for machine in machines:
             install(machine)
             machine.run(f"zpool create tank {DATA_DISKS[0]}")
@@ -45,17 +47,17 @@ def main(words: Sequence[str]) -> int:
         def keep(line: str) -> None:
             print(line, file=file)
 
-        field = Field(machines, workers=4, tell=_tell, known=known, keep=keep)
+        field = Field(machines, workers=6, tell=_tell, known=known, keep=keep)
         field.prepare()
-        results = [result for level in levels for result in _play(field, level)]
+        results = [result for level in levels for result in _play(field, level, texts)]
     print(table(results))
     found = violations(results)
     print(f"{len(results)} cases, {len(found)} violations", *found, sep="\n  ")
     return 1 if found else 0
 
 
-def _play(field: Field, level: str) -> list[Result]:
-    cases = list(_cases(field, level))
+def _play(field: Field, level: str, texts: Sequence[str]) -> list[Result]:
+    cases = [c for c in _cases(field, level) if not texts or any(t in c["id"] for t in texts)]
     # In no order, so that what an interrupted sweep has played is a sample of all.
     random.Random(level).shuffle(cases)
     _tell(f"{level}: {len(cases)} cases")

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mixed import Mixed  # type: ignore[import-not-found]
 from tracing import PATH, calls, tracer  # type: ignore[import-not-found]
 
 HANGS_S = 240.0  # no command of these takes a tenth of it
@@ -96,6 +97,7 @@ class Stage:
     moment: int = 0
     violations: list[str] = field(default_factory=list)
     _seen: dict[str, int] = field(default_factory=dict)
+    mixed: Mixed | None = None  # volumes of other kinds beside the datasets
 
     @property
     def dataset(self) -> str:
@@ -131,6 +133,8 @@ class Stage:
         for name in _FOREIGN:
             _must("zfs", "snapshot", f"{self.dataset}@{name}")
         self.copies.mkdir(parents=True)
+        if self.mixed:
+            self.mixed.build()
         client = self.home / "client"
         client.write_text(_CLIENT.format(home=self.home, copies=self.copies))
         hook = self.home / "hook"
@@ -139,8 +143,14 @@ class Stage:
             script.chmod(0o755)
         self.recover()  # makes the journal
 
+    def take_all_kinds(self) -> None:
+        """Have volumes of LVM, a btrfs and a directory that is read live from now on."""
+        if not self.mixed:
+            self.mixed = Mixed(self.number, self.home)
+            self.mixed.build()
+
     def _tear_down(self) -> None:
-        for pid in _inside(self.dataset, self.home):
+        for pid in self._inside():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.2)
@@ -154,12 +164,14 @@ class Stage:
                     _must("zfs", "release", hold.split("\t")[1], name)
         if Path("/", self.dataset).exists():
             subprocess.run(["zfs", "destroy", "-R", self.dataset])
+        Mixed(self.number, self.home).tear_down()
         shutil.rmtree(self.home, ignore_errors=True)
 
     def new_moment(self) -> None:
         """Begin a case: new contents everywhere, no copies."""
         self.moment += 1
         self.violations = []
+        self._await_lvm()
         (self.home / "hooked").unlink(missing_ok=True)
         self._write(str(self.moment))
         for copy in self.copies.iterdir():
@@ -176,11 +188,18 @@ class Stage:
         for lock in self.state.glob("runs/*/front.lock"):
             while any(p.command == "zfs" for p in locks.holders(lock)):
                 time.sleep(0.1)
+        self._await_lvm()
         self._write("live")
+
+    def _await_lvm(self) -> None:
+        while self.mixed and self.mixed.is_at_work():
+            time.sleep(0.1)
 
     def _write(self, text: str) -> None:
         for child in _CHILDREN:
             Path(str(self.root) + child, "file").write_text(text)
+        if self.mixed:
+            self.mixed.write(text)
 
     # -- commands --------------------------------------------------------------------------
 
@@ -305,11 +324,12 @@ class Stage:
             yield f"not ours, but destroyed or held: {line}"
 
     def _left_in_kernel(self) -> Iterator[str]:
-        for pid in _inside(self.dataset, self.home):
+        for pid in self._inside():
             yield f"process {pid} still has a mount of a snapshot, or our client"
         for line in Path("/proc/self/mountinfo").read_text().splitlines():
             if f" {self.dataset}@" in line or f" {self.dataset}/b\\040c@" in line:
                 yield f"mounted in the host: {line}"
+        yield from self.mixed.left() if self.mixed else ()
         if self.tree.exists():
             yield f"{self.tree} is left"
 
@@ -320,11 +340,32 @@ class Stage:
             if locks.is_held(lock):
                 yield f"{lock} is still held"
 
+    def _inside(self) -> list[int]:
+        """Return the processes that see snapshots of the stage apart from the host, or are ours."""
+        source = self.dataset.replace(" ", "\\040")
+        client, host = f"{self.home}/client", os.readlink("/proc/self/ns/mnt")
+        found, spaces = [], {host: False}
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdecimal():
+                continue
+            with suppress(OSError):
+                space = os.readlink(entry / "ns/mnt")
+                if space not in spaces:
+                    table = (entry / "mountinfo").read_text()
+                    spaces[space] = f" {source}@" in table or f" {source}/b\\040c@" in table
+                    if self.mixed and not spaces[space]:
+                        spaces[space] = any(map(self.mixed.shows, table.splitlines()))
+                if spaces[space] or client in (entry / "cmdline").read_text().split("\0"):
+                    found.append(int(entry.name))
+        return found
+
     def _wrong_copies(self, run: Mapping[str, Any] | None) -> Iterator[str]:
         whole = list(self.copies.glob("done.*"))
         for copy in whole:
-            found = sorted(p.read_text() for p in copy.rglob("file"))
-            if found != [str(self.moment)] * len(_CHILDREN):
+            found = sorted(p.read_text() for p in copy.rglob("file") if p.parent.name != "live")
+            mixed = self.mixed and Path(f"{copy}{self.mixed.live}").exists()
+            frozen = [*_CHILDREN, *(self.mixed.frozen if self.mixed and mixed else ())]
+            if found != [str(self.moment)] * len(frozen):
                 yield f"a backup that is not of the moment {self.moment}: {found}"
         if run is not None and run["outcome"] == "completed" and not whole:
             yield "completed, and there is no backup"
@@ -364,25 +405,6 @@ def _inconsistencies(journal: Mapping[str, Any]) -> Iterator[str]:
     for step in journal["steps"]:
         if not step["outcome"]:
             yield f"step {step['id']} ({step['kind']}) of run {step['run']} has no outcome"
-
-
-def _inside(dataset: str, home: Path) -> list[int]:
-    """Return the processes that have a snapshot of the stage mounted apart from the host."""
-    source = dataset.replace(" ", "\\040") + "@"
-    client = f"{home}/client"
-    host = os.readlink("/proc/self/ns/mnt")
-    found, spaces = [], {host: False}
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdecimal():
-            continue
-        with suppress(OSError):
-            space = os.readlink(entry / "ns/mnt")
-            if space not in spaces:
-                table = (entry / "mountinfo").read_text()
-                spaces[space] = f" {source}" in table or f" {dataset}/b\\040c@" in table
-            if spaces[space] or client in (entry / "cmdline").read_text().split("\0"):
-                found.append(int(entry.name))
-    return found
 
 
 def _run_program(argv: Sequence[str]) -> None:

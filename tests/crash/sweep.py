@@ -39,6 +39,10 @@ SCENARIOS: Mapping[str, Sequence[str]] = {
         *("--quiesce", "{home}/hook take", "--thaw", "{home}/hook let-go"),
         *("--after-success", "{home}/hook tell", "--after-failure", "{home}/hook tell"),
     ),
+    "mixed": (
+        *("{home}/classic", "{home}/thin", "{home}/btrfs"),  # see mixed.py
+        *("--read-live", "{home}/live"),
+    ),
     "fresh": (),  # without a journal
 }
 
@@ -104,6 +108,8 @@ def play(stage: Stage, case: Mapping[str, Any]) -> dict[str, Any]:
     options = [
         word.format(tree=stage.tree, home=stage.home) for word in SCENARIOS[case["scenario"]]
     ]
+    if case["scenario"] == "mixed":
+        stage.take_all_kinds()
     stage.new_moment()
     if case["scenario"] == "fresh":
         shutil.rmtree(stage.state)

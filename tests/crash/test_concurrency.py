@@ -5,16 +5,25 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from tests.extent import FULL
 from tests.vm.machine import Machine
 
 HERE = Path(__file__).parent
-JOBS = int(os.environ.get("ATOMTX_JOBS", "20"))
-FILES = ("../vm/points.py", "tracing.py", "stage.py", "sweep.py", "world.py", "crowd_guest.py")
+JOBS = int(os.environ.get("ATOMTX_JOBS", "20" if FULL else "6"))
+FILES = (
+    "../vm/points.py",
+    "tracing.py",
+    "mixed.py",
+    "stage.py",
+    "sweep.py",
+    "world.py",
+    "crowd_guest.py",
+)
 
 
 def test_many_at_once(vm: Machine) -> None:
     """
-    Twenty backups at once, of twenty jobs and of one, beside `recover` in a loop.
+    Many backups at once, of as many jobs and of one, beside `recover` in a loop; twenty in full.
 
     None is disturbed: each completes with its first attempt, or is told that its job is at work,
     and no error of the journal reaches anybody (promise 6).

@@ -6,16 +6,24 @@ import os
 import random
 from pathlib import Path
 
+from tests.extent import FULL
 from tests.vm.machine import Machine
 
 HERE = Path(__file__).parent
-FULL = os.environ.get("ATOMTX_CRASH") == "full"
-EXAMPLES = int(os.environ.get("ATOMTX_HISTORIES", "150" if FULL else "5"))  # a worker
+EXAMPLES = int(os.environ.get("ATOMTX_HISTORIES", "150" if FULL else "2"))  # a worker
 STEPS = int(os.environ.get("ATOMTX_STEPS", "12" if FULL else "5"))
 SEED = int(os.environ.get("ATOMTX_SEED", random.randrange(1_000_000) if FULL else 2))
 BLOB = os.environ.get("ATOMTX_BLOB", "")  # of one history: what a failure printed
 WORKERS = 1 if BLOB else 2
-FILES = ("../vm/points.py", "tracing.py", "stage.py", "sweep.py", "world.py", "stateful_guest.py")
+FILES = (
+    "../vm/points.py",
+    "tracing.py",
+    "mixed.py",
+    "stage.py",
+    "sweep.py",
+    "world.py",
+    "stateful_guest.py",
+)
 
 
 def test_random_histories(vm: Machine) -> None:

@@ -12,7 +12,7 @@ import os
 import pytest
 
 from tests.crash.cases import Case, injections, sample
-from tests.crash.field import SCENARIOS, Field, violations
+from tests.crash.field import Field, violations
 
 SEED = int(os.environ.get("ATOMTX_CRASH_SEED", "2026"))
 
@@ -26,8 +26,9 @@ def _cases(field: Field, level: str, scenario: str) -> list[Case]:
 @pytest.mark.parametrize(
     ("level", "scenario", "count"),
     [
-        *(("P1", "namespace", 14), ("P1", "tree", 8), ("P1", "hooked", 10)),
-        *(("P2", "namespace", 8), ("P3", "namespace", 12)),
+        *(("P1", "namespace", 9), ("P1", "tree", 4), ("P1", "hooked", 4)),
+        pytest.param("P1", "mixed", 2, marks=pytest.mark.full),
+        *(("P2", "namespace", 4), ("P3", "namespace", 6)),
     ],
 )
 def test_disturbed_once(field: Field, level: str, scenario: str, count: int) -> None:
@@ -41,22 +42,27 @@ def test_disturbed_once(field: Field, level: str, scenario: str, count: int) -> 
         assert all(any(e[1] == -9 for e in r.ended) for r in fronts)
 
 
-def test_recovery_is_disturbed_too(field: Field) -> None:
+@pytest.mark.parametrize(
+    ("scenario", "count"), [("namespace", 5), pytest.param("mixed", 3, marks=pytest.mark.full)]
+)
+def test_recovery_is_disturbed_too(field: Field, scenario: str, count: int) -> None:
     """P4: a run is killed, its recovery is killed, and the next one settles it."""
-    runs = sample(field.first("namespace"), 6, SEED)
+    runs = sample(field.first(scenario), count - 2, SEED)
     field.play(runs)
     cases = [case for run in runs for case in field.again(run)]
-    results = field.play(sample(cases, 8, SEED))
+    results = field.play(sample(cases, count, SEED))
     assert violations(results) == []
 
 
-def test_points_are_found(field: Field) -> None:
+@pytest.mark.parametrize(
+    "scenario", ["namespace", "tree", pytest.param("mixed", marks=pytest.mark.full)]
+)
+def test_points_are_found(field: Field, scenario: str) -> None:
     """Every state of a run, every program and every mount of it has its points."""
-    for scenario in SCENARIOS:
-        points = field.points(scenario)
-        for state in ("planned", "snapshotted", "mounted", "backing-up", "unmounting", "destroyed"):
-            assert {f"before:{state}#1", f"journal:{state}#1"} <= set(points)
-        assert {"start:zfs snapshot#1", "end:zfs program#1", "runner:end:mount#2"} <= set(points)
+    points = field.points(scenario)
+    for state in ("planned", "snapshotted", "mounted", "backing-up", "unmounting", "destroyed"):
+        assert {f"before:{state}#1", f"journal:{state}#1"} <= set(points)
+    assert {"start:zfs snapshot#1", "end:zfs program#1", "runner:end:mount#2"} <= set(points)
 
 
 def test_calls_are_counted() -> None:

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.extent import FULL
 from tests.freebsd.stage import FreeBSD
 from tests.unit import test_executor, test_hooks
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounts need root")
 
-FULL = os.environ.get("ATOMTX_CRASH") == "full"
 SOME = (
     *("test_effects", "test_two_pools", "test_tree_that_stays", "test_empty_set"),
     *("test_keep_snapshots", "test_killed_runner", "test_interrupted_too_late", "test_busy"),

@@ -19,12 +19,12 @@ from atomtx import locks
 from atomtx.intents import Mount
 from atomtx.mounts import nullfs
 from tests.crash.cases import kills
+from tests.extent import FULL
 from tests.freebsd.stage import FreeBSD
 from tests.scene import Ended
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounts need root")
 
-FULL = os.environ.get("ATOMTX_CRASH") == "full"
 STEP = 1 if FULL else 23
 PARTS = 2  # for as many workers
 PARTS_OF_PAIRS = 6 if FULL else 1  # so that none takes the half hour that a test may

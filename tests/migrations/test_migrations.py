@@ -20,14 +20,38 @@ from alembic.config import Config
 from alembic.util.exc import CommandError
 from sqlalchemy import Connection
 
-from atomtx import journalfile, plan, provenance, schema
+from atomtx import (
+    cloning,
+    journalfile,
+    plan,
+    provenance,
+    pruning,
+    schema,
+    snapping,
+    stepping,
+    steps,
+)
+from atomtx.cloning import Terms
+from atomtx.convention import Pattern
 from atomtx.database import make_engine
 from atomtx.errors import JournalError, JournalOlderError
-from atomtx.intents import TakeSnapshots
+from atomtx.intents import CopySnapshots, Intent, PruneSnapshots, TakeSnapshots, UndoHook
 from atomtx.journal import Journal
-from atomtx.recovery import Presence, Probes, Resume, RollForward, Wish, decide
+from atomtx.names import Target
+from atomtx.pruning import Choice
+from atomtx.records import Run
+from atomtx.recovery import (
+    Decision,
+    Presence,
+    Probes,
+    Resume,
+    RollBack,
+    RollForward,
+    Wish,
+    decide,
+)
 from atomtx.statedir import prepare
-from atomtx.states import Event
+from atomtx.states import Event, Verb
 from tests.runs import RUN, a_plan
 
 HERE = schema._migrations()
@@ -150,17 +174,33 @@ def test_strict(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("column", "value"), [("state", "asleep"), ("outcome", "meh"), ("cleanup", "later")]
+    ("column", "value"),
+    [("verb", "dance"), ("state", "asleep"), ("outcome", "meh"), ("cleanup", "later")],
 )
 def test_closed_sets(tmp_path: Path, column: str, value: str) -> None:
     """A word that is not in its closed set is refused by the file itself."""
     path = upgraded(tmp_path / "journal.db")
-    row = {"id": "r", "job": "j", "label": "l", "state": "planned", "rev": 0, "attempts": 0,
-           "plan": "{}", "client": "c", "started_at": 1, "boot_id": "b", "pid": 1}  # fmt: skip
+    row = {"id": "r", "verb": "snap", "job": "j", "label": "l", "state": "planned", "rev": 0,
+           "attempts": 0, "plan": "{}", "client": "c", "started_at": 1, "boot_id": "b",
+           "pid": 1}  # fmt: skip
     row[column] = value
     sql = f"INSERT INTO runs ({', '.join(row)}) VALUES ({', '.join(repr(v) for v in row.values())})"
     with pytest.raises(sqlite3.IntegrityError, match=f"ck_runs_{column}"):
         ask(path, sql)
+
+
+def test_references_are_found(tmp_path: Path) -> None:
+    """What refers to a row that is forgotten is found by an index: else all rows are looked at."""
+    path = upgraded(tmp_path / "journal.db")
+    columns = [
+        (table, row[3])
+        for table in schema.metadata.tables
+        for row in ask(path, f"PRAGMA foreign_key_list({table})")
+    ]
+    assert ("steps", "compensates") in columns
+    for table, column in columns:
+        (found,) = ask(path, f"EXPLAIN QUERY PLAN SELECT 1 FROM {table} WHERE {column} = 5")
+        assert found[3].startswith(f"SEARCH {table} USING"), (table, column)
 
 
 def test_version_is_the_newest_revision(tmp_path: Path) -> None:
@@ -263,37 +303,206 @@ OLD_STATES = [
     "unmounting",  # parked
     "destroyed",
 ]
+OLD_KINDS = {  # each in each state
+    1: ["zfs"],
+    2: ["zfs", "btrfs"],
+    3: ["zfs", "btrfs", "lvm"],
+    4: ["zfs", "btrfs", "lvm"],
+}
+# Of the verbs that schema 3 added: each state, and what is decided on a run that is left in it.
+OLD_SNAPS = {
+    "planned": Resume(),
+    "snapshotted": RollForward(),
+    "unmounting": RollForward(),
+    "destroyed": None,
+    "kept": None,
+}
+OLD_PRUNES = {"planned": RollBack("it was interrupted"), "pruned": None}
+# Likewise of those that schema 4 added; the clones of steps have ended.
+OLD_CLONES = {"planned": Resume(), "cloned": None}
+OLD_RUNS = {"planned": Resume(), "ran": None}
+OLD_WORDS = (("clone", "--job", "home"), ("prune", "--job", "home"))
+TABLES = ("journals", "runs", "volumes", "steps", "moves", "backups")
 
 
-@pytest.mark.parametrize("version", range(1, journalfile.SCHEMA_VERSION))
-def test_stored(state: Path, monkeypatch: pytest.MonkeyPatch, version: int) -> None:
-    """
-    Promise 13: this release goes on with the runs that an older one left, in whatever state.
+@pytest.fixture
+def old_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Be the machine of the stored journals, which has not seen a newer state of them yet."""
+    monkeypatch.setattr(provenance, "machine_id", lambda: "machine")
+    monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path / "run"))
 
-    The journal is stored as the older release wrote it: plans and intents as well.
-    """
-    connection = sqlite3.connect(state / journalfile.NAME)
+
+def stored(version: int, path: Path) -> Path:
+    """Make the journal that an older release wrote: plans and intents as well."""
+    connection = sqlite3.connect(path)
     connection.executescript((STORED / f"schema_{version}.sql").read_text())
     connection.close()
-    monkeypatch.setattr(provenance, "machine_id", lambda: "machine")
+    return path
+
+
+def rows(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """Return every row by its columns' names, in the order in which they were written."""
+    connection = sqlite3.connect(path)
+    connection.row_factory = sqlite3.Row
+    try:
+        queries = {t: f"SELECT rowid AS nr, * FROM {t} ORDER BY nr" for t in TABLES}
+        return {t: list(map(dict, connection.execute(sql))) for t, sql in queries.items()}
+    finally:
+        connection.close()
+
+
+def of_verb(runs: list[Run], verb: Verb) -> list[Run]:
+    return [run for run in runs if run.verb is verb]
+
+
+def forward(run: Run) -> tuple[Intent, ...]:
+    """Return the intents of a run that undo nothing, in order."""
+    return tuple(step.intent for step in run.steps if step.compensates is None)
+
+
+def decided(run: Run) -> Decision | None:
+    """Return what recovery decides where every snapshot of the run is there, if it is open."""
+    snapshots = {v.snapshot: Presence.OURS for v in run.frozen}
+    return None if run.is_final else decide(run, Probes(snapshots=snapshots), Wish())
+
+
+def check_undos(run: Run) -> None:
+    intents = {step.id: step.intent for step in run.steps if step.compensates is None}
+    expected = {n: intent.compensation() for n, intent in intents.items() if intent.compensation()}
+    assert {s.compensates: s.intent for s in run.steps if s.compensates is not None} == expected
+
+
+def check_backup(run: Run, kind: str) -> None:
+    assert len({v.snapshot for v in run.frozen}) == 2
+    assert {v.kind for v in run.frozen} == {kind}
+    assert [v.kind for v in run.volumes] == [v.kind for v in run.plan.volumes]
+    assert {v.guid is None for v in run.frozen} == {run.state == "planned"}
+    first = plan.first_intents(run.plan)
+    assert isinstance(first[-1], TakeSnapshots)
+    assert forward(run)[: len(first)] == first
+    if not run.is_final:
+        assert decided(run) == (RollForward() if run.state == "unmounting" else Resume())
+
+
+def check_hook_and_live_volume(run: Run) -> None:
+    """The hook was run, and what undoes it was not; what is read live has no snapshot."""
+    hook, undo = run.steps[:2]
+    assert run.plan.hooks == (hook.intent,)
+    assert isinstance(undo.intent, UndoHook)
+    assert [hook.outcome, undo.outcome] == ["done", None]
+    assert run.read_live == ("/boot",)
+    assert [v.kind for v in run.volumes] == ["plain", "lvm", "lvm"]
+
+
+def check_snap(run: Run) -> None:
+    is_taken = run.state in ("snapshotted", "kept")
+    assert {v.guid is not None for v in run.volumes} == {is_taken}
+    steps = snapping.steps(run.plan) if is_taken else plan.first_intents(run.plan)
+    assert forward(run) == tuple(steps)
+    assert decided(run) == OLD_SNAPS[run.state]
+
+
+def check_prune(run: Run, keeper: str) -> None:
+    """Guids, times and marks are in the intents alone: the rest of them the plan tells."""
+    found = [intent for intent in forward(run) if isinstance(intent, PruneSnapshots)]
+    going = tuple(each for intent in found for each in pruning._going(intent))
+    assert forward(run) == pruning.intents(Choice(run.plan, (), going), bookmark=True)
+    assert [each.name for each in going] == [v.snapshot for v in run.volumes]
+    assert {each.keeper for each in going} == {keeper}
+    assert decided(run) == OLD_PRUNES[run.state]
+
+
+def check_clone(run: Run) -> None:
+    """The targets, their pools and the guids are in the intents alone."""
+    found = [intent for intent in forward(run) if isinstance(intent, CopySnapshots)]
+    pools = {Target.parse(each.target): each.pool_guid for each in found}
+    guids = dict(zip(found[0].snapshots, found[0].guids, strict=True))
+    pattern = Pattern.parse(found[0].pattern)
+    made = cloning.intents(run.plan, guids, pools, pattern=pattern, terms=Terms())
+    assert forward(run) == made
+    assert [v.snapshot for v in run.volumes] == list(found[0].snapshots)
+    assert decided(run) == OLD_CLONES[run.state]
+
+
+def check_steps(run: Run, made: Run) -> None:
+    """The first step has made a clone; of an open run the second is left."""
+    assert forward(run) == stepping.intents(OLD_WORDS)
+    assert stepping.config_of(run) == "/etc/atomtx/atomtx.toml"
+    assert (made.of_run, made.plan.parent) == (run.id, f"{run.id}/1")
+    assert [step.intent for step in steps.to_do(run)] == list(forward(run)[1:][: not run.is_final])
+    assert decided(run) == OLD_RUNS[run.state]
+
+
+def opened(state: Path) -> list[Run]:
+    """Return the runs of a journal by their ids, as this release reads them."""
     with Journal.open(state) as journal:
-        runs = [journal.load(run) for run in sorted(journal.known())]
-        assert [run.state for run in runs] == OLD_STATES
-        for run in runs:
-            snapshots = {v.snapshot: Presence.OURS for v in run.volumes}
-            assert len(snapshots) == 2
-            assert {v.kind for v in run.volumes} | {v.kind for v in run.plan.volumes} == {"zfs"}
-            assert {v.guid is None for v in run.volumes} == {run.state == "planned"}
-            take = run.steps[0].intent
-            assert isinstance(take, TakeSnapshots)
-            assert take == plan.intents(run.plan)[0]
-            assert run.steps[1].intent == take.compensation()
-            if run.state != "destroyed":
-                decision = decide(run, Probes(snapshots=snapshots), Wish())
-                known = run.state == "unmounting"
-                assert decision == (RollForward() if known else Resume())
-    assert objects(state / journalfile.NAME) == objects(created(state / "created.db"))
-    assert ask(state / journalfile.NAME, "PRAGMA foreign_key_check") == []
+        return [journal.load(run) for run in sorted(journal.known())]
+
+
+@pytest.mark.usefixtures("old_machine")
+@pytest.mark.parametrize("version", range(1, journalfile.SCHEMA_VERSION))
+def test_stored(state: Path, version: int) -> None:
+    """Promise 13: this release goes on with the runs that an older one left, in any state."""
+    path = stored(version, state / journalfile.NAME)
+    runs = opened(state)
+    kinds = [kind for kind in OLD_KINDS[version] for _ in OLD_STATES]
+    backups = of_verb(runs, Verb.BACKUP)
+    assert [run.state for run in backups] == OLD_STATES * len(OLD_KINDS[version])
+    for run, kind in zip(backups, kinds, strict=True):
+        check_backup(run, kind)
+    for run in runs:
+        check_undos(run)
+    assert ask(path, "SELECT id, verb FROM runs ORDER BY id") == [(r.id, r.verb) for r in runs]
+    assert objects(path) == objects(created(state / "created.db"))
+    assert ask(path, "PRAGMA foreign_key_check") == []
+
+
+@pytest.mark.usefixtures("old_machine")
+@pytest.mark.parametrize("version", range(3, journalfile.SCHEMA_VERSION))
+def test_stored_verbs(state: Path, version: int) -> None:
+    """Promise 13: so it does with snaps, prunes, hooks and what is read live, since schema 3."""
+    stored(version, state / journalfile.NAME)
+    runs = opened(state)
+    (hooked,) = (run for run in runs if run.plan.hooks)
+    check_hook_and_live_volume(hooked)
+    snaps, prunes = of_verb(runs, Verb.SNAP), of_verb(runs, Verb.PRUNE)
+    assert [run.state for run in snaps] == list(OLD_SNAPS)
+    assert [run.state for run in prunes] == list(OLD_PRUNES)
+    for run in snaps:
+        check_snap(run)
+    for run in prunes:
+        check_prune(run, keeper=snaps[-1].id)
+
+
+@pytest.mark.usefixtures("old_machine")
+@pytest.mark.parametrize("version", range(4, journalfile.SCHEMA_VERSION))
+def test_stored_clones_and_steps(state: Path, version: int) -> None:
+    """Promise 13: so it does with clones, and with the steps of a job, since schema 4."""
+    stored(version, state / journalfile.NAME)
+    runs = opened(state)
+    clones = of_verb(runs, Verb.CLONE)
+    own = [run for run in clones if not run.of_run]
+    assert [run.state for run in own] == list(OLD_CLONES)
+    for run in clones:
+        check_clone(run)
+    whole, made = of_verb(runs, Verb.RUN), [run for run in clones if run.of_run]
+    assert [run.state for run in whole] == list(OLD_RUNS)
+    for run, child in zip(whole, made, strict=True):
+        check_steps(run, child)
+
+
+@pytest.mark.usefixtures("old_machine")
+@pytest.mark.parametrize("version", range(1, journalfile.SCHEMA_VERSION))
+def test_stored_rows(state: Path, version: int) -> None:
+    """Promise 13: every row of an older journal has in each column what it had, in its order."""
+    path = stored(version, state / journalfile.NAME)
+    before = rows(path)
+    Journal.open(state).close()
+    after = rows(path)
+    for table in TABLES:
+        assert before[table]
+        for old, new in zip(before[table], after[table], strict=True):
+            assert old.items() <= new.items(), table
 
 
 # `old_journal` comes first: it is made before the next release is there.
@@ -374,6 +583,54 @@ def test_rubbish_of_an_earlier_copy(old_journal: Path, next_release: Path) -> No
     Journal.open(old_journal.parent).close()
     assert dump(old_journal.with_name(f"journal.db.v{NEXT - 1}")) == before
     assert not partial.exists()
+
+
+_FULL = """
+    import os, sys
+    from pathlib import Path
+    from atomtx import provenance
+    from atomtx.errors import JournalFullError
+    from atomtx.journal import Journal
+    from atomtx.mounts import namespace
+    from atomtx.statedir import prepare
+    from tests.migrations.test_migrations import stored
+
+    namespace.enter()
+    namespace.mount("full", sys.argv[1], "tmpfs", 0, "size=1m")
+    provenance.machine_id = lambda: "machine"
+    state = prepare(Path(sys.argv[1]) / "state")
+    path = stored(3, state / "journal.db")
+    before, names = path.read_bytes(), {file.name for file in state.iterdir()}
+    fill = Path(sys.argv[1], "fill")
+    with open(fill, "wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError:
+            os.truncate(fill, file.tell() - 65536)
+    try:
+        Journal.open(state)
+    except JournalFullError as exc:
+        print(exc)
+    print(*{file.name for file in state.iterdir()} - names, path.read_bytes() == before)
+    fill.unlink()
+    Journal.open(state).close()
+    print((state / "journal.db.v3").exists())
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts need root")
+def test_no_room_for_the_copy(tmp_path: Path) -> None:
+    """Without room for the copy the journal stays as it is, and it is told how much it takes."""
+    (tmp_path / "full").mkdir()
+    own = {"PYTHONPATH": os.pathsep.join(sys.path), "RUNTIME_DIRECTORY": str(tmp_path / "run")}
+    env = {**os.environ, **own}
+    argv = [sys.executable, "-c", textwrap.dedent(_FULL), str(tmp_path / "full")]
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=300, check=False)
+    said, left, after, *_ = [*done.stdout.splitlines(), "", "", ""]
+    words = r"no space left in \S+/state for a copy of the journal \(make room for .* KiB there: "
+    assert re.match(words, said), done.stderr
+    assert (left, after) == ("journal.lock True", "True")
 
 
 @pytest.mark.parametrize("midway", ["raise RuntimeError('midway')", "op.execute('SELECT nothing')"])

@@ -34,13 +34,16 @@ _FOCUS = {
         "_ask_to_end": _STOP,
         "_escalate": _STOP,
         "_end_descendants": "daemon or orphan or commands",
+        "_signal_descendants": f"{_STOP} or daemon or orphan or another_process",
         "_redacted": "secrets or test_go or failure",
         "_reaped_all": "daemon or orphan or commands or go",
     },
     "runner": {
-        "_reserve_end": "reserve or test_go or room",
+        "_serve": f"{_PROCESS} or taken_away or nothing_read or lost_while",
+        "_reserve_end": "reserve or test_go or room or no_room_for_the_end",
         "_leave_end": "without_room or told or test_go",
         "is_written": "without_room or told or test_go",
+        "_unread": "reads_nothing or nothing_read or before_it_read or test_go",
     },
     "executor": {
         "__init__": "course or inside or no_room or told or waiting or at_go or killed_runner",
@@ -68,7 +71,6 @@ _FOCUS = {
         "_record_end": "course or failed or partial or keep or known or no_room",
         "_record_or_make_room": "course or no_room or told or failed",
         "_keep_end": "no_room or told",
-        "_now_us": "waiting or too_old",
     },
     "moment": {
         "mount_intent": "course or tree",

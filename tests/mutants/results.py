@@ -20,7 +20,6 @@ class Trial:
     key: str
     files: Mapping[str, str]  # path and text of what is mutated
     tests: tuple[str, ...]
-    in_machine: bool = False
 
 
 class Results:

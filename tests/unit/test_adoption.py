@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import cast
 
 import pytest
 
 from atomtx import adoption
 from atomtx.adoption import Stray
+from atomtx.convention import Pattern
 from atomtx.errors import UserError
 from atomtx.intents import HoldSnapshots, Mount, MountVolumes, TakeSnapshots
 from atomtx.mounts import mountinfo
-from atomtx.names import RunId
+from atomtx.names import KEPT_MARK, MARK, RunId
 from atomtx.plan import Pool
 from atomtx.volumes.kind import Identity
 from atomtx.volumes.zfs import Zfs
@@ -26,26 +27,34 @@ RUN, OTHER, THIRD = map(RunId, ("0123456789abcdef", "fedcba9876543210", "0000000
 
 
 class Machine:
-    """Stands for `Zfs`, with marked snapshots; *gone* vanish between two commands."""
+    """Stands for `Zfs`, with marked snapshots, and *kept* ones; *gone* vanish meanwhile."""
 
-    def __init__(self, *marked: tuple[str, str], gone: Collection[str] = ()) -> None:
-        self._marked = list(marked)
+    def __init__(
+        self,
+        *marked: tuple[str, str],
+        gone: Collection[str] = (),
+        kept: Mapping[str, str] | None = None,
+    ) -> None:
+        self._marked = {MARK: list(marked), KEPT_MARK: list((kept or {}).items())}
         self._gone = gone
         self.asked: list[str] = []
 
     def pools(self) -> list[Pool]:
         return POOLS
 
-    def marked(self, pools: Collection[str]) -> list[tuple[str, str]]:
+    def marked(self, pools: Collection[str], *, mark: str = MARK) -> list[tuple[str, str]]:
         self.asked = list(pools)
-        return self._marked
+        return self._marked[mark]
+
+    def sizes(self, names: Collection[str]) -> dict[str, int]:
+        return {name: 7 for name in names if name not in self._gone}
 
     def identities(self, names: Collection[str]) -> dict[str, Identity]:
         return {n: Identity(n, f"guid of {n}", "7", 5, RUN) for n in names if n not in self._gone}
 
 
-def scan(machine: Machine, known: Collection[str] = ()) -> list[Stray]:
-    return adoption.scan(cast(Zfs, machine), known)
+def scan(machine: Machine, known: Collection[str] = (), *patterns: str) -> list[Stray]:
+    return adoption.scan(cast(Zfs, machine), known, patterns=list(map(Pattern.parse, patterns)))
 
 
 def snapshot(dataset: str, run: RunId = RUN) -> str:
@@ -98,6 +107,62 @@ def test_known() -> None:
 def test_name_and_mark_agree(name: str, mark: str) -> None:
     """Promise 2: a name or a mark alone is no proof: both must be there, and agree."""
     assert scan(Machine((name, mark))) == []
+
+
+def test_interrupted_snap() -> None:
+    """Those of a snap have a name of a pattern; each is told with its size, and is no backup's."""
+    names = ("tank/a@atomtx-202611221410", "zroot/b c@atomtx-202611221410")
+    machine = Machine(*((name, RUN) for name in names), (snapshot("tank/b", OTHER), OTHER))
+    assert [stray.run for stray in scan(machine)] == [OTHER]
+    first, second = scan(machine, (), "daily %F %T", "atomtx-%Y%m%d%H%M")
+    assert (first.run, first.is_of_snap, first.kept) == (RUN, True, 0)
+    assert first.sizes == dict.fromkeys(names, 7)
+    assert (second.run, second.is_of_snap) == (OTHER, False)
+    assert first.unlike == second.unlike == ()
+    made = adoption.plan_of(first, POOLS)
+    assert [v.snapshot for v in made.volumes] == list(names)
+
+
+def test_only_a_part_is_found() -> None:
+    """What a run to be adopted has under names of other patterns is told: nobody looks again."""
+    names = ("tank/b@daily 2026-11-22 14:10", snapshot("tank/a"), "zroot/c@mine")
+    kept = "zroot/d@mine"
+    machine = Machine(*((name, RUN) for name in (*names, kept)), kept={kept: RUN})
+    (stray,) = scan(machine)
+    assert stray.unlike == (names[0], names[2])
+    (stray,) = scan(machine, (), "daily %F %H:%M")
+    assert stray.unlike == (names[2],)
+
+
+@pytest.mark.parametrize(
+    ("name", "mark"),
+    [
+        ("tank/a@atomtx-202613221410", RUN),  # no such month
+        (f"tank/a@{OTHER.token}", RUN),
+        ("tank/a@atomtx-202611221410", "mine"),
+        ("tank/a@atomtx-202611221410", RUN + "0"),
+    ],
+)
+def test_no_interrupted_snap(name: str, mark: str) -> None:
+    """Neither another name nor a mark that no run has is one of ours."""
+    assert scan(Machine((name, mark)), (), "atomtx-%Y%m%d%H%M") == []
+
+
+def test_half_kept() -> None:
+    """What is kept of a moment is counted, and is not what can be adopted: nor with both marks."""
+    there, other = "tank/a@atomtx-202611221410", "zroot/b@atomtx-202611221410"
+    both, of_backup = "tank/c@atomtx-202611221410", snapshot("tank/d")
+    machine = Machine(
+        *((name, RUN) for name in (there, both, of_backup)),
+        kept={other: RUN, both: RUN, of_backup: RUN, "tank/x@y": OTHER},
+    )
+    (stray,) = scan(machine, (), "atomtx-%Y%m%d%H%M")
+    assert [s.name for s in stray.snapshots] == [there]
+    assert stray.kept == 3
+    zfs = cast(Zfs, Machine((there, RUN)))
+    patterns = [Pattern.parse("atomtx-%Y%m%d%H%M")]
+    (stray,) = adoption.scan(zfs, (), patterns=patterns, keepers=[RUN, OTHER, RUN])
+    assert stray.kept == 2  # of btrfs
 
 
 def test_destroyed_meanwhile() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sqlite3
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing
@@ -12,8 +13,9 @@ import pytest
 
 from atomtx import cleaning, plan, states
 from atomtx.cleaning import Cleaner
+from atomtx.clients.dumps import MARK
 from atomtx.errors import EffectError
-from atomtx.intents import TakeSnapshots
+from atomtx.intents import Intent, RunClient, TakeSnapshots
 from atomtx.journal import Journal
 from atomtx.plan import Pool
 from atomtx.records import Run
@@ -23,7 +25,8 @@ from atomtx.volumes.datasets import Datasets
 from atomtx.volumes.kind import Identity
 from atomtx.volumes.kinds import Kinds
 from atomtx.volumes.zfs import Zfs
-from tests.runs import RUN, a_plan, no_hooks
+from tests.dumps import ID as ID_OF_DUMPS
+from tests.runs import CLIENT, OTHER, RUN, a_plan, no_hooks
 
 TANK = Pool("tank", "11", "ONLINE")
 NAMES = [v.snapshot for v in a_plan().volumes]
@@ -42,6 +45,9 @@ class Machine:
 
     def identities(self, names: Collection[str]) -> dict[str, Identity]:
         return {n: self.there[n] for n in names if self.pool and n in self.there}
+
+    def marked(self, pools: Collection[str]) -> list[tuple[str, str | None]]:
+        return [(i.name, i.mark) for i in self.there.values()]
 
     def release(self, names: Sequence[str], *, tag: str) -> None:
         if names:
@@ -65,11 +71,13 @@ def journal(tmp_path: Path) -> Iterator[Journal]:
         yield journal
 
 
-def given_up(journal: Journal) -> Run:
+def given_up(journal: Journal, the_plan: plan.Plan | None = None, *more: Intent) -> Run:
     """Begin a run, and give it up before any identity is journaled."""
-    the_plan = a_plan()
+    the_plan = the_plan or a_plan()
     takes = [step for step in plan.intents(the_plan) if isinstance(step, TakeSnapshots)]
     with journal.change(journal.begin(the_plan, takes)) as change:
+        for intent in more:
+            change.intend(intent)
         change.set(outcome="rolled-back", reason="why")
         change.fire(Event.GIVEN_UP)
     return journal.load(RUN)
@@ -161,3 +169,49 @@ def test_foreign(journal: Journal) -> None:
     assert clean(journal, machine).state == states.DESTROYED
     assert len(machine.there) == len(NAMES)
     assert [names for _, names in machine.effects if names] == []
+
+
+# -- what a client left half made --------------------------------------------------------------
+
+
+def dumping(journal: Journal, destination: Path) -> Path:
+    """Give up a run whose xfsdump was killed; return the part that it left, beside another's."""
+    extra = ("--destination", str(destination))
+    client = dataclasses.replace(
+        CLIENT, name="xfsdump", command=(), extra=extra, repository=ID_OF_DUMPS
+    )
+    given_up(journal, a_plan(client=client), RunClient("xfsdump", (), "/"))
+    for run in (RUN, OTHER):
+        (destination / "a" / f".part-{run}").mkdir(parents=True)
+        (destination / "a" / f".part-{run}" / "dump").write_text("half")
+    (destination / MARK).write_text(ID_OF_DUMPS)
+    return destination / "a"
+
+
+def test_part_of_a_dump(journal: Journal, tmp_path: Path) -> None:
+    """Promise 5: a roll-back leaves no half of a dump behind, and touches no other run's."""
+    folder = dumping(journal, tmp_path)
+    assert clean(journal, Machine()).state == states.DESTROYED
+    assert [path.name for path in folder.iterdir()] == [f".part-{OTHER}"]
+
+
+def test_part_on_a_disk_that_is_away(journal: Journal, tmp_path: Path) -> None:
+    """Promise 14: a destination that is not there is no proof; the snapshots go all the same."""
+    folder = dumping(journal, tmp_path)
+    (tmp_path / MARK).rename(tmp_path / "elsewhere")
+    machine = Machine()
+    run = clean(journal, machine)
+    assert (run.state, run.cleanup) == (states.UNMOUNTING, "parked")
+    assert machine.there == {}
+    (tmp_path / MARK).write_text("another-disk")
+    assert clean(journal, machine).cleanup == "parked"
+    (tmp_path / "elsewhere").rename(tmp_path / MARK)
+    assert clean(journal, machine).state == states.DESTROYED
+    assert [path.name for path in folder.iterdir()] == [f".part-{OTHER}"]
+
+
+def test_no_question_without_a_client(journal: Journal) -> None:
+    """A run that never began its client waits for no destination."""
+    client = dataclasses.replace(CLIENT, name="xfsdump", extra=("--destination", "/absent"))
+    given_up(journal, a_plan(client=client))
+    assert clean(journal, Machine()).state == states.DESTROYED

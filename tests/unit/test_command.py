@@ -109,4 +109,4 @@ def test_nothing_to_mend() -> None:
     given = settings("own")
     end = Command().reader(HOME).end()
     assert Command().after_loss(given, FACTS) == ()
-    assert Command().restore_command(given, end.backups[0], "/to") == ()
+    assert Command().restore_command(given, Facts("", None), end.backups[0], "/to") == ()

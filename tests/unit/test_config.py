@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atomtx import clients, config, config_kinds, config_schema, config_text, plan, redact
+from atomtx import cli, clients, config, config_kinds, config_schema, config_text, plan, redact
 from atomtx.cli import backup, jobs
 from atomtx.config import Config, ConfigError
 from atomtx.config_kinds import Kind, keys, near, toml
@@ -149,6 +150,7 @@ def test_all_at_once() -> None:
         ('retries = "1"', 'not "1"'),
         ("keep-for = 6", 'keep-for must be a time in quotes such as "90s", "6h", not 6'),
         ('keep-for = "6 hours"', '"6 hours" is not a time'),
+        ('keep-history = "10001y"', '"10001y" is longer than 10000y'),
         ('client = "rustic"', '"command", not "rustic"; did you mean "restic"?'),
         ('io-class = "idle:7"', 'io-class must be "idle", "best-effort" or'),
         ("client = 1", "client must be a text in quotes, not 1"),
@@ -157,17 +159,35 @@ def test_all_at_once() -> None:
         ('command = "my-backup --all"', "command must be a list such as"),
         ('exclude = ["a", ""]', 'none empty; it holds ""'),
         ("exclude = [1]", "it holds 1"),
-        ('environment = "A=b"', "environment must be a table such as"),
+        ('environment = "A=pw"', 'environment must be a table such as { A = "b" }'),
         ("environment.A = 1", "environment.A must be a text in quotes"),
         ('environment."A-B" = "c"', '"A-B" cannot be a variable'),
         ('credentials."A-B".file = "/c"', '"A-B" must be the name of a variable'),
-        ("credentials = 1", "credentials must be a table of tables, not 1"),
-        ('credentials.A = "b"', 'credentials.A must be a table, not "b"'),
+        ('credentials = "pw"', "credentials must be a table of tables"),
+        (
+            'credentials.A = "pw"',
+            'credentials.A must name where the value is: { file = "/etc/atomtx/..." } or '
+            '{ credential = "..." }',
+        ),
         ("credentials.A = {}", "credentials.A needs either file or credential"),
         ('credentials.A = { file = "/a", credential = "a" }', "needs either file or credential"),
         ('credentials.A = { fiel = "/a" }', 'credentials.A: unknown key "fiel"; did you mean'),
-        ('credentials.A = { file = "a" }', "credentials.A.file must be an absolute path"),
-        ('credentials.A = { credential = "a/b" }', "must be the name of a systemd credential"),
+        (
+            'credentials.A = { file = "pw" }',
+            "credentials.A.file must be the absolute path of a file that holds the value",
+        ),
+        ('credentials.A = { file = ["pw"] }', "credentials.A.file must be a text in quotes"),
+        ('credentials.A = { credential = "pw/b" }', "must be the name of a systemd credential"),
+        (
+            'ping-url-file = "https://ping.example/pw"',
+            "ping-url-file must be the absolute path of a file that holds the URL",
+        ),
+        (
+            'apprise-file = "tgram://pw/id"',
+            "apprise-file must be the absolute path of a file that holds URLs of apprise",
+        ),
+        ('apprise-file = ["tgram://pw/id"]', "apprise-file must be a text in quotes"),
+        ('arguments = "-r rest:https://me:pw@host/"', 'not "-r rest:https://me:***@host/"'),
         ('environment.R = "rest:https://me:pw@host/"', "environment.R looks like a secret"),
         ('command = ["restic", "--password=x"]', "command: the argument --password carries"),
         ('arguments = ["RESTIC_PASSWORD=x"]', "arguments: the argument RESTIC_PASSWORD=..."),
@@ -230,6 +250,19 @@ def test_syntax(text: str, line: int) -> None:
     (said,) = wrong(text)
     assert said.startswith(f"{line}: not TOML: ")
     assert "(at " not in said
+
+
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [
+        ("9" * 5000, "a number is too long"),
+        ("[" * 5000 + "]" * 5000, "it is nested too deep"),
+        ("{a=" * 400 + "1" + "}" * 400, "it is nested too deep"),
+    ],
+)
+def test_beyond_python(value: str, what: str) -> None:
+    """What Python cannot hold is an error as any other: it must not keep from recovering."""
+    assert wrong(f"[jobs.a]\nnice = {value}\n") == [f"1: not TOML: {what}"]
 
 
 def _misspelt(word: str) -> set[str]:
@@ -331,7 +364,11 @@ def test_schema() -> None:
     job = schema["properties"]["jobs"]["additionalProperties"]
     assert schema["$schema"].endswith("2020-12/schema")
     assert tuple(job["properties"]) == KEYS
-    assert set(KEYS) - set(schema["properties"]["defaults"]["properties"]) == {"volumes", "all"}
+    assert set(KEYS) - set(schema["properties"]["defaults"]["properties"]) == {
+        "volumes",
+        "all",
+        "read-live",
+    }
     for table in (schema, job, schema["properties"]["defaults"]):
         assert table["additionalProperties"] is False
     assert job["properties"]["client"]["enum"] == list(clients.KNOWN)
@@ -342,7 +379,10 @@ def test_schema() -> None:
 
 def test_document() -> None:
     """The table of docs/configuration.md is that of the definition."""
-    assert config_schema.reference() in DOCUMENT.read_text()
+    text = DOCUMENT.read_text()
+    assert config_schema.reference() in text
+    sentence = text.partition("may have any key of a job but ")[2].partition(". ")[0]
+    assert tuple(re.findall("`(.*?)`", sentence)) == config_schema.NOT_IN_DEFAULTS
 
 
 @pytest.mark.parametrize("text", re.findall(r"```toml\n(.*?)```", DOCUMENT.read_text(), re.DOTALL))
@@ -362,18 +402,103 @@ def test_defaults_hold() -> None:
     assert Job(**{each.name: config_kinds.default(each) for each in keys(Job).values()}) == Job()
 
 
+def test_snapshots_that_stay() -> None:
+    """What `snap` and `prune` would refuse is refused when the configuration is read."""
+    found = [
+        what
+        for job in (
+            Job(volumes=("tank",), snap_pattern="daily-%Y"),
+            Job(volumes=("tank",), snap_keep=("--keep-daily",)),
+            Job(volumes=("tank",), snap_keep=("--keep-daily", "many")),
+            Job(volumes=("tank",), snap_keep=("--keep-daily", "7", "--keep-within=2m")),
+        )
+        for _, what in config_schema.problems(job)
+    ]
+    assert len(found) == 3
+    assert found[0].startswith("snap-pattern: the names of 'daily-%Y' do not tell the minute")
+    assert found[1] == "snap-keep: --keep-daily has no value"
+    assert found[2].startswith("snap-keep: keep-daily: 'many' is not")
+
+
+@pytest.mark.parametrize(
+    ("client", "rules", "words"),
+    [
+        (
+            "restic",
+            ["--keep-daily 7"],
+            '"--keep-daily 7" is one word; write it as two words: "--keep-daily", "7"',
+        ),
+        ("restic", ["keep-daily", "7"], "keep-daily is no rule of retention for restic"),
+        ("restic", ["--keep-daily", "x"], "the rule --keep-daily: 'x' is no number"),
+        ("borg", ["--keep-daily=1d"], "the rule --keep-daily: '1d' is no number"),
+        ("kopia", ["--keep-latest=unlimited"], "the rule --keep-latest: 'unlimited' is no number"),
+        ("", ["--keep-daily", "7"], "a command of your own cannot be told what to keep"),
+        ("restic", ["--keep-daily=unlimited", "--keep-within", "1y5m", "--keep-tag", "a"], None),
+        ("borg", ["--keep-within=10d", "--keep-13weekly", "4"], None),
+        ("kopia", ["--keep-latest", "inherit", "--keep-annual=default"], None),
+        ("xfsdump", ["--keep-chains", "3"], None),
+    ],
+)
+def test_retention(client: str, rules: list[str], words: str | None) -> None:
+    """Rules that each backup would refuse are refused when the configuration is read."""
+    job = Job(volumes=("tank",), client=client, command=("x",), retention=tuple(rules))
+    found = [(at, what) for at, what in config_schema.problems(job)]
+    assert found == ([(("retention",), f"retention: {words}")] if words else [])
+
+
+def test_retention_of_nobody() -> None:
+    """Whose rules they are is not known where the environment decides on the client."""
+    assert _is_right(Job(volumes=("tank",), retention=("--keep-chains", "3")))
+
+
 def test_options() -> None:
     """Each key of a job is an option of `backup`, but those that make no sense as one."""
     options = {option.name for option in backup.backup.params}
     fields = {each.name for each in dataclasses.fields(Job)}
     elsewhere = {"volumes", "arguments", "environment", "credentials", "working_directory"}
-    elsewhere.add("write_paths")  # for `install`
+    elsewhere |= {"write_paths", "snap_pattern"}  # for `install`, `snap`
+    elsewhere |= {"snap_keep", "keep_until_saved"}  # for `prune`
+    elsewhere |= {"clone_targets", "clone_rate", "steps"}  # for `clone`, `run`
     told = {name for name in fields if name.startswith(("notify", "ping", "apprise"))}
     assert fields - options == elsewhere | told
     assert options - fields == {
         *("names", "job_name", "no_job", "config_path", "wait", "dry_run", "quiet", "as_json"),
+        *("from_snapshots", "limit"),
         "options",  # those of the client
+        *("from_snapshots", "limit"),
     }
+
+
+def test_option_names() -> None:
+    """What is wrong with an option is told by the name that the option has."""
+    of_job = {each.name: name for name, each in keys(Job).items()}
+    context = click.Context(cli.cli)
+    commands = [cli.cli.get_command(context, name) for name in cli.COMMANDS]
+    commands += [
+        each
+        for group in commands
+        if isinstance(group, click.Group)
+        for each in group.commands.values()
+    ]
+    found = {
+        (option.name, jobs.option(of_job[option.name]) in option.opts)
+        for command in commands
+        if command
+        for option in command.params
+        if isinstance(option, click.Option) and option.name in of_job
+    }
+    assert {name for name, _ in found} >= {"snap_pattern", "clone_targets", "clone_rate", "nice"}
+    assert all(is_named for _, is_named in found), found
+
+
+@pytest.mark.parametrize("name", ["time-limit", "keep-history"])
+def test_zero(name: str) -> None:
+    """What 0 means is no time of nothing: the key and the option say it in the same words."""
+    (option,) = (o for o in backup.backup.params if f"--{name}" in o.opts)
+    _, _, in_key = keys(Job)[name].metadata["what"].partition(" 0: ")
+    _, _, in_help = (getattr(option, "help", "") or "").partition(" 0: ")
+    assert in_key
+    assert in_help.startswith(in_key.rstrip("."))
 
 
 # -- which job is meant ------------------------------------------------------------------------
@@ -411,7 +536,7 @@ def test_named(written: Path) -> None:
 
 def test_unnamed(written: Path) -> None:
     """Anything else is a dataset, with the program's own defaults and not the configuration's."""
-    for names in (("tank/home",), ("/home",), ("home2",), ("tank/home", "home2"), ()):
+    for names in (("tank/home",), ("/home",), ("home2",), ("tank/home", "home2"), ("data/lv",)):
         found = asked(*names)
         assert (found.name, found.job.volumes, found.job.retries) == ("", names, 1)
         assert found.sources == {}
@@ -425,10 +550,23 @@ def test_unnamed(written: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "options", "words"),
     [
-        (("tank",), NONE, r"and a pool \(`atomtx backup --job tank` is the job, `--no-job tank`"),
+        (("tank",), NONE, r"and a pool \(--job tank is the job, --no-job tank the pool"),
         (("home", "tank/a"), NONE, "home is a job of .*, and 2 names were given"),
         (("home", "mail.2"), NONE, "one job a call"),
         (("hone",), NONE, 'hone is neither a job of .* nor a pool .*did you mean "home"'),
+        (
+            ("photos",),
+            NONE,
+            "photos is neither a job of .* nor a pool .*its jobs: home, mail.2, tank",
+        ),
+        (("tank/a", "home2", "photos"), NONE, "photos is neither a job"),
+        (("photos@monday",), NONE, "names a snapshot"),
+        (
+            (),
+            NONE,
+            r"nothing was named \(name a job \(home, mail.2, tank\) or volumes, or use --all",
+        ),
+        ((), {"recursive": True, "exclude": ("tank/a",)}, "nothing was named"),
         (("tank/a",), {"job_name": "home"}, "--job home and tank/a exclude each other"),
         ((), {"job_name": "home", "no_job": True}, "exclude each other"),
         ((), {"job_name": "nothing"}, 'has no job "nothing"'),
@@ -436,6 +574,16 @@ def test_unnamed(written: Path) -> None:
         (("home",), {"config_path": "/nowhere"}, "there is no configuration /nowhere"),
         (("home",), {"keep_for": "6 hours"}, '--keep-for must be a time such as .*"6 hours"'),
         (("home",), {"io_class": "fast"}, "--io-class must be"),
+        (("home",), {"snap_pattern": ""}, "^--pattern is empty"),
+        (("home",), {"clone_targets": ("a", "")}, "^--to is empty"),
+        (("home",), {"exclude": ("",)}, "^--exclude is empty"),
+        (("home",), {"root": ""}, "^--root is empty"),
+        (("home",), {"clone_rate": "0"}, '^--rate must be a size such as "10M", not "0"'),
+        (
+            ("home",),
+            {"command": "'"},
+            r"^--command \"'\": No closing quotation \(quote it as for a shell",
+        ),
     ],
 )
 def test_not_meant(
@@ -444,6 +592,42 @@ def test_not_meant(
     """A name that may mean two things, or means none, is refused, with how to say either."""
     with pytest.raises(UserError, match=words):
         asked(*names, **options)
+
+
+def test_nothing_named(written: Path) -> None:
+    """All datasets, or what is read live, are something; a wrong configuration is no matter."""
+    assert asked(all=True).job.all
+    assert asked(read_live=("/boot",)).job.read_live == ("/boot",)
+    written.write_text("bad")
+    with pytest.raises(UserError, match=r"nothing was named \(name volumes, or use --all"):
+        asked()
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_exported_pool(
+    written: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, is_there: bool
+) -> None:
+    """A name that nobody knows may be that of a pool to import, where there is ZFS."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if is_there:
+        (tmp_path / "zpool").touch(mode=0o755)
+    with pytest.raises(UserError) as caught:
+        asked("usb")
+    assert ("`zpool import usb`" in (caught.value.hint or "")) is is_there
+
+
+def test_known(written: Path) -> None:
+    """Jobs named besides are of the configuration that was read; else it is read for them."""
+    assert jobs.known((), "/nowhere", asked("tank/a")) == ()
+    assert jobs.known(("tank",), None, asked("tank/a")) == ("tank",)
+    found = [asked("home"), asked(job_name="home"), asked("home2")]
+    written.unlink()
+    for each in found:
+        assert jobs.known(("tank", "home"), None, each) == ("tank", "home")
+        with pytest.raises(UserError, match='has no job "nothing"'):
+            jobs.known(("nothing",), None, each)
+    with pytest.raises(UserError, match="there is no configuration"):
+        jobs.known(("tank",), None, asked("tank/a"))
 
 
 def test_ambiguity_is_no_matter_for_job(written: Path) -> None:
@@ -456,6 +640,8 @@ def test_no_configuration(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     monkeypatch.delenv("ATOMTX_CONFIG", raising=False)
     monkeypatch.setattr(config, "DEFAULT", str(tmp_path / "absent"))
     assert asked("tank").name == ""
+    with pytest.raises(UserError, match=r"nothing was named \(name volumes, or use --all"):
+        asked()
     monkeypatch.setenv("ATOMTX_CONFIG", str(tmp_path / "absent"))
     with pytest.raises(UserError, match="there is no configuration"):
         asked("tank")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import sqlite3
 from contextlib import closing
@@ -12,7 +13,13 @@ from pathlib import Path
 import pytest
 
 from atomtx import copying, journalfile
-from atomtx.errors import AtomtxError, JournalDamagedError, JournalError, UserError
+from atomtx.errors import (
+    AtomtxError,
+    JournalDamagedError,
+    JournalError,
+    JournalFullError,
+    UserError,
+)
 from atomtx.journal import Journal
 from atomtx.statedir import prepare
 from tests import hotjournal
@@ -160,9 +167,25 @@ def test_no_room(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", refuse)
-    with pytest.raises(AtomtxError, match=r"copy: No space left on device"):
+    with pytest.raises(JournalFullError, match=r"no space left in .* for a copy") as caught:
         copying.to_file(path, tmp_path / "copy")
+    assert re.fullmatch(r"make room for .* KiB there", caught.value.hint or "")
     assert [file for file in tmp_path.iterdir() if file.is_file()] == []
+
+
+def test_planted(path: Path, tmp_path: Path) -> None:
+    """Nothing that somebody else may have put in the directory is written to, or taken away."""
+    (tmp_path / "victim").write_text("mine")
+    planted = tmp_path / f".copy.{os.getpid()}.partial"
+    planted.symlink_to("victim")
+    copying.to_file(path, tmp_path / "copy")
+    assert planted.readlink() == Path("victim")
+    with closing(sqlite3.connect(path)) as journal:
+        for name in ("victim", planted.name):
+            with pytest.raises(FileExistsError):
+                copying.fill(tmp_path / name, journal, 1)
+    assert (tmp_path / "victim").read_text() == "mine"
+    assert planted.is_symlink()
 
 
 def test_no_directory(path: Path, tmp_path: Path) -> None:

@@ -88,6 +88,16 @@ def test_overlaid() -> None:
     }
 
 
+def test_ways_of_borg() -> None:
+    """borg prefers BORG_PASSPHRASE: one of the shell must not hide a job's own command."""
+    top = {"BORG_PASSCOMMAND": "cat /p"}
+    base = {"BORG_PASSPHRASE": "x", "BORG_PASSPHRASE_FD": "3", "BORG_REPO": "/r"}
+    assert credentials.overlaid(base, top) == {"BORG_REPO": "/r", **top}
+    assert credentials.clashes(("BORG_PASSCOMMAND", "BORG_PASSPHRASE", "BORG_REPO")) == [
+        ("BORG_PASSCOMMAND", "BORG_PASSPHRASE")
+    ]
+
+
 def test_resumed_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """A resume leaves out the ways of another shell to say it, but none of the first attempt's."""
     monkeypatch.setenv("RESTIC_PASSWORD", "x")

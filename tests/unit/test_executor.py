@@ -6,26 +6,47 @@ The pools are played (`tests/fakezfs.py`): what ZFS itself does is tested in the
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import signal
+import socket
+import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
-from atomtx import cleaning, clients, errand, locks, moment
+from atomtx import (
+    cleaning,
+    clients,
+    errand,
+    executor,
+    history,
+    locks,
+    moment,
+    runner,
+    settling,
+    supervisor,
+    system,
+)
+from atomtx.cleaning import Cleaner
 from atomtx.errors import (
     EffectError,
     JournalFullError,
     StaleRunError,
     WaitingError,
 )
+from atomtx.executor import Tell
+from atomtx.interrupts import Interrupts
 from atomtx.journal import Journal
-from atomtx.mounts import namespace
-from atomtx.recovery import MAX_ATTEMPTS, LeaveAlone, Resume, RollBack, RollForward
+from atomtx.mounts import inhabitants, namespace
+from atomtx.records import Run
+from atomtx.recovery import MAX_ATTEMPTS, LeaveAlone, Resume, RollBack, RollForward, Wait
+from atomtx.settling import Patience, Settler
 from atomtx.statedir import RunFolder
 from atomtx.volumes import zfs
 from tests.scene import NOW, Ended, Scene
@@ -35,6 +56,7 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="namespaces need root"
 SETS = ("tank/a", "tank/b")
 FIRST_GUID = 2**63 + 1
 PATIENCE_S = 60.0
+FRONT_END = "$(awk '/^PPid/ {print $2}' /proc/$PPID/status)"  # the parent of the client's
 
 
 @pytest.fixture
@@ -112,8 +134,8 @@ def test_course(scene: Scene) -> None:
     assert run_of(scene)["moment_at"] == NOW * 1_000_000
     found = scene.rows("SELECT snapshot_guid, createtxg, is_empty FROM volumes ORDER BY n")
     assert [tuple(row.values()) for row in found] == [
-        (str(FIRST_GUID), "101", 0),
-        (str(FIRST_GUID + 1), "101", 0),
+        (str(FIRST_GUID), "101", 3),
+        (str(FIRST_GUID + 1), "101", 3),
     ]
 
 
@@ -145,6 +167,26 @@ def test_two_pools(scene: Scene) -> None:
     assert told == f"the snapshots are not of one moment: {details[0]}"
     within = str(details[0]).removeprefix("one transaction group a pool; 2 pools within ")
     assert 0 <= float(within.removesuffix(" s")) < 60
+
+
+def test_clock_that_is_set(scene: Scene) -> None:
+    """Promise 8: the time between two pools is right though somebody sets the clock meanwhile."""
+    scene.changes.append(lambda: setattr(executor, "datetime", _SetBack))
+    scene.backup(scene.plan("tank/a", "zroot/b"))
+    details = {detail for kind, _, _, detail in steps(scene) if kind == "take-snapshots"}
+    (words,) = details
+    assert 0 <= float(str(words).rpartition("within ")[2].removesuffix(" s")) < 60
+
+
+class _SetBack(datetime):
+    """A clock that is set back by an hour each time somebody looks at it."""
+
+    looks = 0
+
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> _SetBack:
+        cls.looks += 1
+        return super().now(tz) - cls.looks * timedelta(hours=1)
 
 
 def test_moment_is_the_first(scene: Scene) -> None:
@@ -276,6 +318,20 @@ def test_frozen_tmp(scene: Scene, where: str, layout: str) -> None:
     assert ended.run.outcome == "completed"
 
 
+@pytest.mark.parametrize("is_live", [True, False])
+def test_tmp_behind_a_link(scene: Scene, is_live: bool) -> None:
+    """A link to a live folder in a frozen place is no frozen folder, and the other way round."""
+    folder = scene.live("tank/a") / "tmp"
+    live = (str(folder),) if is_live else ()
+    link = scene.live("tank/a") / "link" if is_live else scene.home / "link"
+    the_plan = scene.plan("tank/a", env=(("TMPDIR", str(link)),), live_paths=live, excludes=live)
+    folder.mkdir()
+    link.symlink_to(folder)
+    scene.backup(the_plan)
+    own = str(RunFolder.of(scene.state, the_plan.run).temporary)
+    assert scene.calls()[0][1] == (str(link) if is_live else own)
+
+
 def test_default_tmp(scene: Scene) -> None:
     """Without TMPDIR it is /tmp that must not be frozen."""
     scene.changes.append(lambda: setattr(moment, "_DEFAULT_TMP", str(scene.live("tank/a"))))
@@ -346,7 +402,9 @@ def test_empty_volume(scene: Scene, root: str) -> None:
     first = scene.plan(*SETS, **values)
     (scene.live("tank/b") / "file").unlink()
     scene.backup(first)
-    assert [r["is_empty"] for r in scene.rows("SELECT * FROM volumes ORDER BY n")] == [0, 1]
+    assert [r["is_empty"] for r in scene.rows("SELECT * FROM volumes ORDER BY n")] == [3, 1]
+    shown = history.volumes(scene.state / "journal.db", run_of(scene)["id"])
+    assert [volume.is_empty for volume in shown] == [0, 1]
     assert run_of(scene)["outcome"] == "completed"
     scene.write("frozen", "tank/b")
     (scene.live("tank/a") / "file").unlink()
@@ -359,6 +417,38 @@ def test_empty_volume(scene: Scene, root: str) -> None:
         " (if that is right, exclude it, or put a file into it)"
     )
     assert len(scene.calls()) == 1
+
+
+@pytest.mark.parametrize("found", [(), ("tank/b",)])
+def test_empty_once(scene: Scene, found: tuple[str, ...]) -> None:
+    """Promise 7: where an older version took lost+found for a file, a run warns and completes."""
+    the_plan = scene.plan(*SETS, found=found)
+    bare = scene.live("tank/b")
+    (bare / "file").unlink()
+    (bare / "lost+found").mkdir()
+    scene.backup(the_plan)
+    scene.run_sql("UPDATE volumes SET is_empty = 0")
+    for warnings in (1, 0):
+        ended = scene.backup(scene.plan(*SETS, found=found))
+        assert (run_of(scene)["outcome"], run_of(scene)["reason"]) == ("completed", None)
+        assert sum("nothing but lost+found" in words for words in ended.said("warn")) == warnings
+    scene.run_sql("UPDATE volumes SET is_empty = 0")
+    (bare / "lost+found").rmdir()
+    scene.backup(scene.plan(*SETS, found=found))
+    assert run_of(scene)["outcome"] == ("partial" if found else "failed")
+
+
+def test_empty_bare(scene: Scene) -> None:
+    """Promise 7: a volume of which only lost+found is left has lost its files."""
+    the_plan = scene.plan(*SETS)
+    (scene.live("tank/b") / "lost+found").mkdir()
+    scene.backup(the_plan)
+    (scene.live("tank/b") / "file").unlink()
+    ended = scene.backup(scene.plan(*SETS))
+    assert ended.run
+    assert ended.run.outcome == "failed"
+    words = "is empty, and was not in the last completed backup"
+    assert f"{scene.live('tank/b')} {words}" in str(ended.run.reason)
 
 
 @pytest.mark.parametrize("found", ["tank/a/b", "tank/c"])
@@ -484,6 +574,159 @@ def test_mount_taken_away(scene: Scene) -> None:
     assert ended.run.reason == f"{path} was unmounted while the client read it"
 
 
+def test_snapshot_lost_while_it_is_read(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Promise 7: a client that reads a snapshot that has lost its files is stopped at once."""
+    monkeypatch.setattr(supervisor, "LOOK_S", 0.0)
+    lost = "the room for changes is used up"
+    monkeypatch.setattr(namespace.Assembly, "failure", lambda _: lost)
+    scene.behave("exec sleep 1000")
+    ended = scene.backup(scene.plan(*SETS))
+    check_failed(scene, ended, lost)
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "limit_s", "outcome"),
+    [
+        ("setsid sleep 1000 > $home/left 2>&1 &", 0, "completed"),
+        ("trap '' TERM; while :; do sleep 0.1 || :; done", 1, "failed"),
+    ],
+    ids=["daemon", "grace"],
+)
+def test_number_of_another_process(
+    scene: Scene, behaviour: str, limit_s: int, outcome: str
+) -> None:
+    """Promise 6: who got the number of a client's process that has just ended is not ended."""
+    scene.behave(behaviour)
+    the_plan = scene.plan(*SETS, time_limit_s=limit_s, grace_s=1)
+    with subprocess.Popen(["sleep", "1000"]) as other:
+        scene.changes.append(lambda: _see_once(other.pid))
+        ended = scene.backup(the_plan)
+        is_alive = other.poll() is None
+        other.kill()
+    assert is_alive
+    assert ended.run
+    assert (ended.run.outcome, scene.left()) == (outcome, [])
+
+
+def _see_once(pid: int) -> None:
+    """Take a process for a descendant at the first look, as one whose number it has now was."""
+    look, first = system.here.descendants, [pid]
+
+    def descendants() -> list[int]:
+        return [*(first.pop() for _ in first[:]), *look()]
+
+    setattr(system.here, "descendants", descendants)  # noqa: B010  it is a module
+
+
+def _used_up(*_: object, **__: object) -> NoReturn:
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "reason"),
+    [
+        (socket, "socketpair", "cannot start the runner: Too many open files"),
+        (runner, "_prepare_process", "the runner cannot go on: Too many open files"),
+        (supervisor.Supervisor, "_watch", "cannot watch over the client: Too many open files"),
+        (errand.Errand, "mounted", "[Errno 24] Too many open files"),
+    ],
+)
+def test_used_up(scene: Scene, owner: object, name: str, reason: str) -> None:
+    """Where no more descriptors are to be had the run fails, says so, and ends its client."""
+    scene.behave("exec sleep 1000")
+    scene.changes.append(lambda: setattr(owner, name, _used_up))
+    ended = scene.backup(scene.plan(*SETS))
+    check_failed(scene, ended, reason)
+    assert "Traceback" not in (scene.home / "log").read_text()
+
+
+def test_end_cannot_be_read(scene: Scene) -> None:
+    """Promise 7: a client whose end cannot be looked at now has not failed; recover records it."""
+    scene.changes.append(lambda: setattr(errand, "end", _used_up))
+    ended = scene.backup(scene.plan(*SETS, keep_snapshots=True))
+    assert isinstance(ended.raised, WaitingError)
+    assert "how its client ended cannot be read: [Errno 24]" in ended.raised.message
+    assert run_of(scene)["state"] == "backing-up"
+    again = scene.recover()
+    assert isinstance(again.raised, WaitingError), (scene.home / "log").read_text()
+    assert again.raised.message.endswith(" waits: [Errno 24] Too many open files")
+    scene.changes.clear()
+    scene.recover()
+    assert (run_of(scene)["outcome"], len(scene.calls())) == ("completed", 1)
+
+
+def test_unread_is_not_abandoned(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Promise 14: what cannot be looked at now is waited for, also by who would only be told."""
+    assert scene.backup(scene.plan(*SETS), "journal:snapshotted#1").status == -9
+    monkeypatch.setattr(system.here, "pids", _used_up)
+    with Journal.open(scene.state) as journal:
+        (run,) = journal.open_runs()
+        settler = Settler(journal, Interrupts(), Tell())
+        assert settler.decide(run) == Wait("[Errno 24] Too many open files")
+        with pytest.raises(WaitingError, match="Too many open files"):
+            settling.abandon(journal, run)
+    monkeypatch.undo()
+
+
+def test_cleanup_cannot_look(scene: Scene) -> None:
+    """A backup that completed stands where the cleanup cannot look at the machine: it is parked."""
+    scene.changes.append(lambda: setattr(cleaning, "end_survivors", _used_up))
+    ended = scene.backup(scene.plan(*SETS))
+    assert ended.run, (scene.home / "log").read_text()
+    assert (ended.run.outcome, ended.run.cleanup) == ("completed", "parked")
+    assert ended.run.reason == "[Errno 24] Too many open files"
+    scene.changes.clear()
+    scene.recover()
+    assert (run_of(scene)["outcome"], scene.left()) == ("completed", [])
+
+
+def test_reason_that_is_no_text(scene: Scene) -> None:
+    """What is told of a file whose name is no UTF-8 can be journaled."""
+    words = "open by 12 (tail) at /a/caf\udce9"
+    scene.play(faults={"program": "busy"})
+    scene.changes.append(lambda: setattr(cleaning, "PAUSES_S", ()))
+    scene.changes.append(lambda: setattr(inhabitants, "users", lambda *_: [words]))
+    ended = scene.backup(scene.plan(*SETS))
+    assert ended.run, (scene.home / "log").read_text()
+    assert ended.run.cleanup == "parked"
+    assert (ended.run.reason or "").endswith(" open by 12 (tail) at /a/caf?")
+
+
+def test_mounts_cannot_be_looked_at(scene: Scene) -> None:
+    """Promise 7: without the proof that the mounts stayed nothing is completed."""
+    scene.changes.append(lambda: setattr(namespace.Assembly, "disturbance", _used_up))
+    ended = scene.backup(scene.plan(*SETS))
+    assert ended.run
+    reason = "it is not known whether the mounts stayed: Too many open files"
+    assert (ended.run.outcome, ended.run.reason) == ("failed", reason)
+    assert scene.left() == []
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_nothing_read(scene: Scene, status: int) -> None:
+    """Promise 7: a client that opened nothing of the frozen files has not saved them."""
+    scene.behave(f"exit {status}")
+    ended = scene.backup(scene.plan(*SETS, client="played"))
+    reason = "the client read nothing of the frozen files: does it leave its mount namespace?"
+    check_failed(scene, ended, reason)
+
+
+def test_own_command_that_reads_nothing(scene: Scene) -> None:
+    """What a command of the user's own has to read is between it and the user."""
+    scene.behave("exit 0")
+    ended = scene.backup(scene.plan(*SETS))
+    assert ended.run
+    assert (ended.run.outcome, ended.run.reason) == ("completed", None)
+
+
+def test_failed_before_it_read(scene: Scene) -> None:
+    """Why a client failed is not hidden by that it read nothing."""
+    scene.behave("exit 9")
+    ended = scene.backup(scene.plan(*SETS, client="played"))
+    assert ended.run
+    assert (ended.run.outcome, "read nothing" in str(ended.run.reason)) == ("failed", False)
+
+
 def test_client_partial(scene: Scene) -> None:
     """A client that saved what it could read has done its step."""
     scene.behave('cat "$1/file"; exit 3')
@@ -532,13 +775,42 @@ def test_retries(scene: Scene) -> None:
         *(f"attempt {n}" for n in range(2, 7)),
     ]
     resumed = [s for s in steps(scene) if s[3] == "resumed"]
-    assert resumed[:3] == [
+    assert resumed[:2] == [
         ("unmount-volumes", 1, "done", "resumed"),
-        ("run-client", 1, "not-needed", "resumed"),
         ("end-client", 1, "not-needed", "resumed"),
     ]
-    assert len(resumed) == 15
+    assert len(resumed) == 10
+    assert steps(scene).count(("run-client", 1, "failed", "status 75")) == 1
     assert len(scene.zfs("snapshot")) == 1
+
+
+def test_retries_after_a_shutdown(scene: Scene) -> None:
+    """An attempt that was interrupted uses up no retry."""
+    scene.behave("sleep 30")
+    made = scene.plan(*SETS, client="played", retries=1, on_stop="keep", grace_s=5)
+    scene.backup(made, "journal:backing-up#1", f"signal {int(signal.SIGTERM)}")
+    scene.behave("test -e $home/failed || { touch $home/failed; exit 75; }")
+    scene.changes.append(lambda: setattr(clients, "load", _inspected))
+    again = scene.recover()
+    check_completed(scene, again, attempts=3)
+    assert again.said("sleep") == [10.0]
+    of_client = [step[1:] for step in steps(scene) if step[0] == "run-client"]
+    assert of_client == [
+        (1, "not-needed", "resumed"),
+        (2, "failed", "status 75"),
+        (3, "done", None),
+    ]
+
+
+def test_retries_of_a_killed_front_end(scene: Scene) -> None:
+    """A failure that nobody recorded is counted by the recovery that tries again."""
+    once = "test -e $home/again || { touch $home/again; "
+    scene.behave(f"{once} kill -KILL {FRONT_END}; }}; exit 75")
+    killed = scene.backup(scene.plan(*SETS, client="played", retries=1))
+    assert killed.status == -signal.SIGKILL
+    scene.changes.append(lambda: setattr(clients, "load", _inspected))
+    check_failed(scene, scene.recover(), "status 75")
+    assert run_of(scene)["attempts"] == 2
 
 
 def test_retries_are_over(scene: Scene) -> None:
@@ -772,8 +1044,7 @@ def test_interrupted_too_late(scene: Scene) -> None:
 
 def test_interrupted_without_runner(scene: Scene) -> None:
     """What a killed runner leaves of a run that is given up is ended before all is removed."""
-    front_end = "$(awk '/^PPid/ {print $2}' /proc/$PPID/status)"
-    scene.behave(f"trap '' TERM; kill -INT {front_end}; sleep 1; kill -KILL $PPID; sleep 1000")
+    scene.behave(f"trap '' TERM; kill -INT {FRONT_END}; sleep 1; kill -KILL $PPID; sleep 1000")
     ended = scene.backup(scene.plan(*SETS))
     assert ended.run
     assert (ended.run.state, ended.run.outcome) == ("destroyed", "rolled-back")
@@ -826,6 +1097,43 @@ def test_kept_at_a_shutdown(scene: Scene, point: str) -> None:
     assert not [lock for lock in scene.state.glob("runs/*/*.lock") if locks.is_held(lock)]
     scene.write("changed", *SETS)
     check_completed(scene, scene.recover(), attempts=run_of(scene)["attempts"])
+
+
+ALL = (f"{FRONT_END} $PPID $$", "$PPID $$", f"{FRONT_END} $$", "$PPID")
+
+
+@pytest.mark.parametrize("processes", ALL, ids=["front", "runner", "client", "runner-alone"])
+def test_kept_when_all_are_told(scene: Scene, processes: str) -> None:
+    """A client that ends at once, of the signal that the front end got as well, has not failed."""
+    once = f"test -e {scene.home}/again || {{ touch {scene.home}/again; "
+    scene.behave(f"{once} kill -TERM {processes}; sleep 30; }}")
+    ended = scene.backup(scene.plan(*SETS, on_stop="keep", grace_s=5))
+    assert ended.interrupted == "interrupted by SIGTERM", (scene.home / "log").read_text()
+    assert ended.run
+    assert ended.run.outcome is None
+    assert len(scene.pool["snapshots"]) == 2
+    scene.write("changed", *SETS)
+    check_completed(scene, scene.recover(), attempts=2)
+
+
+def test_over_its_limit_when_all_are_told(scene: Scene) -> None:
+    """A client over its limit has failed, also where a shutdown comes within its grace."""
+    told = "trap 'kill -TERM $front $PPID; trap : TERM' TERM"
+    scene.behave(f"front={FRONT_END}; {told}; while :; do sleep 0.1 || :; done")
+    ended = scene.backup(scene.plan(*SETS, on_stop="keep", time_limit_s=1, grace_s=1))
+    assert ended.interrupted == "interrupted by SIGTERM"
+    again = scene.recover()
+    check_failed(scene, again, "did not end within 1s: killed")
+    assert again.decisions == [RollForward()]
+
+
+def test_undone_when_all_are_told(scene: Scene) -> None:
+    """Where nothing is kept the run is given up, and has not failed."""
+    scene.behave(f"kill -TERM {ALL[0]}; sleep 30")
+    ended = scene.backup(scene.plan(*SETS, grace_s=5))
+    assert ended.run
+    assert (ended.run.outcome, ended.run.reason) == ("rolled-back", "interrupted by SIGTERM")
+    assert scene.left() == []
 
 
 @pytest.mark.parametrize(
@@ -914,6 +1222,40 @@ def test_no_room_to_keep(scene: Scene) -> None:
     assert [s["mark"] for s in scene.pool["snapshots"].values()] == [None, None]
 
 
+def test_end_is_kept_with_the_snapshots(scene: Scene) -> None:
+    """Promise 10: an end that was only told is written where there is room now, of these too."""
+    scene.changes.append(lambda: _no_room_in_folder(scene, runner_only=True))
+    scene.changes.append(lambda: fail_changes(JournalFullError, 5))
+    ended = scene.backup(scene.plan(*SETS, keep_snapshots=True))
+    assert isinstance(ended.raised, JournalFullError)
+    scene.changes.clear()
+    scene.recover()
+    assert run_of(scene)["outcome"] == "completed"
+    assert len(scene.calls()) == 1
+
+
+def test_no_room_and_busy(scene: Scene) -> None:
+    """Promises 7, 10: what is busy while room is made makes no failure of a completed client."""
+    busy: list[object] = []
+    remove = Cleaner.remove_traces
+
+    def remove_traces(self: Cleaner, run: Run) -> dict[str, str]:
+        if not busy:
+            busy.append(run)
+            raise EffectError("tank is busy")
+        return remove(self, run)
+
+    scene.changes.append(lambda: setattr(Cleaner, "remove_traces", remove_traces))
+    scene.changes.append(lambda: fail_changes(JournalFullError, 5))
+    ended = scene.backup(scene.plan(*SETS))
+    assert isinstance(ended.raised, JournalFullError)
+    assert ended.raised.message == "no space left; tank is busy"
+    assert run_of(scene)["state"] == "backing-up"
+    scene.changes.clear()
+    check_completed(scene, scene.recover())
+    assert len(scene.calls()) == 1
+
+
 def test_no_room_for_another_attempt(scene: Scene) -> None:
     """A retry that finds no room is a failure; a moment that is to be kept is worth more."""
     scene.behave("exit 75")
@@ -939,12 +1281,12 @@ def test_end_is_told(scene: Scene) -> None:
     assert len(scene.calls()) == 1
 
 
-def _no_room_in_folder(scene: Scene) -> None:
+def _no_room_in_folder(scene: Scene, *, runner_only: bool = False) -> None:
     """Have no end record written while there are snapshots."""
-    write = RunFolder.write_end
+    write, front = RunFolder.write_end, os.getpid()
 
     def write_end(self: RunFolder, data: Any) -> None:
-        if scene.pool["snapshots"]:
+        if scene.pool["snapshots"] and not (runner_only and os.getpid() == front):
             raise OSError(28, "No space left on device")
         write(self, data)
 
@@ -975,6 +1317,31 @@ def test_client_that_waits(scene: Scene) -> None:
     ended = scene.recover()
     assert isinstance(ended.raised, WaitingError)
     assert len(scene.pool["snapshots"]) == 2
+
+
+def test_command_without_end(scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    The `zfs` of a killed atomtx that never ends is what recovery waits for, and says so.
+
+    Who leaves alone what is at work leaves that alone, too.
+    """
+    monkeypatch.setattr(settling, "_COMMAND_S", 0.0)
+    assert scene.backup(scene.plan(*SETS), "journal:snapshotted#1", "all").status == -9
+    program = shutil.copy("/bin/sleep", tmp_path / "zfs")
+    with locks.acquired(RunFolder.of(scene.state, run_of(scene)["id"]).front_lock) as lock:
+        assert lock is not None
+        stuck = subprocess.Popen([program, "1000"], pass_fds=(lock,))
+    try:
+        left = scene.recover(patience=Patience.LEAVE)
+        ended = scene.recover()
+    finally:
+        stuck.kill()
+        stuck.wait()
+    assert (left.raised, [type(each) for each in left.decisions]) == (None, [LeaveAlone])
+    assert isinstance(ended.raised, WaitingError)
+    expected = f"waits for process {stuck.pid} (zfs), whose atomtx was killed"
+    assert expected in ended.raised.message
+    check_completed(scene, scene.recover())
 
 
 def test_progress(scene: Scene) -> None:

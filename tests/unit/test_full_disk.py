@@ -97,7 +97,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
         yield Desk(journal, monkeypatch)
 
 
-def test_once_the_snapshots_are_taken(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_once_the_snapshots_are_taken(desk: Desk) -> None:
     """Snapshots whose taking finds no row are removed, and the run is not said to have begun."""
     run = desk.begin()
     executor = desk.executor()
@@ -135,9 +135,7 @@ def test_end_that_was_only_told(desk: Desk) -> None:
 
 
 @pytest.mark.parametrize("keep_for_s", [0, 3600])
-def test_failure_worth_repeating(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch, keep_for_s: int
-) -> None:
+def test_failure_worth_repeating(desk: Desk, keep_for_s: int) -> None:
     """A retry that finds no row is given up for the room, but not a moment that is to be kept."""
     run = desk.backing_up(retries=1, keep_for_s=keep_for_s)
     desk.ended(End(Outcome.FAILED, "no space left on device", retriable=True))

@@ -22,6 +22,7 @@ def a_run(hours_ago: float, outcome: str | None = "completed", **values: Any) ->
     moment = NOW - timedelta(hours=hours_ago)
     facts: dict[str, Any] = {
         "id": "7f3c12ab34cd56ef",
+        "verb": "backup",
         "job": "key",
         "label": "home",
         "state": "destroyed",
@@ -40,6 +41,7 @@ def a_run(hours_ago: float, outcome: str | None = "completed", **values: Any) ->
         "bytes_processed": None,
         "files_processed": None,
         "backup_ids": (),
+        "not_a_moment": (),
     }
     return Run(**facts | values)
 
@@ -156,6 +158,18 @@ def test_future() -> None:
     assert verdict.level is Level.WARNING
     assert verdict.words == "completed 3 h in the future: was the clock set back?"
     assert verdict.age_s is None
+
+
+@pytest.mark.parametrize(
+    ("completed", "begun", "is_idle"),
+    [(99, 99, True), (99, 27, True), (99, 1, False), (1, 1, False), (None, 99, True)],
+)
+def test_idle(completed: float | None, begun: float, is_idle: bool) -> None:
+    """What is too old, and of which no run was begun since, may have been given up."""
+    whole = None if completed is None else a_run(completed)
+    job = a_job(completed=whole, ended=a_run(begun, "failed"), newest=a_run(begun))
+    assert judge(job, LIMITS, {}, NOW).is_idle is is_idle
+    assert not judge(job, None, {}, NOW).is_idle
 
 
 def test_clock_slack() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 
 from atomtx import history, intents, journalfile
 from atomtx.errors import ExitStatus, JournalError, JournalNewerError, UserError
+from atomtx.history import Snap, Taken
 from tests.journals import T0, Journal, a_run
 
 Add = Callable[..., None]
@@ -53,10 +55,11 @@ def test_empty_file(path: Path) -> None:
 
 def test_newest_first(path: Path, add: Add) -> None:
     """Runs come with the newest first, as many as were asked for, whatever the path's name is."""
-    for number in (3, 1, 2):
+    for number in (1, 2, 3):
         add("runs", **a_run(number))
     assert [run.id[-1] for run in history.runs(path)] == ["3", "2", "1"]
     assert [run.id[-1] for run in history.runs(path, limit=2)] == ["3", "2"]
+    assert len(history.runs(path, limit=10**20)) == 3  # more than SQLite's integers hold
 
 
 def test_values(path: Path, add: Add) -> None:
@@ -129,6 +132,39 @@ def test_bad_prefix(path: Path, add: Add, prefix: str, words: str) -> None:
     assert caught.value.hint
 
 
+@pytest.mark.parametrize("word", ["last", "latest", " Last"])
+def test_newest(path: Path, add: Add, word: str) -> None:
+    """The newest run has a name, and so has the newest that saved something; any other its id."""
+    add("runs", **a_run(1, id="7f3c000000000001", outcome="completed"))
+    add("runs", **a_run(2, id="7f3d000000000001", outcome="partial"))
+    add("runs", **a_run(3, id="7f3e000000000001", outcome="failed"))
+    add("runs", **a_run(4, id="7f3f000000000001", verb="snap", outcome="completed"))
+    assert history.chosen(path, word).id == history.runs(path)[0].id == "7f3f000000000001"
+    assert history.chosen(path, word, saved_only=True).id == "7f3d000000000001"
+    assert history.chosen(path, "7f3e", saved_only=True).outcome == "failed"
+    with pytest.raises(UserError, match="not a run id"):
+        history.run(path, word)  # as what changes a run reads it
+
+
+def test_clock_was_ahead(path: Path, add: Add) -> None:
+    """One run under a clock that was years ahead does not hide every later one."""
+    add("runs", **a_run(100_000))
+    add("runs", **a_run(5))
+    assert history.chosen(path, "last").id == f"{5:016x}"
+    assert history.chosen(path, "last", saved_only=True).id == f"{5:016x}"
+    assert [run.id for run in history.runs(path)] == [f"{n:016x}" for n in (5, 100_000)]
+
+
+def test_no_newest(path: Path, add: Add) -> None:
+    """Where nothing ran, or nothing was saved, there is no newest."""
+    with pytest.raises(UserError, match="there is no last run: nothing ran yet"):
+        history.chosen(path, "last")
+    add("runs", **a_run(1, outcome="failed"))
+    assert history.chosen(path, "last").outcome == "failed"
+    with pytest.raises(UserError, match="no backup has saved anything yet"):
+        history.chosen(path, "latest", saved_only=True)
+
+
 def test_details(path: Path, add: Add) -> None:
     """Steps, moves and volumes come whole and in the order in which they were written."""
     run = f"{1:016x}"
@@ -149,24 +185,6 @@ def test_details(path: Path, add: Add) -> None:
     assert third.describe() == "of-another-release"
     assert [move.dest for move in history.moves(path, run)] == ["unmounting"]
     assert [volume.guid for volume in history.volumes(path, run)] == [str(2**64 - 1)]
-
-
-@pytest.mark.parametrize(
-    ("values", "status"),
-    [
-        ({}, ExitStatus.COMPLETED),
-        ({"outcome": "partial"}, ExitStatus.PARTIAL),
-        ({"outcome": "failed"}, ExitStatus.FAILED),
-        ({"outcome": "rolled-back"}, ExitStatus.FAILED),
-        ({"state": "unmounting", "cleanup": "parked"}, ExitStatus.PARKED),
-        ({"state": "unmounting", "cleanup": "parked", "outcome": "failed"}, ExitStatus.FAILED),
-        ({"state": "mounted", "outcome": None}, ExitStatus.WAITING),
-    ],
-)
-def test_exit_status(path: Path, add: Add, values: dict[str, Any], status: ExitStatus) -> None:
-    """A run's row tells the exit status of its backup, the worst part deciding."""
-    add("runs", **a_run(1, **values))
-    assert history.runs(path)[0].exit_status == status
 
 
 def test_leaves_no_lock(path: Path, add: Add) -> None:
@@ -253,6 +271,174 @@ def test_directory(path: Path) -> None:
         history.runs(path)
 
 
+# -- what snaps took ---------------------------------------------------------------------------
+
+
+def snap(add: Add, number: int, parent: str = "", **values: Any) -> str:
+    """Write a run that took transient snapshots, perhaps as a step; return its id."""
+    told = json.dumps({"transient": True, "parent": parent})
+    add("runs", **a_run(number, **{"verb": "snap", "plan": told, **values}))
+    return f"{number:016x}"
+
+
+def test_snaps(path: Path, add: Add) -> None:
+    """Whether one is open and what it took; where the plan cannot be read, that it is to stay."""
+    assert history.snaps(path) == {}
+    add("runs", **a_run(1))  # a backup
+    ended, at_work = snap(add, 2), snap(add, 3, state="planned")
+    odd = snap(add, 4, plan="torn")
+    assert history.snaps(path) == {
+        ended: Snap(False, is_transient=True),
+        at_work: Snap(True, is_transient=True),
+        odd: Snap(False, is_transient=False),
+    }
+
+
+def test_snaps_of_steps(path: Path, add: Add) -> None:
+    """What a step took is told to be of its run as long as that is open, but not to its steps."""
+    add("runs", **a_run(1, verb="run", state="planned", outcome=None))
+    add("runs", **a_run(2, verb="run", state="ran", ended_at=T0))
+    first, second, gone = (f"{number:016x}" for number in (1, 2, 3))
+    runs = [snap(add, n, f"{of}/1") for n, of in enumerate((first, second, gone), start=4)]
+    assert [history.snaps(path)[run].of_open for run in runs] == [first, "", ""]
+    assert [history.snaps(path, within=first)[run].of_open for run in runs] == ["", "", ""]
+    assert history.snaps(path, within=second)[runs[0]].of_open == first
+
+
+def test_taken(path: Path, add: Add) -> None:
+    """The moments that the steps of a run have kept, with their datasets, and of no other run."""
+    whole, other = (f"{number:016x}" for number in (1, 2))
+    for number in (1, 2):
+        add("runs", **a_run(number, verb="run", state="planned", outcome=None))
+
+    def moment(number: int, of: str, *datasets: str, kind: str = "zfs", **values: Any) -> None:
+        run = snap(add, number, of, **values)
+        facts = {"kind": kind, "pool": "tank", "pool_guid": "9", "mountpoint": "-", "guid": "g"}
+        for n, name in enumerate(datasets):
+            names = {"name": name, "snapshot": f"{name}@m{number}", "snapshot_guid": f"{number}{n}"}
+            add("volumes", run=run, n=n, createtxg="5", **facts, **names)
+
+    moment(3, f"{whole}/1", "tank/a", "tank/b")
+    moment(4, f"{whole}/2", "tank/a", outcome="partial", plan=_TO_STAY % whole)
+    moment(5, f"{whole}/3", "tank/a", outcome="rolled-back")
+    moment(6, f"{whole}/3", "tank/a", kind="btrfs")
+    moment(7, f"{other}/1", "tank/a")
+    moment(8, "", "tank/a")
+    assert history.taken(path, whole) == [
+        Taken("m3", True, {"tank/a": "30", "tank/b": "31"}),
+        Taken("m4", False, {"tank/a": "40"}),
+    ]
+    assert [each.name for each in history.taken(path, other)] == ["m7"]
+
+
+_TO_STAY = '{"parent": "%s/2"}'
+
+
+# -- what is saved -----------------------------------------------------------------------------
+
+HERE: dict[str, Any] = {"job": "job home", "repository": "here"}
+COMMAND = '{"client": {"command": ["%s"]}}'
+RUN_WITH = '{"client": {"command": ["x"], "extra": ["--to=%s"], "environment": [["DEST", "%s"]]}}'
+
+
+def read(add: Add, number: int, guid: str = "7", kind: str = "zfs", **values: Any) -> None:
+    """Write a run that read a snapshot, which is always of the same name."""
+    add("runs", **a_run(number, **HERE | values))
+    add("volumes", **a_volume(number, 0, guid) | {"kind": kind})
+
+
+def a_volume(number: int, n: int, guid: str) -> dict[str, Any]:
+    facts = {"pool": "tank", "pool_guid": "9", "guid": "1", "mountpoint": "/a", "name": "tank/a"}
+    facts |= {"snapshot": "tank/a@m", "snapshot_guid": guid, "createtxg": "5"}
+    return {"run": f"{number:016x}", "n": n, "kind": "zfs"} | facts
+
+
+def test_saved_by(path: Path, add: Add) -> None:
+    """What a job has saved is known by guid; another job, or another name of one, has its own."""
+    assert history.saved_by(path, "job home") == frozenset()
+    read(add, 1)
+    read(add, 2, "8")
+    read(add, 3, "9", job="job other")
+    read(add, 4, "10", job="job third", repository="there")
+    assert history.saved_by(path, "job home") == {"7", "8"}
+    assert history.saved_by(path, "job other") == {"9"}
+    assert history.saved_by(path, "home") == frozenset()  # the label of all of them
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"outcome": "partial"},
+        {"outcome": "failed"},
+        {"outcome": "rolled-back"},
+        {"outcome": None, "state": "backing-up"},
+        {"verb": "prune", "state": "pruned", "ended_at": T0},
+        {"kind": "btrfs"},
+        {"repository": None, "client": "command", "plan": "no JSON"},
+    ],
+)
+def test_not_saved(path: Path, add: Add, values: dict[str, Any]) -> None:
+    """Nothing but a completed backup of a ZFS snapshot counts."""
+    read(add, 1, **values)
+    assert history.saved_by(path, "job home") == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"repository": "there"}, {"repository": "here"}),
+        ({"repository": None, "plan": COMMAND % "restic"}, {"repository": "here"}),
+        (
+            {"repository": None, "client": "command", "plan": COMMAND % "tar"},
+            {"repository": None, "client": "command", "plan": COMMAND % "cpio"},
+        ),
+        (
+            {"repository": None, "client": "command", "plan": RUN_WITH % ("one", "one")},
+            {"repository": None, "client": "command", "plan": RUN_WITH % ("two", "one")},
+        ),
+        (
+            {"repository": None, "client": "command", "plan": RUN_WITH % ("one", "one")},
+            {"repository": None, "client": "command", "plan": RUN_WITH % ("one", "two")},
+        ),
+    ],
+)
+def test_saved_elsewhere(
+    path: Path, add: Add, before: dict[str, Any], after: dict[str, Any]
+) -> None:
+    """Where a job's backups go elsewhere by now, what it saved before is not saved there."""
+    read(add, 1, "7", **before)
+    read(add, 2, "8", **before)
+    assert history.saved_by(path, "job home") == {"7", "8"}
+    read(add, 3, "8", outcome="failed", **after)
+    assert history.saved_by(path, "job home") == frozenset()
+    read(add, 4, "8", **after)
+    assert history.saved_by(path, "job home") == {"8"}
+
+
+def test_saved_asks_each_run_once(path: Path, add: Add, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a run's client is may be long: it is read once a run, not for each of its volumes."""
+    there: dict[str, Any] = {"client": "command", "repository": None, "plan": COMMAND % "tar"}
+    for number in (2, 1):
+        read(add, number, "7", **there)
+        for n in range(1, 50):
+            add("volumes", **a_volume(number, n, str(100 * number + n)))
+    read(add, 3, "8", **there | {"plan": COMMAND % "cpio"})
+    asked: list[str] = []
+    real = history._store
+
+    def counted(row: sqlite3.Row) -> history.Store:
+        asked.append(row["job"])
+        return real(row)
+
+    monkeypatch.setattr(history, "_store", counted)
+    store = history.store_of("job home", {"name": "command", "command": ["tar"]})
+    found = history.saved(path, store)
+    assert len(asked) == 3
+    assert len(found) == 99
+    assert found["7"] == (f"{2:016x}", f"{1:016x}")
+    assert found["249"] == (f"{2:016x}",)
+
+
 # -- jobs --------------------------------------------------------------------------------------
 
 
@@ -278,6 +464,17 @@ def test_jobs(path: Path, add: Add) -> None:
     assert [run.id[-1] for run in home.open] == ["4"]
     assert home.keys == {"key-1", "key-2", "key-3", "key-4"}
     assert (other.label, other.times, other.open) == ("other", 1, ())
+
+
+def test_jobs_steps(path: Path, add: Add) -> None:
+    """An open run of steps is the job's whose steps they are, and no backup of it."""
+    add("runs", **a_run(1, job="job home"))
+    add("runs", **a_run(2, job="job other", label="other"))
+    steps = {"verb": "run", "state": "planned", "outcome": None}
+    add("runs", **a_run(3, job="run job home", label="run home", **steps))
+    home, other = history.jobs(path)
+    assert [run.id[-1] for run in home.open] == ["3"]
+    assert (home.times, home.newest.id[-1], other.open) == (1, "1", ())
 
 
 def test_jobs_of_one_label(path: Path, add: Add) -> None:

@@ -6,16 +6,22 @@ The engine's own processes, for real, on pools that are played (`tests/scene.py`
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 
-from atomtx import sessions
-from atomtx.errors import ExitStatus
+from atomtx import locks, sessions, settling, system
+from atomtx.clients import Facts, Settings
+from atomtx.errors import ExitStatus, UserError, WaitingError
+from atomtx.executor import Executor, Tell
 from atomtx.intents import (
     AFTER_FAILURE,
     AFTER_SUCCESS,
@@ -26,11 +32,14 @@ from atomtx.intents import (
 )
 from atomtx.plan import Plan
 from atomtx.settling import status_of
-from tests.scene import Ended, Scene
+from atomtx.statedir import RunFolder
+from tests.extent import some
+from tests.scene import Ended, Played, Scene
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="namespaces need root")
 
 SETS = ("tank/a", "tank/b")
+FROZEN = ("/flush", "/freeze", "/lock", "snapshot 2", "/unlock", "/thaw", "/go-on")
 # Nobody may have waited for it yet.
 DEAD = "dead() { ! test -e /proc/$1 || grep -q 'State:.Z' /proc/$1/status; }\n"
 
@@ -122,6 +131,39 @@ def test_nothing_is_written_while_frozen(scene: Scene) -> None:
     assert log.read_text() == "talks\ntalks\n"
     assert [result for _, result, _ in hook_steps(scene)] == ["done", "done"]
     assert outcome(ended)[0] == "failed"  # the client found no in-run: it did run
+
+
+def test_nothing_is_told_while_frozen(scene: Scene) -> None:
+    """Our output may go to a file that a hook has frozen: each line is told before or after."""
+    early = scene.home / "told-early"
+
+    def tells(show: Callable[[str], None]) -> Callable[[str], None]:
+        def note(line: str) -> None:
+            if in_force(scene):
+                early.write_text(line)
+            show(line)
+
+        return note
+
+    def watch() -> None:
+        made = Executor.__init__
+
+        def init(*args: Any, tell: Tell, **rest: Any) -> None:
+            made(*args, tell=Tell(tells(tell.step), tells(tell.warn)), **rest)
+
+        Executor.__init__ = init  # type: ignore[method-assign]
+
+    scene.changes.append(watch)
+    flush = RunHook(AROUND_SNAPSHOT, script(scene, "flush"), script(scene, "go-on", "exit 3"))
+    freeze = pair(scene, AROUND_SNAPSHOT, "freeze", "thaw")
+    lock = RunHook(AROUND_SNAPSHOT, script(scene, "lock"), script(scene, "unlock", "exit 3"))
+    ended = scene.backup(replace(scene.plan(*SETS), hooks=(flush, freeze, lock)))
+    assert not early.exists()
+    assert did(scene) == ["flush", "freeze", "lock", "unlock", "thaw", "go-on"]
+    told = [str(words) for kind, words in ended.told if kind != "progress"]
+    places = [next(n for n, line in enumerate(told) if word in line) for word in FROZEN]
+    assert places == sorted(places)
+    assert [line.rpartition(" ")[2] for line in ended.said("warn")] == ["3", "3"]
 
 
 def test_facts(scene: Scene) -> None:
@@ -309,6 +351,29 @@ def test_retention_fails(scene: Scene) -> None:
     assert did(scene)[-3:] == ["start", "after-success", "finally"]
 
 
+@pytest.mark.parametrize(
+    "bug", [ValueError("Extra data: sesame"), OSError(5, "Input/output error")]
+)
+def test_unknowable_retention(scene: Scene, bug: Exception) -> None:
+    """A client that stumbles over an answer keeps no run from its end; nor is a secret told."""
+
+    def stumble(self: Played, settings: Settings, *given: object) -> NoReturn:
+        raise bug
+
+    made = kept(scene)
+    client = replace(made.client, environment=(("THE_PASSWORD", "sesame"),))
+    scene.changes.append(lambda: setattr(Played, "forgetting", stumble))
+    ended = scene.backup(replace(made, client=client))
+    assert ended.run
+    assert outcome(ended) == ("completed", None)
+    assert status_of(ended.run) is ExitStatus.STEP_AFTER_FAILED
+    (said,) = ended.said("warn")
+    assert "played does not tell what there is to forget: " in said
+    assert "sesame" not in said
+    assert did(scene)[-3:] == ["start", "after-success", "finally"]
+    assert scene.left() == []
+
+
 @pytest.mark.parametrize("who", ["front", "all"])
 def test_killed_in_retention(scene: Scene, who: str) -> None:
     """It is ended, what it left in the repository is mended, and it runs once more."""
@@ -355,6 +420,26 @@ def test_killed_in_a_hook(scene: Scene) -> None:
     assert not scene.left()
 
 
+def test_name_that_is_no_text(scene: Scene) -> None:
+    """A hook is undone whatever names the machine's processes have: any user can choose theirs."""
+    slow = script(scene, "slow", "echo $$ > pid; touch in-run; sleep 1000")
+    made = hooked(scene, RunHook(AROUND_RUN, slow, script(scene, "start", "rm in-run")))
+    code = "import ctypes; ctypes.CDLL(None).prctl(15, b'\\xff'); print(flush=True); input()"
+    with subprocess.Popen(
+        (sys.executable, "-c", code), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout
+        assert other.stdout.readline()
+        killed = scene.backup(made, at="start:slow#1", who="front", delay_s=0.5)
+        assert killed.status == -signal.SIGKILL
+        ended = scene.recover()
+        other.communicate(b"\n")
+    assert outcome(ended)[0] == "rolled-back", (scene.home / "log").read_text()
+    assert did(scene) == ["slow", "start"]
+    assert not session(scene)
+    assert in_force(scene) == scene.left() == []
+
+
 def test_killed_in_an_undo(scene: Scene) -> None:
     """An undo whose front end was killed is ended before it runs once more, never beside itself."""
     once = "test -e twice && exit; touch twice; echo $$ > pid; exec sleep 1000"
@@ -389,6 +474,78 @@ def test_taken_up_again(scene: Scene) -> None:
     assert in_force(scene) == scene.left() == []
 
 
+@pytest.mark.parametrize("at", ["end:zfs snapshot#1", "journal:backing-up#1"])
+def test_repository_out_of_reach(scene: Scene, at: str) -> None:
+    """What a killed front end left stopped is undone before the client is asked for anything."""
+    made = replace(
+        hooked(scene, *all_hooks(scene)), client=scene.plan(*SETS, client="played").client
+    )
+    killed = scene.backup(made, at=at, who="all")
+    assert killed.status == -signal.SIGKILL
+    assert "in-run" in in_force(scene)
+    scene.changes.append(lambda: setattr(Played, "inspect", _out_of_reach))
+    waits = scene.recover()
+    assert isinstance(waits.raised, WaitingError), (scene.home / "log").read_text()
+    assert "waits: in force: []" in waits.raised.message
+    assert in_force(scene) == []
+    scene.changes[:] = [lambda: setattr(Played, "inspect", _there)]
+    assert outcome(scene.recover()) == ("completed", None)
+    assert did(scene)[-4:] == ["stop", "start", "after-success", "finally"]
+    assert in_force(scene) == scene.left() == []
+
+
+def _out_of_reach(_: Played, settings: Settings) -> NoReturn:
+    home = Path(settings.command[0]).parent
+    raise UserError(f"in force: {[path.name for path in home.glob('in-*')]}")
+
+
+def _there(_: Played, __: Settings) -> Facts:
+    return Facts("1.2", "repo")
+
+
+def test_end_that_cannot_be_read(scene: Scene) -> None:
+    """A run whose client's end cannot be read now waits, and is not in the hook's hands."""
+    made = hooked(scene, *all_hooks(scene))
+    killed = scene.backup(made, at="journal:backing-up#1", who="all")
+    assert killed.status == -signal.SIGKILL
+    end = RunFolder.of(scene.state, made.run).end
+    end.unlink()
+    end.mkdir()  # as unreadable as on a bad disk
+    waits = scene.recover()
+    assert isinstance(waits.raised, WaitingError), (scene.home / "log").read_text()
+    said = f"run {made.run} (tank/a) waits: [Errno 21] Is a directory: '{end}'"
+    assert waits.raised.message == said
+    assert in_force(scene) == []
+    assert did(scene)[-1:] == ["start"]
+    end.rmdir()
+    assert outcome(scene.recover()) == ("completed", None)
+    assert in_force(scene) == scene.left() == []
+
+
+@pytest.mark.parametrize(("owner", "name"), [(system.here, "pids"), (settling, "probe")])
+def test_machine_that_cannot_be_looked_at(scene: Scene, owner: object, name: str) -> None:
+    """A client that lives stays in the hook's hands, though a recovery cannot look at its run."""
+    made = hooked(scene, *all_hooks(scene))
+    scene.behave((scene.home / "behaviour").read_text() + f"cat {scene.home}/fifo\n")
+    os.mkfifo(scene.home / "fifo")
+    killed = scene.backup(made, at="journal:backing-up#1", who="front later", delay_s=1)
+    assert killed.status == -signal.SIGKILL
+    assert locks.is_held(RunFolder.of(scene.state, made.run).runner_lock)
+    scene.changes.append(lambda: setattr(owner, name, _used_up))
+    waits = scene.recover()
+    assert isinstance(waits.raised, WaitingError), (scene.home / "log").read_text()
+    assert "waits: [Errno 24] Too many open files" in waits.raised.message
+    assert in_force(scene) == ["in-run"]
+    scene.changes.clear()
+    (scene.home / "fifo").write_text("")
+    assert outcome(scene.recover()) == ("completed", None)
+    assert did(scene) == ["stop", "quiesce", "thaw", "start", "after-success", "finally"]
+
+
+def _used_up(*_: object, **__: object) -> NoReturn:
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
 def test_repeated_at_once(scene: Scene) -> None:
     """A client that is repeated by the same front end stays in the hook's hands."""
     made = replace(scene.plan(*SETS, client="played"), hooks=all_hooks(scene), retries=1)
@@ -411,7 +568,7 @@ def test_killed_anywhere(tmp_path: Path, who: str) -> None:
     (tmp_path / "first").mkdir()
     found = _points(Scene(tmp_path / "first"))
     wrong = []
-    for n, point in enumerate(found[found.index("journal:planned#1") :]):
+    for n, point in enumerate(some(found[found.index("journal:planned#1") :], 9)):
         (tmp_path / str(n)).mkdir()
         scene = Scene(tmp_path / str(n))
         made = hooked(scene, *all_hooks(scene))
@@ -431,3 +588,18 @@ def test_killed_anywhere(tmp_path: Path, who: str) -> None:
             wrong.append(f"{point}: no copy: {scene.rows('SELECT * FROM runs')}")
         scene.close()
     assert wrong == []
+
+
+def test_hook_and_we_are_told(scene: Scene) -> None:
+    """A hook of a kept moment that dies of the shutdown that we hear of as well has not failed."""
+    shut_down = "test ! -e shutdown || { rm shutdown; kill -TERM $PPID; kill -TERM $$; }"
+    stop = script(scene, "stop", f"touch in-run; {shut_down}")
+    hook = RunHook(AROUND_RUN, stop, script(scene, "start", "rm -f in-run"))
+    made = replace(hooked(scene, hook), on_stop="keep")
+    scene.backup(made, at="journal:snapshotted#1", who="all")
+    (scene.home / "shutdown").touch()
+    ended = scene.recover()
+    assert ended.interrupted == "interrupted by SIGTERM"
+    assert (outcome(ended), in_force(scene)) == ((None, None), [])
+    assert len(scene.pool["snapshots"]) == 2
+    assert outcome(scene.recover()) == ("completed", None)

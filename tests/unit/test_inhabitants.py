@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from atomtx.mounts import inhabitants, mountinfo
+
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="namespaces need root")
 
 # In a namespace of its own, with a small file system in the place of a snapshot.
@@ -90,6 +92,28 @@ def test_open_file(tmp_path: Path) -> None:
 
 
 @as_root
+def test_name_that_is_no_text(tmp_path: Path) -> None:
+    """A process is named whatever bytes its name has: the kernel cuts one inside a letter."""
+    inside(
+        tmp_path,
+        """
+        import shutil
+        tail = shutil.copy(shutil.which("tail"), top + "/sauvegarde-abcé")
+        child = start(tail, "-f", place + "/log")
+        until(lambda: users() == [f"open by {child.pid} (sauvegarde-abc\\ufffd) at {place}/log"])
+        """,
+    )
+
+
+def test_mount_of_a_file() -> None:
+    """What a device adds to the facts of an open file may have any bytes: a name of a tun has."""
+    facts = b"pos:\t0\nflags:\t02100002\nmnt_id:\t24\nino:\t105\n"
+    assert inhabitants._mount_of(facts + b"iff:\t\xff\xfetap\n") == 24
+    assert inhabitants._mount_of(facts + b"name:\t\nmnt_id:\n") == 24
+    assert inhabitants._mount_of(b"") is None
+
+
+@as_root
 def test_working_directory(tmp_path: Path) -> None:
     """A process that only stands there is named; one that stands beside is not."""
     inside(
@@ -135,6 +159,46 @@ def test_other_namespace(tmp_path: Path) -> None:
         assert users() == [f"open by {child} (sleep) at {place}/log"]
         """,
     )
+
+
+def played(monkeypatch: pytest.MonkeyPatch, *mounts: str) -> None:
+    """Let everybody's table of mounts be these: root, mountpoint, file system, source."""
+    lines = (
+        f"{n} 1 0:{n} {root} {place} ro shared:{n} - {fstype} {source} rw\n"
+        for n, (root, place, fstype, source) in enumerate(map(str.split, mounts))
+    )
+    table = mountinfo.parse("".join(lines).encode())
+    monkeypatch.setattr(mountinfo, "read", lambda pid="self": table)
+
+
+def test_part_of_a_btrfs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any directory or file of a snapshot of btrfs that is mounted counts, and no neighbour's."""
+    played(
+        monkeypatch,
+        "/k/1.home /whole btrfs /dev/sdb",
+        "/k/1.home/etc/x /part btrfs /dev/sdb",
+        "/k/1.home2/etc /beside btrfs /dev/sdb",
+        "/k /above btrfs /dev/sdb",
+        "/ /top btrfs /dev/sdb",
+        "/k/1.home/etc /other ext4 /dev/sdc",
+    )
+    uuid = "0544d686-bc2a-4b36-8920-25649d1a58e5"
+    assert inhabitants.mounted([f"{uuid}:/k/1.home"]) == ["/whole", "/part"]
+    assert inhabitants.mounted([f"{uuid}:/k/1.hom"]) == []
+
+
+def test_name_of_another_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dataset's or a logical volume's snapshot is what has its very name."""
+    played(
+        monkeypatch,
+        "/ /a zfs tank/a@x",
+        "/etc /b zfs tank/a@x",
+        "/ /c zfs tank/a@x/y",
+        "/ /d xfs /dev/mapper/vg-a",
+        "/ /e xfs /dev/mapper/vg-a/b",
+    )
+    assert inhabitants.mounted(["tank/a@x"]) == ["/a", "/b"]
+    assert inhabitants.mounted(["vg/a"]) == ["/d"]
 
 
 @as_root

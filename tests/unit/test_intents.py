@@ -12,6 +12,7 @@ from atomtx.intents import (
     BEFORE,
     KINDS,
     ApplyRetention,
+    CopySnapshots,
     DestroySnapshots,
     EndClient,
     HoldSnapshots,
@@ -19,9 +20,13 @@ from atomtx.intents import (
     KeepSnapshots,
     Mount,
     MountVolumes,
+    Origin,
+    PruneSnapshots,
     ReleaseSnapshots,
     RunClient,
     RunHook,
+    RunStep,
+    Source,
     TakeSnapshots,
     UndoHook,
     UnmountVolumes,
@@ -36,6 +41,7 @@ TREE = ("/restic", MOUNTS, ("/restic", "/restic/with space"))
 # Each forward intent, and what undoes it; None where nothing does.
 PAIRS: list[tuple[Intent, Intent | None]] = [
     (TakeSnapshots(*SET, run=RUN), DestroySnapshots(*SET, run=RUN)),
+    (TakeSnapshots(*SET, run=RUN, transient=True), DestroySnapshots(*SET, run=RUN)),
     (HoldSnapshots(*SET, tag="atomtx"), ReleaseSnapshots(*SET, tag="atomtx")),
     (KeepSnapshots(*SET, run=RUN), None),
     (MountVolumes(*TREE), UnmountVolumes(*TREE)),
@@ -46,6 +52,15 @@ PAIRS: list[tuple[Intent, Intent | None]] = [
     ),
     *((RunHook(when, ("tell",)), None) for when in AFTER),
     (ApplyRetention("restic", ("/a", "/b c"), ("--keep-last=3",)), None),
+    (PruneSnapshots("tank", "11", ("tank/a@x",), ("1",), ("7",), (RUN,)), None),
+    (PruneSnapshots("tank", "11", ("tank/a@x",), ("1",), ("7",), (RUN,), transient=True), None),
+    (
+        CopySnapshots(
+            "nas:b", "7", ("tank/a",), ("b/a",), ("tank/a@x",), ("1",), "%Y%m%d%H%M", "tag"
+        ),
+        None,
+    ),
+    (RunStep(2, ("snap", "tank/a b")), None),
 ]
 ALL = [intent for pair in PAIRS for intent in pair if intent]
 each_intent = pytest.mark.parametrize("intent", ALL, ids=lambda intent: str(intent.kind))
@@ -63,6 +78,16 @@ def test_round_trip(intent: Intent) -> None:
     again = intents.from_json(intent.kind, intent.to_json())
     assert again == intent
     assert hash(again) == hash(intent)
+
+
+@pytest.mark.parametrize("part", [*KINDS.values(), Mount, Origin, Source])
+def test_what_is_not_written(part: type[Intent]) -> None:
+    """What is left out of a payload is what a field is by default: else it could not be read."""
+    defaults = {field.name: field.default for field in dataclasses.fields(part)}
+    untold = intents._UNTOLD
+    assert {name: defaults[name] for name in untold if name in defaults} == {
+        name: value for name, value in untold.items() if name in defaults
+    }
 
 
 @each_intent

@@ -17,7 +17,8 @@ import pytest
 from sqlalchemy.exc import IntegrityError
 from transitions import MachineError
 
-from atomtx import database, journalfile, locks, plan, provenance, states
+from atomtx import database, journalfile, locks, plan, provenance, states, words
+from atomtx import journal as journal_of_runs
 from atomtx.clients import Backup, End
 from atomtx.errors import (
     JournalError,
@@ -38,7 +39,7 @@ from atomtx.intents import (
 from atomtx.journal import ActiveRunError, Journal, now_us
 from atomtx.names import RunId
 from atomtx.plan import Plan
-from atomtx.records import Run
+from atomtx.records import Content, Run
 from atomtx.statedir import RunFolder, prepare
 from atomtx.states import Event, Outcome
 from tests.runs import OTHER, RUN, a_plan
@@ -244,23 +245,50 @@ def test_last_completed(journal: Journal) -> None:
     run = begin(journal)
     with journal.change(run) as change:
         change.set(outcome="completed", moment_at=77)
-        change.saw(frozenset({"/tank/a/b"}))
+        change.saw({"/tank/a": Content.FILES, "/tank/a/b": Content.EMPTY})
         change.result(End(Outcome.COMPLETED, backups=(Backup(("/a",), Outcome.COMPLETED, "id1"),)))
         change.fire(Event.GIVEN_UP)
     fire(journal, journal.load(RUN), Event.CLEANED_UP)
     destroy(journal, begin(journal, a_plan(run=OTHER)))
-    empty = {"guid of tank/a": False, "guid of tank/a/b": True}
-    assert journal.last_completed("job") == (empty, 77, ("id1",))
+    seen = {"guid of tank/a": Content.FILES, "guid of tank/a/b": Content.EMPTY}
+    assert journal.last_completed("job") == (seen, 77, ("id1",))
     assert journal.last_completed("another") is None
 
 
+def complete_with_a_clock_ahead(journal: Journal, count: int) -> list[RunId]:
+    """Complete *count* runs of a job; the first began 400 days ahead of the others."""
+    ids = [RunId(f"{n:016x}") for n in range(count)]
+    for n, run_id in enumerate(ids):
+        destroy(journal, begin(journal, a_plan(run=run_id)))
+        started = n if n else 400 * 86_400_000_000
+        with journal._transaction() as connection:
+            connection.exec_driver_sql(
+                "UPDATE runs SET ended_at = 1, outcome = 'completed', moment_at = ?, "
+                "started_at = ? WHERE id = ?",
+                (started, started, run_id),
+            )
+    return ids
+
+
+def test_last_completed_with_a_clock_ahead(journal: Journal) -> None:
+    """Promise 7: one run with the clock ahead is the last one only until the next."""
+    complete_with_a_clock_ahead(journal, 3)
+    for of_kept in (False, True):
+        last = journal.last_completed("job", of_kept=of_kept)
+        assert last
+        assert last[1] == 2
+
+
 def test_adopt(journal: Journal) -> None:
-    """A run of a lost journal enters this one only to be undone, its snapshots identified."""
+    """A run of a lost journal enters this one by one commit, to be undone, and identified."""
     the_plan = a_plan()
     found = {v.snapshot: (f"9{n}", "5") for n, v in enumerate(the_plan.volumes)}
+    before = journalfile.counter(journalfile.header(journal.path))
     run = journal.adopt(the_plan, found, plan.intents(the_plan))
     assert (run.state, run.outcome) == (states.UNMOUNTING, "rolled-back")
     assert [(v.guid, v.createtxg) for v in run.volumes] == [("90", "5"), ("91", "5")]
+    assert query(journal, "SELECT rev, source, dest FROM moves") == [(1, "planned", "unmounting")]
+    assert journalfile.counter(journalfile.header(journal.path)) == before + 1
 
 
 # -- transactions ----------------------------------------------------------------------------
@@ -544,7 +572,9 @@ def test_expire(journal: Journal, state: Path) -> None:
             connection.exec_driver_sql(
                 "UPDATE runs SET ended_at = ? WHERE id = ?", (now_us() - age, run_id)
             )
-    (state / "runs" / "of-somebody-else").mkdir()
+    foreign = state / "runs" / "of-somebody-else"
+    foreign.mkdir()
+    os.utime(foreign, (1, 1))
     assert journal.expire(30 * 86_400) == 1
     assert set(journal.known()) == set(ids[1:])
     assert {path.name for path in (state / "runs").iterdir()} == {*ids[1:], "of-somebody-else"}
@@ -554,8 +584,45 @@ def test_expire(journal: Journal, state: Path) -> None:
     assert journal.expire(30 * 86_400) == 0
 
 
+@pytest.mark.parametrize("keep_s", [words.seconds("10000y"), 1e17])
+def test_expire_keeps_all(journal: Journal, keep_s: float) -> None:
+    """A time that began before any clock keeps everything."""
+    destroy(journal, begin(journal))
+    assert journal.expire(keep_s) == 0
+    assert RUN in journal.known()
+
+
+def test_expire_is_killed(journal: Journal, state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run is forgotten after its files, so that one that was killed in between finds them."""
+    destroy(journal, begin(journal))
+    folder = RunFolder.of(state, RUN).make()
+    folder.reserve_end()
+    rmtree = shutil.rmtree
+
+    def killed(path: Path, **_: object) -> None:
+        rmtree(path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        journal.expire(-1)
+    monkeypatch.undo()
+    assert list(journal.known()) == [RUN]
+    assert journal.expire(-1) == 1
+    assert not folder.path.exists()
+
+
+def test_expire_by_parts(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others wait no longer than a part of them takes; the oldest go first."""
+    ids = [RunId(f"{n:016x}") for n in range(3)]
+    for run_id in ids:
+        destroy(journal, begin(journal, a_plan(run=run_id)))
+    monkeypatch.setattr(journal_of_runs, "_AT_ONCE", 2)
+    assert [journal.expire(-1) for _ in range(3)] == [2, 1, 0]
+
+
 def test_expire_spares(journal: Journal) -> None:
-    """The last completed run of a job stays: it knows which volumes were not empty."""
+    """The last completed run of a job stays, for its volumes that were not empty, and one more."""
     ids = [RunId(f"{n:016x}") for n in range(4)]
     for n, (run_id, job) in enumerate(zip(ids, ("job a", "job a", "job a", "job b"), strict=True)):
         destroy(journal, begin(journal, a_plan(run=run_id, job=job)))
@@ -566,8 +633,50 @@ def test_expire_spares(journal: Journal) -> None:
                 "WHERE id = ?",
                 (n, outcome, run_id),
             )
-    assert journal.expire(0) == 2
-    assert set(journal.known()) == {ids[1], ids[3]}
+    assert journal.expire(0) == 1
+    assert set(journal.known()) == {ids[1], ids[2], ids[3]}
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "left"),
+    [
+        (["completed"] * 3, [1, 2]),
+        (["completed", "failed", "failed"], [0, 2]),
+        (["failed", "completed"], [0, 1]),
+        (["completed"], [0]),
+        (["failed", "failed"], []),
+    ],
+)
+@pytest.mark.parametrize("is_of_kept", [False, True])
+def test_expire_spares_two(
+    journal: Journal, outcomes: list[str], left: list[int], is_of_kept: bool
+) -> None:
+    """A job that ran twice is known to have: its last completed run stays, and one beside it."""
+    ids = [RunId(f"{n:016x}") for n in range(len(outcomes))]
+    for n, (run_id, outcome) in enumerate(zip(ids, outcomes, strict=True)):
+        destroy(journal, begin(journal, a_plan(run=run_id, job="job a")))
+        with journal._transaction() as connection:
+            connection.exec_driver_sql(
+                "UPDATE runs SET ended_at = 1, moment_at = 1, started_at = ?, outcome = ? "
+                "WHERE id = ?",
+                (n, outcome, run_id),
+            )
+    if is_of_kept:
+        with journal._transaction() as connection:
+            connection.exec_driver_sql("UPDATE volumes SET snapshot = 'tank/a@kept'")
+    journal.expire(0)
+    assert set(journal.known()) == {ids[n] for n in left}
+
+
+def test_expire_with_a_clock_ahead(journal: Journal) -> None:
+    """The last run that tells what was not empty is spared, not one with the clock ahead."""
+    ids = complete_with_a_clock_ahead(journal, 4)
+    with journal._transaction() as connection:
+        connection.exec_driver_sql(
+            "UPDATE volumes SET snapshot = 'tank/a@kept' WHERE run >= ?", (ids[2],)
+        )
+    assert journal.expire(0) == 1
+    assert set(journal.known()) == set(ids[1:])
 
 
 def test_sweep(journal: Journal, state: Path) -> None:
@@ -587,6 +696,21 @@ def test_sweep(journal: Journal, state: Path) -> None:
     assert there == {folder.path.name for folder in (used, held, young)}
     journal.expire(1)
     assert not held.path.exists()
+
+
+def test_sweep_spares_what_is_foreign(journal: Journal, state: Path) -> None:
+    """Promise 2: what is no folder of a run stays, however old it is, and stops no backup."""
+    runs = state / "runs"
+    for name in ("lost+found", "0123456789ABCDEF", "0123456789abcdef0"):
+        (runs / name).mkdir()
+    (runs / "notes").write_text("mine")
+    (runs / f"{1:016x}").write_text("mine")
+    (runs / f"{2:016x}").symlink_to(runs / "lost+found")
+    for path in runs.iterdir():
+        os.utime(path, (1, 1), follow_symlinks=False)
+    there = sorted(runs.iterdir())
+    journal.expire(1)
+    assert sorted(runs.iterdir()) == there
 
 
 def test_number_of_a_forgotten_step(journal: Journal, state: Path) -> None:

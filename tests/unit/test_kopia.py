@@ -286,14 +286,15 @@ def test_progress() -> None:
 
 
 def test_restore_command() -> None:
-    """The command restores from the same repository."""
-    backup = Backup(("/home",), Outcome.COMPLETED, backup_id="k1")
+    """The command restores from the same repository, each path of a set at a place of its own."""
+    backup = Backup(("/srv/home",), Outcome.COMPLETED, backup_id="k1")
     given = settings("--config-file=/c/k.config", command=("sudo", "kopia"))
-    assert Kopia().restore_command(given, backup, "/to") == (
-        *("sudo", "kopia", "snapshot", "restore", "k1", "/to", "--config-file=/c/k.config"),
+    assert Kopia().restore_command(given, Facts("0.23.1", None), backup, "/to") == (
+        *("sudo", "kopia", "snapshot", "restore", "k1", "/to/srv/home"),
+        "--config-file=/c/k.config",
     )
     unchanged = Backup(("/home",), Outcome.COMPLETED)
-    assert "/home" in Kopia().restore_command(given, unchanged, "/to")
+    assert "/home" in Kopia().restore_command(given, Facts("0.23.1", None), unchanged, "/to")
 
 
 def test_nothing_to_mend() -> None:
@@ -308,3 +309,27 @@ def test_utc() -> None:
         "--start-time=2026-01-01 00:00:05 UTC"
         in (Kopia().launch(settings(), FACTS, moment).commands[0])
     )
+
+
+@pytest.mark.parametrize(
+    ("said", "is_list"),
+    [
+        ("", False),
+        ("see the log", False),
+        ("[", False),
+        ("[\n]", True),
+        ("wrapped\n[]\ndone", True),
+    ],
+)
+def test_list_of_policies(tmp_path: Path, said: str, is_list: bool) -> None:
+    """Only a list, be it an empty one, tells what policies there are."""
+    script, words = tmp_path / "kopia", tmp_path / "words"
+    words.write_text(said)
+    script.write_text(f'#!/bin/sh\n[ "$2" = show ] && echo "{{}}" || exec cat {words}\n')
+    script.chmod(0o755)
+    given = replace(settings(command=(str(script),), PATH="/usr/bin:/bin"), cwd="/")
+    if is_list:
+        Kopia().check(given, ("/home",), ())
+    else:
+        with pytest.raises(UserError, match="printed of its policies is no list"):
+            Kopia().check(given, ("/home",), ())

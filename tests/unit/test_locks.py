@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from atomtx import locks
+from atomtx import locks, system
 
 PATIENCE_S = 60.0
 
@@ -270,3 +270,26 @@ def test_boot_id() -> None:
     """A boot has one id."""
     assert len(locks.boot_id()) == 36
     assert locks.boot_id() == locks.boot_id()
+
+
+@pytest.mark.parametrize("name", [b"\xff", b"sauvegarde-\xc3\xa9t\xc3\xa9"[:12], b") R 1 (\xe9"])
+def test_name_that_is_no_text(
+    lock: Path, children: list[subprocess.Popen[str]], name: bytes
+) -> None:
+    """A process that has any bytes as its name, or a letter cut in two, is found all the same."""
+    code = """
+        import ctypes, sys
+        from pathlib import Path
+        from atomtx import locks
+
+        held = locks.try_acquire(Path(sys.argv[1]))
+        assert ctypes.CDLL(None).prctl(15, bytes.fromhex(sys.argv[2]), 0, 0, 0) == 0
+        print(flush=True)
+        sys.stdin.read()
+    """
+    child = start(children, code, str(lock), name.hex())
+    line(child)
+    assert locks.holders(lock) == [locks.Process(child.pid, name.decode(errors="replace"))]
+    assert system.here.session_of(child.pid) == os.getsid(child.pid)
+    assert child.pid in system.here.session(os.getsid(child.pid))
+    assert system.here.start_of(child.pid)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atomtx.mounts import mountinfo
+from atomtx.mounts import mountinfo, namespace
 from atomtx.mounts.mountinfo import Entry, Table
 
 LINE = (
@@ -181,3 +182,13 @@ def test_no_echo_of_a_whole() -> None:
     assert stacked.without_echoes() == stacked
     below = Table([bind(1, 0, "/a", "/@/sub"), bind(2, 1, "/a/b", "/@/sub/b")])
     assert ids(below.without_echoes()) == [1]
+
+
+def test_pinned() -> None:
+    """Of the ZFS mounts that follow nobody those stay that are needed, or lie in what is live."""
+    places = ["/", "/srv", "/mnt/usb", "/mnt/usb/restic", "/mnt/usb2", "/follows", "/other"]
+    private = [Entry(n, 0, "0:1", "/", p, "", (), "zfs", p, "rw") for n, p in enumerate(places)]
+    private[5] = replace(private[5], propagation=("master:1",))
+    private[6] = replace(private[6], fstype="ext4")
+    found = namespace.pinned(Table(private), ["/srv/cache", "/mnt/usb"], ["/mnt/usb"])
+    assert list(found) == ["/mnt/usb2"]

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atomtx.errors import UserError
-from atomtx.names import MAX_NAME_BYTES, Dataset, RunId, Snapshot, is_within
+from atomtx.names import MAX_NAME_BYTES, Dataset, RunId, Snapshot, Target, is_within
 
 RUN = RunId("0123456789abcdef")
 
@@ -76,17 +76,6 @@ def test_pool() -> None:
     assert [Dataset(name).pool for name in ("tank", "tank/a/b")] == ["tank", "tank"]
 
 
-def test_is_below() -> None:
-    """A dataset is below its ancestors, not below itself or one whose name begins alike."""
-    above = Dataset("tank/a")
-    below = [
-        name
-        for name in ("tank", "tank/a", "tank/ab", "tank/a/b", "tank/a/b/c")
-        if Dataset(name).is_below(above)
-    ]
-    assert below == ["tank/a/b", "tank/a/b/c"]
-
-
 def test_snapshot() -> None:
     """A snapshot is named for its dataset and its run, and reads back."""
     snapshot = Dataset("tank/with space").snapshot(RUN).check()
@@ -114,3 +103,57 @@ def test_is_within() -> None:
     """A path is within itself, its ancestors and the root, not within a name that begins alike."""
     parents = [p for p in ("/", "/a", "/a/b", "/a/b/c", "/a/bc", "/b") if is_within("/a/b", p)]
     assert parents == ["/", "/a", "/a/b"]
+
+
+# -- targets ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "host", "dataset"),
+    [
+        ("backup", "", "backup"),
+        ("backup/here", "", "backup/here"),
+        ("backup/b c:d", "", "backup/b c:d"),  # a colon after the slash is the dataset's
+        ("nas:backup", "nas", "backup"),
+        ("root@nas.example.org:backup/here", "root@nas.example.org", "backup/here"),
+        ("[fe80::1%eth0]:backup/here", "fe80::1%eth0", "backup/here"),
+        ("me@[::1]:backup/here", "me@::1", "backup/here"),
+    ],
+)
+def test_target(text: str, host: str, dataset: str) -> None:
+    """A target is a dataset, of this machine or of the one before the colon."""
+    target = Target.parse(text)
+    assert (target.host, target.dataset.name) == (host, dataset)
+    assert str(target) == text  # as the journal keeps it
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        ":backup",
+        "nas:",
+        "-oProxyCommand=x:backup",  # ssh would take it for an option
+        "na s:backup",
+        "-l@nas:backup",
+        "me@-l:backup",
+        "::1:backup/x",
+        "nas;reboot:backup",
+        "backup@snap",
+        "nas:backup/../x y\n",
+        "a:b:c",
+    ],
+)
+def test_no_target(text: str) -> None:
+    with pytest.raises(UserError):
+        Target.parse(text)
+
+
+def test_copies() -> None:
+    """The copy of POOL/PATH is TARGET/PATH; of the pool's own dataset, the target."""
+    target = Target.parse("nas:backup/here")
+    assert target.copy_of(Dataset("tank/home/ann")) == Dataset("backup/here/home/ann")
+    assert target.copy_of(Dataset("tank")) == Dataset("backup/here")
+    assert target.shown("backup/here/x") == "nas:backup/here/x"
+    with pytest.raises(UserError, match="longer than"):
+        target.copy_of(Dataset(f"tank/{'x' * 245}"))

@@ -28,6 +28,7 @@ from atomtx.notices import (
     settings_of,
 )
 from atomtx.redact import Redactor
+from atomtx.states import Verb
 
 NOW = datetime(2026, 11, 21, 12, tzinfo=UTC)
 FACTS = Facts(
@@ -103,6 +104,26 @@ def test_events(values: dict[str, Any], expected: set[Event], words: str) -> Non
     assert found.events == expected
     assert found.subject == f"atomtx: tank/home -r on nas: {words}"
     assert found.variables["ATOMTX_EVENT"] == next(e for e in Event if e in expected).value
+
+
+@pytest.mark.parametrize(
+    ("verb", "values", "words"),
+    [
+        (Verb.SNAP, {}, "The snapshots are kept."),
+        (Verb.SNAP, {"outcome": "failed", "exit_status": ExitStatus.FAILED}, "No snapshots were"),
+        (Verb.SNAP, {"outcome": "partial", "exit_status": ExitStatus.PARTIAL}, "Somebody destroye"),
+        (Verb.SNAP, {"exit_status": ExitStatus.STEP_AFTER_FAILED}, "are kept, but a step after it"),
+        (Verb.PRUNE, {}, "that were to go are destroyed."),
+        (Verb.PRUNE, {"outcome": "partial", "exit_status": ExitStatus.PARTIAL}, "are still there."),
+        (Verb.PRUNE, {"outcome": "failed", "exit_status": ExitStatus.FAILED}, "or some of them."),
+    ],
+)
+def test_verbs(verb: Verb, values: dict[str, Any], words: str) -> None:
+    """A notice of what is no backup does not say that there is one, or none."""
+    text = told(verb=verb, state="kept", **values).text
+    assert words in text
+    assert "ackup" not in text
+    assert "state " not in text
 
 
 def test_every_outcome() -> None:

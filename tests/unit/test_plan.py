@@ -17,6 +17,7 @@ from atomtx.intents import (
     HoldSnapshots,
     Mount,
     MountVolumes,
+    Origin,
     RunClient,
     Source,
     TakeSnapshots,
@@ -27,6 +28,7 @@ from atomtx.plan import (
     Chosen,
     ClientPlan,
     DatasetFacts,
+    Existing,
     LeftOut,
     Plan,
     PlannedVolume,
@@ -241,6 +243,23 @@ def test_live_paths_of_a_root() -> None:
     assert "/proc is not in the backup: it belongs to the running system" in made.notes
 
 
+@pytest.mark.parametrize("volume", [HOME, ROOT])
+def test_live_paths_on_another_mount(volume: tuple[str, str]) -> None:
+    """What is mounted below is empty in the frozen files: it is brought back as a whole, once."""
+    seams = frozenset({"/home", "/home/usb", "/home/usb/restic", "/home/usual", "/run", "/var"})
+    needed = ("/home/usb/restic/x", "/home/usb/cache", "/home/u/.cache", "/var/lib/atomtx", "/run")
+    chosen = dataclasses.replace(selection(volume, HOME), seams=seams)
+    values: dict[str, Any] = {"pools": POOLS, "run": RUN, "client": CLIENT, "live_paths": needed}
+    made = plan.assemble(Request((volume[0],)), chosen, **values)
+    var = ("/var",) if volume == ROOT else ()
+    assert made.live_paths == ("/home/u/.cache", "/home/usb", *var)
+    assert set(made.excludes) == {*made.live_paths, *(SYSTEM_PATHS if var else ())}
+    assert "/home/usb is not in the backup: the client needs it as it is now" in made.notes
+    assert plan.is_frozen(made, "/home/usual")
+    tree = plan.assemble(dataclasses.replace(TREE, names=(volume[0],)), chosen, **values)
+    assert tree.live_paths == ("/home/u/.cache",)
+
+
 @pytest.mark.parametrize("live", ["/home/src", "/home"])
 def test_live_volume_that_was_named(live: str) -> None:
     """A named volume that the client needs live cannot be frozen for it: the plan is refused."""
@@ -258,6 +277,13 @@ def test_live_volume_under_all() -> None:
         made.notes
     )
     assert "zroot/boot is not in the backup: the client needs /boot as it is now" in made.notes
+
+
+def test_part_of_no_volume() -> None:
+    """What would be named in vain is a fault of ours, not a backup without it."""
+    assert plan.paths_to_read(["/home", "/srv"], ["/home/a"]) == ("/home/a", "/srv")
+    with pytest.raises(AssertionError):
+        plan.paths_to_read(["/home"], ["/homes"])
 
 
 def test_named() -> None:
@@ -343,8 +369,13 @@ def test_describe() -> None:
 TEXT = st.binary().map(lambda data: data.decode("utf-8", "surrogateescape"))
 TEXTS = st.lists(TEXT, max_size=3).map(tuple)
 SOURCES = st.none() | st.builds(Source, st.integers(), TEXT, TEXT, st.integers())
+ORIGINS = st.none() | st.builds(Origin, TEXT, TEXT, TEXT, st.integers())
 VOLUMES = st.builds(
-    PlannedVolume, *([TEXT] * (len(dataclasses.fields(PlannedVolume)) - 1)), source=SOURCES
+    PlannedVolume,
+    *([TEXT] * (len(dataclasses.fields(PlannedVolume)) - 3)),
+    source=SOURCES,
+    origin=ORIGINS,
+    existing=st.none() | st.builds(Existing, TEXT, TEXT),
 )
 CLIENTS = st.builds(
     ClientPlan,
@@ -400,3 +431,11 @@ def test_round_trip_of_a_real_plan() -> None:
     again = plan.from_json(plan.to_json(made))
     assert again == made
     assert hash(again) == hash(made)
+
+
+def test_as_read() -> None:
+    """Of a whole root the client's policies and patterns are those of the root itself."""
+    made = dataclasses.replace(assemble(HOME, request=TREE), excludes=("/home/x",))
+    assert plan.as_read(made) == (("/home",), ("/home/x",))
+    whole = dataclasses.replace(made, whole_root=True)
+    assert plan.as_read(whole) == (("/restic",), ("/restic/home/x",))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.extent import spread
 from tests.vm.points import MARK
 from tests.vm.powercut import (
     DISK_BYTES,
@@ -17,7 +18,6 @@ from tests.vm.powercut import (
     Record,
     Tally,
     partition_table,
-    spread,
 )
 from tests.vm.writelog import SECTOR
 

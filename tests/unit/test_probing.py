@@ -14,11 +14,13 @@ from typing import cast
 
 import pytest
 
-from atomtx import locks
+from atomtx import locks, system
 from atomtx.clients import End
 from atomtx.errors import EffectError
+from atomtx.names import RunId
 from atomtx.plan import Pool
 from atomtx.probing import (
+    at_work,
     end_survivors,
     presence,
     probe,
@@ -107,6 +109,25 @@ def test_presence(proven: bool, guid: str, txg: str, mark: str | None, expected:
     if not proven and mark == RUN:
         expected = Presence.OURS
     assert presence(run, run.volumes[0], found) is expected
+
+
+@pytest.mark.parametrize("mark", [None, RUN, OTHER], ids=["unmarked", "ours", "another run's"])
+@pytest.mark.parametrize(
+    ("guid", "txg", "expected"),
+    [
+        ("100", "7", Presence.OURS),
+        ("999", "7", Presence.FOREIGN),
+        ("100", "9", Presence.FOREIGN),
+    ],
+)
+def test_presence_of_one_that_stays(
+    guid: str, txg: str, mark: str | None, expected: Presence
+) -> None:
+    """A kept snapshot is proven by guid and createtxg of the plan; no mark adds to that."""
+    run = a_run()
+    volume = replace(run.volumes[0], stays=True)
+    found = Identity(volume.snapshot, guid, txg, 1, mark)
+    assert presence(run, volume, found) is expected
 
 
 def test_absent() -> None:
@@ -339,6 +360,32 @@ def test_foreign_namespace(folder: RunFolder, start: Start, tmp_path: Path, sour
     assert survivors(a_run(), folder) == []
     end_survivors(a_run(), folder, lambda _: None)
     assert service.poll() is None
+
+
+@as_root
+def test_at_work(tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many runs each has its own processes, and the machine is looked at as often as for one."""
+    looks: list[int] = []
+    real = system.here.pids
+
+    def counted() -> list[int]:
+        looks.append(1)
+        return real()
+
+    monkeypatch.setattr(system.here, "pids", counted)
+    assert at_work([RUN]) == {RUN: []}
+    once = len(looks)
+    runs = {run: RunFolder.of(prepare(tmp_path / run), run).make() for run in (RUN, OTHER)}
+    clients = {run: start(CLIENT, str(runs[run].client_lock), "").pid for run in runs}
+    daemon = start(DAEMON, f"atomtx-{OTHER}", str(runs[OTHER].marker), "").pid
+    nobody = [RunId.new() for _ in range(5)]
+    looks.clear()
+    assert at_work([*runs, *nobody]) == {
+        RUN: [clients[RUN]],
+        OTHER: sorted([clients[OTHER], daemon]),
+        **{run: [] for run in nobody},
+    }
+    assert len(looks) == once
 
 
 def test_cannot_be_ended(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from atomtx.errors import EffectError
 from atomtx.process import Completed, abridged, run, which
 
 PATIENCE_S = 60.0
+ENGINE = str(Path(process.__file__).parents[1])
 SHOW = "import os, sys; sys.stdout.buffer.write(b'|'.join(map(os.fsencode, sys.argv[1:])))"
 
 
@@ -160,6 +161,18 @@ def test_timeout(tmp_path: Path) -> None:
     assert not is_alive(shell)
 
 
+def test_timeout_of_a_daemon(tmp_path: Path) -> None:
+    """What has left the session of a program that hangs may hold its outputs: it is left."""
+    pid = tmp_path / "pid"
+    daemon = 'echo $$ >"$0.new"; mv "$0.new" "$0"; exec sleep 60'
+    script = 'setsid sh -c "$1" "$0" & sleep 1000'
+    with pytest.raises(EffectError, match="sh did not answer within"):
+        run(["sh", "-c", script, str(pid), daemon], stdin="x" * 1_000_000, timeout_s=2.0)
+    left = int(pid.read_text())
+    assert is_alive(left)  # else it was waited for
+    os.kill(left, signal.SIGKILL)
+
+
 def test_waited_for(tmp_path: Path) -> None:
     """No program is left behind as a zombie, neither one that ended nor one that was killed."""
     script = 'echo $$ >"$0.new"; mv "$0.new" "$0"; exec sleep "$1"'
@@ -236,7 +249,93 @@ def test_which(tmp_path: Path) -> None:
     assert which("sh", {"HOME": "/root"}) is not None
 
 
+def test_which_of_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cron's PATH has no /usr/sbin (crontab(5)): what will be found there is found."""
+    program = tmp_path / "zpool"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    monkeypatch.setitem(process.BASE_ENVIRONMENT, "PATH", str(tmp_path))
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert which("zpool") == str(program)
+
+
 def test_completed() -> None:
     """What a program said is a plain value."""
     assert Completed(("a",), 0, "", "").ok
     assert not Completed(("a",), 1, "", "").ok
+
+
+def test_run_to_end() -> None:
+    """What must not die half-way says all that it has to say, however much, and its status."""
+    code = "import sys; print('x' * 300_000); sys.stderr.write('why\\n'); sys.exit(5)"
+    done = process.run_to_end(python(code), env={"WORD": "1"})
+    assert (done.status, len(done.stdout), done.stderr) == (5, 300_001, "why\n")
+    with pytest.raises(EffectError, match="absent is not installed"):
+        process.run_to_end(["/absent"])
+
+
+@pytest.mark.parametrize("how", ["run_to_end", "run"])
+def test_outlives_us(tmp_path: Path, how: str) -> None:
+    """
+    Killed, we take nothing with us that must run to its end: not by a signal, nor by a pipe.
+
+    The program writes after our death.  One whose output is a pipe dies of that: the other case.
+    """
+    child = """
+        import os, signal, sys, time
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        open(sys.argv[1] + "/started", "w").close()
+        while not os.path.exists(sys.argv[1] + "/killed"):
+            time.sleep(0.02)
+        os.write(1, b"going on")
+        open(sys.argv[1] + "/ended", "w").close()
+    """
+    front = f"""
+        from atomtx import process
+        process.{how}({python(child, str(tmp_path))!r})
+    """
+    with subprocess.Popen(python(front), env={**os.environ, "PYTHONPATH": ENGINE}) as parent:
+        assert locks.wait_until((tmp_path / "started").exists, PATIENCE_S)
+        parent.kill()
+    (tmp_path / "killed").touch()
+    if how == "run_to_end":
+        assert locks.wait_until((tmp_path / "ended").exists, PATIENCE_S)
+    else:
+        assert not locks.wait_until((tmp_path / "ended").exists, 1)
+
+
+def test_lock_as_standard_input(tmp_path: Path) -> None:
+    """The lock that a program gets is its standard input: it holds it, and reads nothing there."""
+    path = tmp_path / "front.lock"
+    path.touch()
+    lock = locks.try_acquire(path)
+    assert lock is not None
+    code = """
+        import os, sys
+        print(os.read(0, 10), os.fstat(0).st_ino, os.getsid(0) == os.getpid())
+    """
+    done = process.run_to_end(python(code), lock=lock)
+    os.close(lock)
+    assert done.stdout == f"b'' {path.stat().st_ino} True\n"
+
+
+def test_runners_encoding(tmp_path: Path) -> None:
+    """The runner takes names as UTF-8, whatever the locale and its variables say."""
+    package = tmp_path / "atomtx"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "runner.py").write_text(
+        "import os, sys\nos.write(int(sys.argv[1]), sys.getfilesystemencoding().encode())\n"
+    )
+    variables = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    reading, writing = os.pipe()
+    with open(reading) as said, open(os.devnull, "w") as null:
+        pid = process.spawn_runner(
+            control=writing,
+            front=null.fileno(),
+            stderr=null.fileno(),
+            env={**os.environ, **variables, "PYTHONPATH": str(tmp_path)},
+        )
+        os.close(writing)
+        assert said.read() == "utf-8"
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atomtx import recovery, states
-from atomtx.records import Run
+from atomtx.intents import AROUND_RUN, RunClient, RunHook
+from atomtx.plan import Existing
+from atomtx.records import Run, Step
 from atomtx.recovery import (
     MAX_ATTEMPTS,
     Adopt,
@@ -27,11 +29,10 @@ from atomtx.recovery import (
     Wish,
     within_patience,
 )
-from atomtx.states import Outcome
+from atomtx.states import Outcome, Verb
 from tests.runs import a_plan, a_run
 
-OPEN = tuple(state for state in states.STATES if state != states.FINAL)
-UNFINISHED = tuple(state for state in OPEN if state != states.UNMOUNTING)
+OPEN = tuple(state for state in states.STATES if state not in states.FINAL)
 FIRST, SECOND = (volume.snapshot for volume in a_plan().volumes)
 ALL_OURS = {FIRST: Presence.OURS, SECOND: Presence.OURS}
 EXPORTED = "pool tank is not imported"
@@ -47,6 +48,7 @@ ENDS = (COMPLETED, PARTIAL, FAILED, NETWORK, SHUTDOWN)
 ADOPT, END_ORPHANS, RESUME, FORWARD = Adopt(), EndOrphans(), Resume(), RollForward()
 TROUBLE = Wait(EXPORTED)
 BY_WORD = RollBack("at the user's word")
+INTERRUPTED = RollBack("it was interrupted")
 GONE = RollBack(f"{FIRST} is gone")
 FOREIGN = RollBack(f"{SECOND} is not the one that we took")
 NOT_TAKEN = RollBack("it was interrupted before its snapshots were taken")
@@ -61,7 +63,7 @@ def run_in(state: str, attempts: int = 1) -> Run:
 
 def probes(**values: object) -> Probes:
     """What is seen of a run that died alone, with its snapshots in place."""
-    return dataclasses.replace(Probes(snapshots=ALL_OURS), **values)  # type: ignore[arg-type]
+    return replace(Probes(snapshots=ALL_OURS), **values)  # type: ignore[arg-type]
 
 
 WHOLE = probes()
@@ -92,9 +94,7 @@ def test_living(state: str, front: bool, runner: bool, client: bool, rollback: b
     Whatever else is seen, and whatever the user wishes.
     """
     for seen in (WHOLE, IN_TROUBLE, LOST, SKEWED, *(probes(ended=end) for end in ENDS)):
-        alive = dataclasses.replace(
-            seen, front_alive=front, runner_alive=runner, client_alive=client
-        )
+        alive = replace(seen, front_alive=front, runner_alive=runner, client_alive=client)
         decision = recovery.decide(run_in(state), alive, Wish(rollback=rollback))
         expected = (
             LeaveAlone("another atomtx is at work on it")
@@ -145,6 +145,79 @@ def test_table(state: str, seen: Probes, rollback: bool, decision: Decision) -> 
     assert recovery.decide(run_in(state), seen, Wish(rollback=rollback)) == decision
 
 
+# Of the other verbs' runs, which have no client, by verb, state and what is seen: likewise.
+OF_VERBS: dict[tuple[Verb, str], dict[str, tuple[Probes, Decision, Decision]]] = {
+    (Verb.PRUNE, states.PLANNED): {
+        "whole": (WHOLE, INTERRUPTED, BY_WORD),
+        "pool away": (IN_TROUBLE, INTERRUPTED, BY_WORD),  # what is there still is told in its end
+    },
+    (Verb.CLONE, states.PLANNED): {
+        "whole": (WHOLE, RESUME, BY_WORD),
+        "pool away": (IN_TROUBLE, TROUBLE, TROUBLE),
+    },
+    (Verb.RUN, states.PLANNED): {
+        "whole": (WHOLE, RESUME, BY_WORD),
+        "a step waits": (UNREADY, LOCKED, BY_WORD),
+    },
+    (Verb.SNAP, states.PLANNED): {
+        "whole": (WHOLE, RESUME, BY_WORD),
+        "pool away": (IN_TROUBLE, TROUBLE, TROUBLE),
+        "none there": (NONE_TAKEN, NOT_TAKEN, BY_WORD),
+    },
+    # All is taken, and is kept whatever became of it since, also at the user's word.
+    (Verb.SNAP, states.SNAPSHOTTED): {
+        "whole": (WHOLE, FORWARD, FORWARD),
+        "pool away": (IN_TROUBLE, TROUBLE, TROUBLE),
+        "one gone": (LOST, FORWARD, FORWARD),
+    },
+    (Verb.SNAP, states.UNMOUNTING): {
+        "whole": (WHOLE, FORWARD, FORWARD),
+        "pool away": (IN_TROUBLE, TROUBLE, TROUBLE),
+    },
+}
+ROWS_OF_VERBS = [
+    pytest.param(verb, state, seen, wish, decision, id=f"{verb}-{state}-{name}{'-rollback' * wish}")
+    for (verb, state), table in OF_VERBS.items()
+    for name, (seen, as_is, undone) in table.items()
+    for wish, decision in ((False, as_is), (True, undone))
+]
+
+
+@pytest.mark.parametrize(("verb", "state", "seen", "rollback", "decision"), ROWS_OF_VERBS)
+def test_table_of_verbs(
+    verb: Verb, state: str, seen: Probes, rollback: bool, decision: Decision
+) -> None:
+    """Section 3: a prune is never gone on with, a clone and steps are, and a moment is kept."""
+    run = a_run(a_plan(verb=verb), state=state)
+    assert recovery.decide(run, seen, Wish(rollback=rollback)) == decision
+
+
+def test_each_open_state_of_each_verb() -> None:
+    """A verb or a state that is new has a table, too."""
+    of_verbs = {(v, s) for v in Verb for s in states.states_of(v) if s not in states.FINAL}
+    assert of_verbs == {*OF_VERBS, *((Verb.BACKUP, state) for state in OPEN)}
+
+
+@pytest.mark.parametrize(
+    ("presence", "is_of_kept", "what"),
+    [
+        (Presence.ABSENT, False, "is gone"),
+        (Presence.ABSENT, True, "is gone"),
+        (Presence.FOREIGN, False, "is not the one that we took"),
+        (Presence.FOREIGN, True, "is another one now"),
+        (Presence.BROKEN, False, "is not whole: it overflowed, or was never finished"),
+    ],
+)
+def test_loss(presence: Presence, is_of_kept: bool, what: str) -> None:
+    """What became of the first that is lost is the reason; of kept ones none was taken by us."""
+    the_plan = a_plan()
+    kept = Existing("7", "7") if is_of_kept else None
+    volumes = tuple(replace(v, existing=kept) for v in the_plan.volumes)
+    run = a_run(replace(the_plan, volumes=volumes), attempts=1)
+    lost = probes(snapshots=ALL_OURS | {SECOND: presence})
+    assert recovery.decide(run, lost, Wish()) == RollBack(f"{SECOND} {what}")
+
+
 # -- the client's end is known (promise 7) ---------------------------------------------------
 
 
@@ -153,12 +226,12 @@ def test_table(state: str, seen: Probes, rollback: bool, decision: Decision) -> 
 @pytest.mark.parametrize("end", [COMPLETED, PARTIAL])
 def test_known_end(end: Ended, seen: Probes, rollback: bool) -> None:
     """
-    Section 7: what the runner wrote is the run's result, whatever became of the snapshots.
+    Section 8: what the runner wrote is the run's result, whatever became of the snapshots.
 
     A backup that is in the repository is not rolled back.  It is recorded even while a pool is
     away: the cleanup then waits, parked.
     """
-    found = dataclasses.replace(seen, ended=end)
+    found = replace(seen, ended=end)
     run = run_in(states.BACKING_UP)
     assert recovery.decide(run, found, Wish(rollback=rollback)) == FORWARD
 
@@ -166,7 +239,7 @@ def test_known_end(end: Ended, seen: Probes, rollback: bool) -> None:
 @pytest.mark.parametrize("seen", [WHOLE, LOST, SWAPPED, SKEWED, UNREADY, IN_TROUBLE])
 def test_known_failure(seen: Probes) -> None:
     """A failure that is not worth repeating is the run's result, too."""
-    found = dataclasses.replace(seen, ended=FAILED)
+    found = replace(seen, ended=FAILED)
     assert recovery.decide(run_in(states.BACKING_UP), found, Wish()) == FORWARD
 
 
@@ -180,9 +253,9 @@ def test_shutdown() -> None:
     """Promise 14: a client that was stopped from outside is no failure; the moment is resumed."""
     run = run_in(states.BACKING_UP)
     assert recovery.decide(run, probes(ended=SHUTDOWN), Wish()) == RESUME
-    waiting = dataclasses.replace(IN_TROUBLE, ended=SHUTDOWN)
+    waiting = replace(IN_TROUBLE, ended=SHUTDOWN)
     assert recovery.decide(run, waiting, Wish()) == TROUBLE
-    lost = dataclasses.replace(LOST, ended=SHUTDOWN)
+    lost = replace(LOST, ended=SHUTDOWN)
     assert recovery.decide(run, lost, Wish()) == GONE
 
 
@@ -192,9 +265,7 @@ def test_rollback_after_failure(end: Ended) -> None:
     run = run_in(states.BACKING_UP)
     decision = recovery.decide(run, probes(ended=end), Wish(rollback=True))
     assert decision == RollBack(f"at the user's word: {end.reason}")
-    unsaid = recovery.decide(
-        run, probes(ended=dataclasses.replace(end, reason=None)), Wish(rollback=True)
-    )
+    unsaid = recovery.decide(run, probes(ended=replace(end, reason=None)), Wish(rollback=True))
     assert unsaid == RollBack("at the user's word: the client failed")
 
 
@@ -202,7 +273,7 @@ def test_rollback_after_failure(end: Ended) -> None:
 
 
 @pytest.mark.parametrize(
-    ("retries", "keep_for_s", "attempts", "age_s", "patient"),
+    ("retries", "keep_for_s", "failures", "age_s", "patient"),
     [
         (0, 0, 0, 0, True),
         (0, 0, 1, 0, False),
@@ -210,28 +281,61 @@ def test_rollback_after_failure(end: Ended) -> None:
         (2, 0, 3, 0, False),
         (0, 1, 1, 0, True),
         (0, 60, 1, 59, True),
-        (0, 60, 9, 59, True),
+        (0, 60, 4, 59, True),
         (0, 60, 1, 60, False),
         (2, 60, 3, 61, False),
     ],
 )
-def test_patience(retries: int, keep_for_s: int, attempts: int, age_s: int, patient: bool) -> None:
+def test_patience(retries: int, keep_for_s: int, failures: int, age_s: int, patient: bool) -> None:
     """Section 3: after network trouble a moment is kept for `--retries` and `--keep-for`."""
     the_plan = a_plan(retries=retries, keep_for_s=keep_for_s)
     began = 5 * SECOND_US
-    run = a_run(the_plan, attempts=attempts, moment_at=began)
+    steps = attempts_of(*["failed"] * failures)
+    run = a_run(the_plan, attempts=failures, steps=steps, moment_at=began)
     now = began + age_s * SECOND_US
-    assert within_patience(run, now) is patient
-    waiting = dataclasses.replace(run, reason="timeout")
+    assert within_patience(run, now, failures=failures) is patient
+    waiting = replace(run, reason="timeout")
     too_long = RollBack("the client failed for too long: timeout")
-    assert (recovery.decide(waiting, WHOLE, Wish(now_us=now)) == too_long) is not patient
+    decision = recovery.decide(waiting, WHOLE, Wish(now_us=now))
+    assert decision == (RESUME if patient else too_long)
 
 
-@pytest.mark.parametrize(("attempts", "decision"), [(1, RESUME), (2, RESUME), (3, FORWARD)])
-def test_network_trouble(attempts: int, decision: Decision) -> None:
-    """A client that failed for the network starts again while there is patience; then it counts."""
-    run = a_run(a_plan(retries=2), state=states.BACKING_UP, attempts=attempts)
+def attempts_of(*outcomes: str | None) -> tuple[Step, ...]:
+    """Return the steps of the client's attempts that ended so; beside them one of a hook."""
+    hook = Step(0, 0, RunHook(AROUND_RUN, ("false",)), None, "failed")
+    client = RunClient("command", (("true",),), "/")
+    return (hook, *(Step(n, n, client, None, each) for n, each in enumerate(outcomes, start=1)))
+
+
+# What became of the attempts, of which the last one has just failed for the network.
+NETWORK_TROUBLE: list[tuple[tuple[str | None, ...], Decision]] = [
+    ((None,), RESUME),
+    (("failed", None), RESUME),
+    (("failed", "failed", None), FORWARD),
+    (("not-needed", None), RESUME),
+    (("not-needed", "not-needed", "not-needed", None), RESUME),
+    (("not-needed", "failed", "not-needed", None), RESUME),
+    (("failed", "not-needed", "failed", None), FORWARD),
+]
+
+
+@pytest.mark.parametrize(("outcomes", "decision"), NETWORK_TROUBLE)
+def test_network_trouble(outcomes: tuple[str | None, ...], decision: Decision) -> None:
+    """
+    A client that failed for the network starts again while there is patience; then it counts.
+
+    An attempt that was interrupted, "not-needed" in the journal, uses up no retry.
+    """
+    steps = attempts_of(*outcomes)
+    run = a_run(a_plan(retries=2), state=states.BACKING_UP, attempts=len(outcomes), steps=steps)
     assert recovery.decide(run, probes(ended=NETWORK), Wish()) == decision
+
+
+def test_waits_with_failures_of_an_older_atomtx() -> None:
+    """Of one that counted attempts, whose failures are not in the journal, it is tried again."""
+    steps = attempts_of("not-needed", "not-needed")
+    run = a_run(a_plan(retries=1), attempts=2, steps=steps, reason="timeout")
+    assert recovery.decide(run, WHOLE, Wish()) == RESUME
 
 
 @pytest.mark.parametrize(("age_s", "decision"), [(59, RESUME), (60, FORWARD)])
@@ -247,8 +351,8 @@ def test_patience_counts_from_the_moment() -> None:
     """A moment ages from its snapshots; before they are dated, from the run's beginning."""
     the_plan = a_plan(keep_for_s=60)
     run = a_run(the_plan, attempts=1, moment_at=None, started_at=SECOND_US)
-    assert within_patience(run, 60 * SECOND_US)
-    assert not within_patience(run, 61 * SECOND_US)
+    assert within_patience(run, 60 * SECOND_US, failures=1)
+    assert not within_patience(run, 61 * SECOND_US, failures=1)
 
 
 @pytest.mark.parametrize("state", [states.SNAPSHOTTED, states.MOUNTED, states.BACKING_UP])
@@ -259,7 +363,7 @@ def test_attempts_are_bounded(state: str, retries: int) -> None:
     the_plan = a_plan(retries=retries)
     last = a_run(the_plan, state=state, attempts=most - 1)
     assert recovery.decide(last, WHOLE, Wish()) == RESUME
-    enough = dataclasses.replace(last, attempts=most)
+    enough = replace(last, attempts=most)
     assert recovery.decide(enough, WHOLE, Wish()) == RollBack(
         f"the client was interrupted {most} times"
     )

@@ -28,6 +28,10 @@ from atomtx.redact import Redactor, check_arguments, journaled, secret_names
         "BORG_PASSCOMMAND",
         "BORG_RSH",
         "KOPIA_SERVER_CONTROL_USER",
+        "RCLONE_HEADER",
+        "RCLONE_HEADER_UPLOAD",
+        "RCLONE_HTTP_HEADERS",
+        "RCLONE_WEBDAV_HEADERS",
         "my_token",
     ],
 )
@@ -51,6 +55,8 @@ def test_secret_name(name: str) -> None:
         ("RESTIC_REPOSITORY", "sftp:me@host:/srv"),
         ("RESTIC_REPOSITORY", "rest:https://host:8000/a@b/"),
         ("SSH_AUTH_SOCK", "/run/agent"),
+        ("RCLONE_LOG_FORMAT", "date,time"),
+        ("OS_AUTH_URL", "https://host/authorization"),
     ],
 )
 def test_harmless_name(name: str, value: str) -> None:
@@ -65,6 +71,47 @@ def test_harmless_name(name: str, value: str) -> None:
 def test_url_password(url: str) -> None:
     """A repository is a secret only where its URL carries a password."""
     assert secret_names({"RESTIC_REPOSITORY": url}) == {"RESTIC_REPOSITORY"}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "Authorization: Bearer sesame",
+        "X-A,1,authorization,Basic sesame",
+        "-H 'Bearer sesame'",
+        "https://me:open@host/ Authorization: Bearer sesame",
+        "Authorization: Token sesame",
+        'Authorization: "sesame"',
+    ],
+)
+def test_authorization(value: str) -> None:
+    """A header that lets in is a secret under any name; what it lets in by is hidden alone, too."""
+    env = {"RCLONE_MADE_UP": value}
+    assert secret_names(env) == {"RCLONE_MADE_UP"}
+    assert journaled(env) == ((), ("RCLONE_MADE_UP",))
+    assert "sesame" not in Redactor(env).redact(f"sent {value}; got 403 for sesame")
+
+
+@pytest.mark.parametrize("name", ["RCLONE_HEADER", "RCLONE_HTTP_HEADERS"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "X-Auth-Token: open,X-Api-Key: sesame",
+        "X-Auth-Token: open, X-Api-Key: Key sesame",
+        'X-A,1,"X-Api-Key",sesame',
+        "X-Api-Key:sesame",
+        "https://me:open@host/,X-Api-Key: sesame",
+    ],
+)
+def test_header(name: str, value: str) -> None:
+    """Of headers each value is hidden alone: a client prints one a line."""
+    text = Redactor({name: value}).redact(f"sent {value}; < X-Api-Key: sesame; 403 for sesame")
+    assert "sesame" not in text
+
+
+def test_name_of_a_header() -> None:
+    """A header's name is no secret."""
+    assert Redactor({"RCLONE_HEADER": "X-Api-Key: sesame"}).redact("no X-Api-Key") == "no X-Api-Key"
 
 
 def test_journaled() -> None:
@@ -125,6 +172,12 @@ def test_never_shown(secret: str, before: str, after: str) -> None:
         ("kopia", "--key=sesame"),
         ("rclone", "--sftp-pass=sesame"),
         ("own", "--user-password-hash=sesame"),
+        ("restic", "-o", "rclone.args=serve --stdio --header 'Authorization: Bearer sesame'"),
+        ("sh", "--header=Authorization: Bearer sesame"),
+        ("curl", "-H", "Authorization: Bearer sesame"),
+        ("curl", "-H", "authorization:sesame"),
+        ("sh", "-c", """curl -H 'Authorization: Token sesame' https://host"""),
+        ("sh", "-c", """curl -H 'A: $B' -H "Authorization: Token $T" -H 'x: bearer sesame'"""),
     ],
 )
 def test_secret_argument(argv: tuple[str, ...]) -> None:
@@ -142,6 +195,9 @@ def test_secret_argument(argv: tuple[str, ...]) -> None:
         ("env", "RESTIC_REPOSITORY=/srv", "restic"),
         ("restic", "-r", "sftp:me@host:/srv", "--exclude=*.key"),
         ("scp", "--key=/root/id"),
+        ("curl", "-H", "Title: done", "https://host/authorization"),
+        ("sh", "-c", """curl -H "Authorization: Bearer $TOKEN" https://host"""),
+        ("sh", "-c", """curl -H "Authorization: ${SCHEME} $(cat /root/token)" https://host"""),
     ],
 )
 def test_harmless_argument(argv: tuple[str, ...]) -> None:

@@ -247,3 +247,17 @@ def test_hung_up(terminal: Terminal) -> None:
 def test_no_stderr() -> None:
     """A program started with standard error closed is silent."""
     render.PlainReporter(None).step("a")
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("772a9c2d" + "0" * 56, "772a9c2d"),
+        ("web1-home-1f3c9a12-2026-07-01T10:00:00Z", "web1-home-1f3c9a12-2026-07-01T10:00:00Z"),
+        ("srv%2Fdata/20261121T030000Z-0123456789abcdef",) * 2,
+        ("", ""),
+    ],
+)
+def test_backup_id(given: str, shown: str) -> None:
+    """A hash is cut, a name is not: the part of a name that is the same for all says nothing."""
+    assert render.backup_id(given) == shown

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -13,7 +14,7 @@ import pytest
 from atomtx.clients import Backup, End, Facts, Moment, Settings, load
 from atomtx.clients.program import local_time
 from atomtx.clients.restic import Restic, escaped
-from atomtx.errors import UserError
+from atomtx.errors import ClientError, UserError
 from atomtx.states import Outcome
 
 AT = datetime(2026, 7, 1, 10, 0, 0, tzinfo=UTC)
@@ -232,12 +233,65 @@ def test_stored_paths() -> None:
         (("latest",), "is no rule"),
         (("--host=x",), "is no rule"),
         (("--keep-daily=7", "4f3c1d2e"), "is no rule"),
+        (("--keep-daily 7",), 'write it as two words: "--keep-daily", "7"'),
+        (("--keep-tag=a b", "latest now"), "latest now is no rule"),
     ],
 )
 def test_wrong_policy(rules: tuple[str, ...], said: str) -> None:
     """A bare word would be the name of a backup to forget: nothing but rules is taken."""
     with pytest.raises(UserError, match=said):
         Restic().policy(rules)
+
+
+GROUP = {"host": "h", "paths": ["/home"], "remove": [{"id": "ab"}, {"id": "cd"}]}
+FORGOTTEN = json.dumps([GROUP | {"host": "other"}, GROUP | {"paths": ["/home", "/srv"]}, GROUP])
+
+
+def forgetting(folder: Path, said: str) -> tuple[tuple[str, ...], ...]:
+    """Return what is to be started where restic, or its wrapper, prints this."""
+    (folder / "said").write_text(said)
+    wrapper = folder / "wrapper"
+    wrapper.write_text(f"#!/bin/sh\ncat {folder}/said\n")
+    wrapper.chmod(0o755)
+    made = Settings((str(wrapper),), (), {"RESTIC_HOST": "h"}, "/")
+    return Restic().forgetting(made, ("/home",), ("--keep-last=1",))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("", ""),
+        ("[2026-01-01 03:00] restic forget\n", ""),
+        ("[2026]\n[] [{debug}] forget --dry-run\n", "[done]\n"),
+        ("", '\n{"ended": ["at", 3]}\n'),
+    ],
+)
+def test_forgetting_of_a_wrapper(before: str, after: str, tmp_path: Path) -> None:
+    """What a wrapper prints around restic's answer is not read: the group's backups go."""
+    (argv,) = forgetting(tmp_path, f"{before}{FORGOTTEN}\n{after}")
+    assert argv[1:] == ("forget", "--prune", "ab", "cd")
+
+
+@pytest.mark.parametrize("said", ["", "null\n", "[2026-01-01 03:00] restic forget\n", "[]"])
+def test_nothing_to_forget(said: str, tmp_path: Path) -> None:
+    """Without a group there is nothing to start."""
+    assert forgetting(tmp_path, said) == ()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        FORGOTTEN[:-1],
+        '[{"host": "h", "paths": ["/ho',
+        json.dumps([GROUP, 5]),
+        json.dumps([{"level": "info"}]),
+        json.dumps([GROUP | {"remove": ["ab"]}]),
+    ],
+)
+def test_unreadable_forgetting(said: str, tmp_path: Path) -> None:
+    """An answer that is none of restic's is the client's error: nothing is forgotten by it."""
+    with pytest.raises(ClientError, match="no list of groups"):
+        forgetting(tmp_path, said)
 
 
 def test_live_paths() -> None:
@@ -258,13 +312,50 @@ def test_live_paths_named(tmp_path: Path) -> None:
     assert Restic().live_paths(settings("--no-cache", RESTIC_REPOSITORY="s3:host/b")) == ()
 
 
-def test_restore_command() -> None:
-    """The command restores from the same repository."""
+@pytest.mark.parametrize(
+    ("version", "options"),
+    [
+        ("0.14.0", ()),
+        ("0.17.3", ("--sparse",)),
+        ("0.18.0", ("--sparse", "--exclude-xattr=trusted.SGI_ACL_*")),
+    ],
+)
+def test_restore_command(version: str, options: tuple[str, ...]) -> None:
+    """The command restores from the same repository, with what that version needs."""
     backup = Backup(("/home",), Outcome.COMPLETED, backup_id="ab12")
     given = replace(settings("-r", "/repo", "--tag", "a"), command=("sudo", "restic"))
-    assert Restic().restore_command(given, backup, "/to") == (
-        *("sudo", "restic", "restore", "ab12", "--target", "/to", "--repo=/repo"),
+    assert Restic().restore_command(given, Facts(version, None), backup, "/to") == (
+        *("sudo", "restic", "restore", "ab12", "--target", "/to", *options, "--repo=/repo"),
     )
+
+
+@pytest.mark.parametrize(
+    ("extra", "env", "host"),
+    [((), {}, os.uname().nodename), ((), {"RESTIC_HOST": "b"}, "b"), (("-Hc",), {}, "c")],
+)
+@pytest.mark.parametrize(
+    ("paths", "below", "stored"),
+    [
+        (("/a", "/b"), "", ("/a", "/b")),
+        (("/a",), "/tree", ("/tree/a",)),
+        (("/",), "", ("/",)),
+        (("/",), "/t/", ("/t",)),
+    ],
+)
+def test_restore_unchanged(
+    extra: tuple[str, ...],
+    env: dict[str, str],
+    host: str,
+    paths: tuple[str, ...],
+    below: str,
+    stored: tuple[str, ...],
+) -> None:
+    """What --skip-if-unchanged left out is the latest of these paths by this host, no other's."""
+    given = replace(settings(*extra, **env), below=below)
+    backup = Backup(paths, Outcome.COMPLETED)
+    words = Restic().restore_command(given, Facts("0.14.0", None), backup, "/to")
+    filters = (f"--host={host}", *(f"--path={path}" for path in stored))
+    assert words == ("restic", "restore", "latest", "--target", "/to", *filters)
 
 
 def test_completed() -> None:

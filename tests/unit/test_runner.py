@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import select
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta, timezone
@@ -25,6 +30,7 @@ from atomtx.errors import EffectError
 from atomtx.intents import Mount
 from atomtx.output import Lines, Log
 from atomtx.redact import Redactor
+from atomtx.runner import Conversation, _reserve_end
 from atomtx.statedir import RunFolder, prepare
 from atomtx.states import Outcome
 from atomtx.task import Task, end_from_json, end_to_json, span
@@ -147,7 +153,12 @@ TASKS = st.builds(
 )
 BACKUPS = st.builds(Backup, TUPLE, OUTCOME, st.none() | TEXT, st.none() | TEXT, NUMBER, NUMBER)
 ENDS = st.builds(
-    End, OUTCOME, st.none() | TEXT, st.booleans(), st.lists(BACKUPS, max_size=3).map(tuple)
+    End,
+    OUTCOME,
+    st.none() | TEXT,
+    st.booleans(),
+    st.lists(BACKUPS, max_size=3).map(tuple),
+    st.booleans(),
 )
 
 
@@ -173,6 +184,13 @@ def test_end_round_trip(
     data = folder.read_end()
     assert data
     assert end_from_json(data) == (end, attempt, stopped)
+
+
+def test_end_of_an_older_runner() -> None:
+    """A client that an older atomtx has started may be at work when it is replaced."""
+    data = end_to_json(End(Outcome.FAILED, "why"), attempt=1, stopped=None)
+    del data["overdue"]
+    assert end_from_json(data) == (End(Outcome.FAILED, "why"), 1, None)
 
 
 # -- the process -----------------------------------------------------------------------------
@@ -279,13 +297,59 @@ def is_alive(pid: int) -> bool:
 def test_end_of_file(stage: Stage, tmp_path: Path) -> None:
     """Promise 1: without "go", which says that the state is durable, no client is started."""
     started = stage.start(sh('touch "$0"', str(tmp_path / "made")))
-    assert started.mounted() == frozenset()
+    assert started.mounted() == {}
     assert locks.is_held(stage.folder.runner_lock)
     started.dismiss()
     assert not is_alive(started.pid)
     assert not (tmp_path / "made").exists()
     assert errand.end(stage.folder, 1) is None
     assert not locks.is_held(stage.folder.runner_lock)
+
+
+@pytest.fixture
+def talk() -> Iterator[tuple[Conversation, socket.socket, socket.socket, socket.socket]]:
+    """The runner's end of a conversation and the other, and both ends of its signals' socket."""
+    pairs = (*socket.socketpair(), *socket.socketpair())
+    conversation = Conversation(pairs[0])
+    yield conversation, *pairs[1:]
+    for each in pairs:
+        each.close()
+
+
+Talk = tuple[Conversation, socket.socket, socket.socket, socket.socket]
+
+
+def test_half_a_task(talk: Talk) -> None:
+    """A task whose end was never sent is none, however whole it looks."""
+    conversation, front, *_ = talk
+    front.sendall(b"{}")
+    front.close()
+    assert conversation.task() is None
+
+
+@pytest.mark.parametrize(
+    ("numbers", "goes"),
+    [
+        ([signal.SIGCHLD], True),
+        ([signal.SIGTERM], False),
+        ([signal.SIGINT], False),
+        ([signal.SIGCHLD, signal.SIGTERM], False),
+    ],
+)
+def test_signals_before_go(talk: Talk, numbers: list[int], goes: bool) -> None:
+    """A child that ends is no reason to stop; only the signals that say so are."""
+    conversation, front, wakeup, signals = talk
+
+    def go_once_they_are_read() -> None:
+        while select.select([wakeup], [], [], 0)[0]:
+            time.sleep(0.01)
+        front.sendall(b"go\n")
+
+    signals.sendall(bytes(numbers))
+    front_end = threading.Thread(target=go_once_they_are_read)
+    front_end.start()
+    assert conversation.go(wakeup) is goes
+    front_end.join()
 
 
 @as_root
@@ -319,6 +383,19 @@ def test_go(stage: Stage, tmp_path: Path) -> None:
     assert sorted(lines) == sorted(
         [str(tmp_path / "with space"), "two", "lines|by the user|by the client", "warned"]
     )
+    assert stage.folder.runner_log.read_text() == ""  # the runner itself had nothing to complain of
+
+
+def test_no_room_for_the_end(tmp_path: Path) -> None:
+    """Without room for its end no client is started; the message says where, and what helps."""
+    folder = RunFolder(tmp_path / "gone")
+    with pytest.raises(EffectError) as caught:
+        _reserve_end(folder)
+    assert caught.value.message == (
+        f"cannot reserve room for the client's end in {folder.path}: No such file or directory"
+    )
+    assert caught.value.hint == "make room on the disk of the state directory"
+    assert isinstance(caught.value.__cause__, OSError)
 
 
 @as_root
@@ -346,13 +423,39 @@ def test_missing_directory(stage: Stage) -> None:
 
 
 @as_root
+def test_no_process_for_the_runner(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where as many processes run as may, nothing is left open and the message says so."""
+    stage.front = locks.try_acquire(stage.folder.front_lock)
+    before = os.listdir("/proc/self/fd")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    with pytest.raises(EffectError, match="cannot start the runner: Resource temporarily unavail"):
+        stage.start(sh("true"))
+    assert os.listdir("/proc/self/fd") == before
+
+
+@as_root
 def test_runner_that_dies(stage: Stage) -> None:
     """A runner that dies on the way is told with its last words."""
+    started = stage.start(("true",), folder=None)
+    with pytest.raises(EffectError, match=r"the runner died: TypeError: expected str"):
+        started.mounted()
+    started.dismiss()
+
+
+@as_root
+def test_runner_without_its_lock(stage: Stage) -> None:
+    """What the machine refuses the runner is told with the file that it is about."""
     stage.folder.runner_lock.unlink()
     stage.folder.runner_lock.mkdir()
     started = stage.start(("true",))
-    with pytest.raises(EffectError, match=r"the runner died: IsADirectoryError"):
+    with pytest.raises(EffectError) as caught:
         started.mounted()
+    lock = stage.folder.runner_lock
+    assert caught.value.message == f"the runner cannot go on: Is a directory ({lock})"
     started.dismiss()
 
 
@@ -382,8 +485,10 @@ def test_second_runner(stage: Stage) -> None:
     first = stage.start(("true",))
     first.mounted()
     second = stage.start(("true",))
-    with pytest.raises(EffectError, match="a runner of this run is still alive"):
+    with pytest.raises(EffectError) as caught:
         second.mounted()
+    assert caught.value.message == "a runner of this run is still alive"
+    assert caught.value.hint == "see `atomtx status`"
     second.dismiss()
     assert is_alive(first.pid)
     first.dismiss()
@@ -391,7 +496,7 @@ def test_second_runner(stage: Stage) -> None:
 
 @as_root
 def test_stop(stage: Stage) -> None:
-    """Section 7: SIGTERM to the runner becomes the client's own stop signal, and is recorded."""
+    """Section 8: SIGTERM to the runner becomes the client's own stop signal, and is recorded."""
     script = 'trap "echo stopping; exit 7" USR1; echo ready; while :; do sleep 0.1; done'
     started = stage.run(sh(script), stop_signal=int(signal.SIGUSR1))
     stage.said("ready")
@@ -442,6 +547,17 @@ def test_stopped_client_is_not_repeated(stage: Stage, stopped: bool) -> None:
 
 
 @as_root
+def test_stop_after_the_client(stage: Stage) -> None:
+    """A signal to all that reaches the runner last is a stop as well."""
+    late = '(trap "kill -TERM $PPID; exit" TERM; echo ready; exec 2>/dev/null; '
+    late += "while :; do sleep 0.1; done) &"
+    until_ready = "while ! grep -q ready $1; do sleep 0.1; done; exit 11"
+    log = str(stage.folder.log)
+    end, stopped = stage.end(stage.run(sh(f"{late} {until_ready}", log), client="restic"))
+    assert (end.outcome, end.retriable, stopped) == (Outcome.FAILED, False, signal.SIGTERM)
+
+
+@as_root
 def test_client_of_before(stage: Stage) -> None:
     """Promise 6: no client is started while C is held by another one."""
     with locks.acquired(stage.folder.client_lock) as held:
@@ -452,7 +568,7 @@ def test_client_of_before(stage: Stage) -> None:
 
 @as_root
 def test_grace(stage: Stage) -> None:
-    """Section 7: a client that does not end in its time is killed, with all that it started."""
+    """Section 8: a client that does not end in its time is killed, with all that it started."""
     script = 'trap "" TERM; sleep 1000 & echo "child $!"; echo ready; wait; sleep 1000'
     started = stage.run(sh(script), grace_s=0.3)
     stage.said("ready")
@@ -513,8 +629,10 @@ def test_stop_after_the_limit(stage: Stage) -> None:
     started = stage.run(sh(script), time_limit_s=0.2, grace_s=3)
     stage.said("told")
     os.kill(started.pid, signal.SIGTERM)
-    end, _ = stage.end(started)
-    assert end.reason == "did not end within 0s: killed"
+    end, stopped = stage.end(started)
+    assert (end.reason, end.overdue) == ("did not end within 0s: killed", True)
+    assert stopped is None  # else recovery would take it for a shutdown's, and resume
+    assert "asked to stop by SIGTERM" in stage.log()
     assert stage.log().count("told") == 1
 
 
@@ -626,7 +744,7 @@ DAEMON = """
 @as_root
 @pytest.mark.parametrize("fds", ["close", "keep"])
 def test_daemon(stage: Stage, tmp_path: Path, fds: str) -> None:
-    """Section 7: what the client leaves behind is ended, in whatever session, with or without C."""
+    """Section 8: what the client leaves behind is ended, in whatever session, with or without C."""
     pid_file = tmp_path / "pid"
     client = python(DAEMON + "\n", str(pid_file), fds)
     end, _ = stage.end(stage.run(client, sh("true")))
@@ -713,7 +831,7 @@ _FRONT = """
 
 @as_root
 def test_killed_front_end(stage: Stage, tmp_path: Path) -> None:
-    """Promise 6 and section 7: a killed front end costs nothing: F is free, the runner goes on."""
+    """Promise 6 and section 8: a killed front end costs nothing: F is free, the runner goes on."""
     folder, flag = stage.folder, tmp_path / "flag"
     task = stage.task(sh('echo ready; while ! test -e "$1"; do sleep 0.05; done', str(flag)))
     argv = python(_FRONT, str(folder.path), task.to_json())
@@ -735,7 +853,7 @@ def test_killed_front_end(stage: Stage, tmp_path: Path) -> None:
 
 @as_root
 def test_namespace(stage: Stage) -> None:
-    """Section 6: the client lives in a mount namespace of its own that carries the run's marker."""
+    """Section 7: the client lives in a mount namespace of its own that carries the run's marker."""
     script = f"readlink /proc/self/ns/mnt; grep -c ' - tmpfs {RUN.token} ' $1"
     end, _ = stage.end(stage.run(sh(script, "/proc/self/mountinfo")))
     assert end.outcome is Outcome.COMPLETED, stage.log()
@@ -746,7 +864,7 @@ def test_namespace(stage: Stage) -> None:
 
 
 @as_root
-def test_host_mounts(stage: Stage, tmp_path: Path) -> None:
+def test_host_mounts(stage: Stage) -> None:
     """In a tree, whose mounts are the host's, the namespace carries the marker as well."""
     script = f"grep -c ' - tmpfs {RUN.token} ' /proc/self/mountinfo"
     end, _ = stage.end(stage.run(sh(script), in_namespace=False))
@@ -758,7 +876,7 @@ def wait_for(check: Callable[[], bool]) -> None:
 
 
 @as_root
-def test_progress(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress(stage: Stage) -> None:
     """Where a client is can be read while it runs."""
     status = '{"message_type":"status","percent_done":0.42,"bytes_done":42,"total_bytes":100}'
     script = 'while :; do echo "$1"; sleep 0.1; done'

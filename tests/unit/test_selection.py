@@ -176,7 +176,7 @@ def test_named_by_path(path: str) -> None:
     ("path", "message", "hint"),
     [
         ("/tank/home/x", "it is inside tank/home, mounted at /tank/home", "name tank/home"),
-        ("/etc", "/etc is neither on ZFS nor on btrfs, but on ext4 at /", "zfs list"),
+        ("/etc", "/etc is on none of ZFS, btrfs and LVM, but on ext4 at /", "zfs list"),
         ("/snap", "is in the mounted snapshot tank/home@old", "name the dataset"),
         ("/bind", "it is inside tank/home, mounted at /bind", "name tank/home"),
         ("/other", "pool other is not imported", "`zpool import other`"),
@@ -201,7 +201,7 @@ def test_path_that_is_no_dataset(path: str, message: str, hint: str) -> None:
 @pytest.mark.parametrize(
     ("request_", "message", "hint"),
     [
-        (Request(()), "no dataset was named", "--all"),
+        (Request(()), "nothing was named", "--all"),
         (Request(("tank/home",), all=True), "--all and tank/home exclude each other", "--exclude"),
         (Request(("tank/nope",)), "there is no dataset tank/nope", "`zfs list -r tank`"),
         (Request(("usb/home",)), "pool usb is not imported", "`zpool import usb`"),
@@ -334,12 +334,15 @@ def test_nothing_left() -> None:
     assert hint == "tank/home/idle: it is not mounted; and 1 more"
 
 
-def test_mountpoint_that_is_not_utf8() -> None:
+@pytest.mark.parametrize(
+    ("path", "why"), [("/\udcff", "is not UTF-8"), ("/a\n/b", "has a newline in it")]
+)
+def test_mountpoint_that_is_unfit(path: str, why: str) -> None:
     """A mountpoint that the journal could not hold is refused, not met as a crash later."""
-    facts = dataset("tank/home", "/\udcff")
+    facts = dataset("tank/home", path)
     message, _ = refusal(Request(("tank/home",)), [facts])
     assert message.isprintable()
-    assert "is not UTF-8" in message
+    assert why in message
 
 
 A, B, C = dataset("tank/a", "/a"), dataset("tank/a/b", "/a/b"), dataset("tank/a/b/c", "/a/b/c")

@@ -59,6 +59,18 @@ def test_prepare(tmp_path: Path) -> None:
     assert stat.S_IMODE((path / "runs").stat().st_mode) == 0o700
 
 
+@pytest.mark.parametrize("umask", [0, 0o022, 0o077])
+def test_new_parents(tmp_path: Path, umask: int) -> None:
+    """Nobody else may write the directories above it that are made, whatever the umask is."""
+    old = os.umask(umask)
+    try:
+        state = prepare(tmp_path / "new" / "above" / "state")
+    finally:
+        os.umask(old)
+    made = [stat.S_IMODE(path.stat().st_mode) for path in (state, *state.parents[:2])]
+    assert made == [0o700, 0o755 & ~umask, 0o755 & ~umask]
+
+
 def test_prepare_is_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The names of all directories that are made are flushed, and nothing is where none is made."""
     synced: list[Path] = []
@@ -71,22 +83,88 @@ def test_prepare_is_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_loose_mode(tmp_path: Path) -> None:
-    """A directory that others may look into is closed to them."""
+    """A directory that others may look into is closed to them: an empty one, or one of ours."""
     path = tmp_path / "state"
     path.mkdir(mode=0o755)
+    for name in ("", "lost+found", ".zfs", ".snapshots", "journal.db"):
+        (path / name).mkdir(exist_ok=True)
+        path.chmod(0o755)
+        statedir.check(path)
+        prepare(path)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o700, name
+        (path / "runs").rmdir()
+
+
+def test_loose_mode_before_the_first_run(tmp_path: Path) -> None:
+    """So is one that was made, and in which nothing ran yet."""
+    prepare(tmp_path / "state").chmod(0o755)
+    prepare(tmp_path / "state")
+    assert stat.S_IMODE((tmp_path / "state").stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("left", ["runs/0123456789abcdef", "journal.lock"])
+def test_loose_mode_of_a_lost_journal(tmp_path: Path, left: str) -> None:
+    """One of ours is known by its runs, or by its journal's lock, where the journal is lost."""
+    path = tmp_path / "state"
+    for name in ("outbox", left):
+        (path / name).mkdir(parents=True)
     path.chmod(0o755)
     prepare(path)
     assert stat.S_IMODE(path.stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize(
+    ("mode", "names"),
+    [
+        (0o1777, ()),
+        (0o1777, ("runs",)),
+        (0o755, ("www",)),
+        (0o710, (".x",)),
+        (0o755, (".zfs", "www")),
+        (0o755, ("runs", "www")),
+        (0o755, ("runs", "runs/monday")),
+    ],
+)
+def test_of_others(tmp_path: Path, mode: int, names: tuple[str, ...]) -> None:
+    """What was named by mistake, as /tmp or /srv, is not closed to all the others: refused."""
+    path = tmp_path / "shared"
+    path.mkdir()
+    for name in names:
+        (path / name).mkdir()
+    path.chmod(mode)
+    for refuse in (prepare, statedir.check):
+        with pytest.raises(UserError, match="shared is one for others too") as caught:
+            refuse(path)
+        assert f"{path}/atomtx" in (caught.value.hint or "")
+    assert stat.S_IMODE(path.stat().st_mode) == mode
+    assert sorted(os.listdir(path)) == sorted(name for name in names if "/" not in name)
+
+
+def test_of_others_with_a_file(tmp_path: Path) -> None:
+    """A file that has the name of our folder is none of ours."""
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared/runs").write_text("theirs")
+    (tmp_path / "shared").chmod(0o755)
+    with pytest.raises(UserError, match="shared is one for others too"):
+        prepare(tmp_path / "shared")
 
 
 def test_file(tmp_path: Path) -> None:
     """A file is no state directory; it stays what it is."""
     path = tmp_path / "state"
     path.write_text("mine")
-    with pytest.raises(UserError, match="cannot use the state directory") as caught:
+    with pytest.raises(UserError, match="state: it is not a directory") as caught:
         prepare(path)
     assert "ATOMTX_STATE_DIR" in (caught.value.hint or "")
     assert path.read_text() == "mine"
+
+
+def test_dangling_link(tmp_path: Path) -> None:
+    """A link that leads nowhere is none either."""
+    path = tmp_path / "state"
+    path.symlink_to(tmp_path / "absent")
+    with pytest.raises(UserError, match="state: it is not a directory"):
+        prepare(path)
 
 
 def test_below_a_file(tmp_path: Path) -> None:
@@ -103,10 +181,23 @@ def test_foreign_owner(tmp_path: Path) -> None:
     path.mkdir(mode=0o755)
     os.chown(path, 1234, 1234)
     path.chmod(0o755)
-    with pytest.raises(UserError, match="belongs to user 1234, not to 0"):
+    with pytest.raises(UserError, match="belongs to user 1234, not to 0") as caught:
         prepare(path)
+    assert f"`chown root: {path}`" in (caught.value.hint or "")
     assert stat.S_IMODE(path.stat().st_mode) == 0o755
     assert list(path.iterdir()) == []
+
+
+def test_check(tmp_path: Path) -> None:
+    """What is there is judged, and nothing is made of what is not."""
+    statedir.check(prepare(tmp_path / "state"))
+    with pytest.raises(FileNotFoundError):
+        statedir.check(tmp_path / "absent" / "state")
+    (tmp_path / "file").touch()
+    for path, words in ((tmp_path / "file", "it is not"), (tmp_path / "file" / "state", "Not a")):
+        with pytest.raises(UserError, match=f"{words} a? ?directory"):
+            statedir.check(path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "state"]
 
 
 @pytest.mark.parametrize("fstype", ["nfs4", "cifs", "9p", "fuse.sshfs", "virtiofs"])
@@ -232,7 +323,7 @@ def test_end_is_reserved(folder: RunFolder) -> None:
 
 
 def test_end_of_an_older_attempt(folder: RunFolder) -> None:
-    """Section 7: the end of one attempt is forgotten before the next one starts."""
+    """Section 8: the end of one attempt is forgotten before the next one starts."""
     folder.reserve_end()
     folder.write_end(RECORD)
     folder.reserve_end()
@@ -240,11 +331,27 @@ def test_end_of_an_older_attempt(folder: RunFolder) -> None:
 
 
 def test_end_without_space(folder: RunFolder) -> None:
-    """An end is never written where no space was reserved for it, nor one that is too long."""
+    """An end is never written where no space was reserved for it."""
     with pytest.raises(FileNotFoundError):
         folder.write_end(RECORD)
+
+
+def test_long_end(folder: RunFolder) -> None:
+    """One that is longer than its space, as of a thousand sources, takes more, where there is."""
     folder.reserve_end()
-    with pytest.raises(ValueError, match="an end record of"):
+    long = {"reason": "x" * END_RECORD_BYTES}
+    folder.write_end(long)
+    assert folder.read_end() == long
+    folder.reserve_end()
+    assert folder.end.stat().st_size == END_RECORD_BYTES
+
+
+def test_long_end_without_room(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that takes only a part of it is full: such an end is none, and is not said to be."""
+    folder.reserve_end()
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[:END_RECORD_BYTES], at))
+    with pytest.raises(OSError, match="No space left on device"):
         folder.write_end({"reason": "x" * END_RECORD_BYTES})
     assert folder.read_end() is None
 

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
+from atomtx import wanted
 from atomtx.errors import UserError
 from atomtx.intents import MountVolumes, TakeSnapshots
 from atomtx.mounts.mountinfo import Entry, Table
-from atomtx.names import BtrfsSnapshot, RunId, mounted_as
+from atomtx.names import BtrfsSnapshot, RunId, kept_name, mounted_as
 from atomtx.plan import (
     ClientPlan,
     Plan,
@@ -194,6 +195,11 @@ def test_refused() -> None:
     assert "already included by /m" in said
     readonly = table(("/", "/m"), super_options="ro,space_cache")
     assert "mounted read-only" in refusal(readonly, NESTED, "/m")
+    lines = [subvolume("/a\nb")]
+    assert "has a newline in it" in refusal(NESTED_TABLE, lines, "/m/a\nb")
+    assert told(choose(NESTED_TABLE, lines, "/m", recursive=True)) == [
+        r"'/m/a\nb' is not in the backup: its name has a newline in it"
+    ]
     odd = [subvolume("/\udcff")]
     assert "is not UTF-8" in refusal(NESTED_TABLE, odd, "/m/\udcff")
     assert told(choose(NESTED_TABLE, odd, "/m", recursive=True)) == [
@@ -223,6 +229,47 @@ def test_part() -> None:
     assert is_frozen(made, "/m/data/other")
     whole = plan_of(choose(NESTED_TABLE, NESTED, "/m/data", "/m/data/a"), "/m/data", "/m/data/a")
     assert made.job != whole.job
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("/m/home/ann", "/top/@home/bob"),
+        ("/top/@home/bob", "/m/home/ann"),
+        ("/m/home", "/top/@home"),
+        ("/top/@home", "/m/home/ann"),
+    ],
+)
+def test_two_places(names: tuple[str, str]) -> None:
+    """Promise 7: of what is named at two places of a subvolume one would be left out in silence."""
+    mounts = table(("/@", "/m"), ("/@home", "/m/home"), ("/", "/top"))
+    said = refusal(mounts, FLAT, *names)
+    assert f"{names[1]} is on the same volume as {names[0]}, by another mount" in said
+    assert choose(mounts, FLAT, "/m/home/ann", "/m/home/bob").parts
+    said = refusal(mounts, FLAT, "/top", "/m/home/ann", recursive=True)
+    assert "/top/@home is on the same volume as /m/home/ann, by another mount" in said
+    both = choose(mounts, FLAT, "/top", "/m/home", recursive=True)
+    assert places(both) == ["/m/home", "/top", "/top/@"]
+    assert told(both)[0].startswith("/top/@home is not in the backup: it is the subvolume at /m/")
+    without = choose(mounts, FLAT, "/top", "/m/home/ann", recursive=True, exclude=("/top/@home",))
+    assert places(without) == ["/m/home", "/top", "/top/@"]
+
+
+def test_needed_elsewhere() -> None:
+    """Below a mount, or a subvolume, that is not in the set, the whole of that is brought back."""
+    mounts = table(("/", "/m"), ("/@usb", "/m/data/usb"), ("/@x", "/m/data/usb/x"))
+    needed = ("/m/data/usb/x/cache", "/m/data/usb/repo", "/m/data/a/b c/repo", "/m/file")
+    made = plan_of(choose(mounts, NESTED, "/m/data"), "/m/data", live_paths=needed)
+    assert made.live_paths == made.excludes == ("/m/data/a", "/m/data/usb")
+    some = choose(mounts, NESTED, "/m/data", "/m/data/a")
+    made = plan_of(some, "/m/data", "/m/data/a", live_paths=needed)
+    assert made.live_paths == ("/m/data/a/b c", "/m/data/usb")
+    every = choose(mounts, NESTED, "/m/data", recursive=True)
+    made = plan_of(every, "/m/data", live_paths=needed)
+    assert made.live_paths == ("/m/data/a/b c/repo", "/m/data/usb")
+    without = choose(mounts, NESTED, "/m/data", recursive=True, exclude=("/m/data/a",))
+    made = plan_of(without, "/m/data", live_paths=needed)
+    assert made.live_paths == made.excludes == ("/m/data/a", "/m/data/usb")
 
 
 def test_recursive_part() -> None:
@@ -277,6 +324,99 @@ def test_names(path: str, run: RunId | None, directory: str) -> None:
     assert BtrfsSnapshot.parse(str(made)) == made
     assert (made.run, made.directory) == (run, directory)
     assert mounted_as(str(made)) == path
+
+
+def kept_as(volume: str, *, name: str = "n 1", transient: bool = False) -> BtrfsSnapshot:
+    return BtrfsSnapshot.to_keep(UUID, RUN, 3, name=name, volume=volume, transient=transient)
+
+
+@pytest.mark.parametrize(
+    "volume", ["/", "/home", "/srv/a, b", "/new\nline", "/x" * 300, "/ä" * 300]
+)
+@pytest.mark.parametrize("transient", [False, True])
+def test_kept_names(volume: str, transient: bool) -> None:
+    """Promise 2: a kept snapshot's path tells its run, its name, and where it was taken."""
+    made = kept_as(volume, transient=transient)
+    assert BtrfsSnapshot.parse(str(made)) == made
+    assert (made.run, made.keeper, made.name, made.is_transient) == (None, RUN, "n 1", transient)
+    assert made.taken_as.run == RUN
+    assert (made.taken_as.keeper, made.taken_as.taken_as) == (None, made.taken_as)
+    assert made.taken_as.directory == f".{RUN.token}"
+    leaf = made.path.rpartition("/")[2]
+    assert made.taken_as.path.rpartition("/")[2] == leaf
+    assert len(leaf.encode()) <= 255
+    assert leaf.isprintable()
+    assert kept_name(str(made)) == "n 1"
+
+
+def test_kept_name_too_long() -> None:
+    with pytest.raises(UserError, match="too long for a directory"):
+        kept_as("/", name="n" * 239)
+    assert kept_as("/", name="n" * 238)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        f"/{RUN.token}",
+        f"/atomtx-kept-{RUN}/0",  # of `atomtx backup --keep-snapshots`
+        f"/atomtx-kept/{RUN}/0",
+        f"/atomtx-kept/.{RUN}/0",
+        f"/atomtx-kept/n.{RUN}",
+        f"/atomtx-kept/n.{RUN}/x",
+        f"/atomtx-kept/n.{RUN}/0/x",
+        f"/atomtx-kept/n.{RUN}0/0",
+        f"/a/atomtx-kept/n.{RUN}/0",
+        "/atomtx-kept/n.0123/0",
+    ],
+)
+def test_not_kept(path: str) -> None:
+    """Promise 2: what is only like a kept one is nobody's."""
+    made = BtrfsSnapshot(UUID, path)
+    assert (made.keeper, made.name, made.is_ours, made.taken_as) == (None, "", False, made)
+    assert not made.is_transient
+
+
+def test_none_of_ours() -> None:
+    """-r neither takes nor tells of what runs have taken, for themselves or to stay."""
+    ours = [kept_as("/m").path, kept_as("/m", transient=True).path, kept_as("/m").taken_as.path]
+    snapshots = [subvolume(path, is_readonly=True, parent_uuid="uuid of /") for path in ours]
+    chosen = choose(table(("/", "/m")), [*snapshots, subvolume("/x")], "/m", recursive=True)
+    assert (places(chosen), told(chosen)) == (["/m", "/m/x"], [])
+
+
+def wanted_of(*names: str, top: str = "uuid of /", **options: Any) -> tuple[list[str], list[str]]:
+    """Return what `atomtx snap` would take, and what it tells."""
+    subvolumes = (
+        subvolume("/", uuid=top),
+        *map(subvolume, ("/a", "/a/b", "/a/b/c")),
+        subvolume("/s", is_readonly=True, parent_uuid="uuid of /a"),
+    )
+    there = Filesystem(UUID, DEVICE, 7, subvolumes)
+    request = Request(names, **options)
+    facts, notes = wanted.chosen_subvolumes(request, [there], table(("/", "/m")))
+    return [each.name for each in facts], list(notes)
+
+
+def test_to_stay() -> None:
+    """What stays is shown to nobody, so that any set can be taken."""
+    assert wanted_of("/m/a", "/m/a/b/c") == (["/m/a", "/m/a/b/c"], [])
+    why = "/m/s is left out: it is a read-only snapshot; name it to have it"
+    assert wanted_of("/m", recursive=True, exclude=("/m/a/b",)) == (["/m", "/m/a"], [why])
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "message"),
+    [
+        (["/m/a/x/y"], {}, "is a directory in the subvolume /m/a"),
+        (["/m/a/b/x"], {}, "is a directory in the subvolume /m/a/b"),
+        (["/m"], {"top": ""}, "/m has no UUID"),
+        (["/m/a"], {"exclude": ("/m/x",)}, "is not a subvolume"),
+    ],
+)
+def test_not_to_stay(names: list[str], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        wanted_of(*names, **options)
 
 
 @pytest.mark.parametrize("text", ["tank/a@x", "/a", f"{UUID}", f"{UUID}:x", f"x{UUID}:/a"])

@@ -102,7 +102,7 @@ def test_missing_snapshot(tmp_path: Path) -> None:
 
 # In a namespace of its own, with empty file systems in the place of snapshots.
 PRELUDE = """
-    import os, sys
+    import os, subprocess, sys
     from atomtx.errors import EffectError
     from atomtx.intents import Mount
     from atomtx.mounts import mountinfo, namespace, tree
@@ -155,6 +155,32 @@ def test_make_and_remove(tmp_path: Path) -> None:
 
 
 @as_root
+def test_directory_stays(tmp_path: Path) -> None:
+    """One that the machine does not remove is told, and goes the next time; a filled one stays."""
+    inside(
+        tmp_path,
+        """
+        tree.make((), MADE)
+        subprocess.run(["mount", "-o", "remount,ro", top], check=True)
+        try:
+            tree.remove((), MADE)
+        except EffectError as exc:
+            assert exc.message == f"cannot remove {root}/a: Read-only file system", exc
+        else:
+            raise AssertionError("it says that they are gone")
+        subprocess.run(["mount", "-o", "remount,rw", top], check=True)
+        open(root + "/file", "w").close()
+        assert tree.remove((), MADE) == []
+        assert os.listdir(root) == ["file"]
+        os.unlink(root + "/file")
+        for _ in range(2):
+            assert tree.remove((), MADE) == []
+            assert os.listdir(top) == []
+        """,
+    )
+
+
+@as_root
 def test_crash_halfway(tmp_path: Path) -> None:
     """Promise 5: whatever part of the tree was made, it is completed, or removed."""
     inside(
@@ -191,16 +217,21 @@ def test_foreign_mount(tmp_path: Path) -> None:
 
 @as_root
 def test_foreign_mount_above(tmp_path: Path) -> None:
-    """Promise 2: nor what was mounted over ours, which stays until that is gone."""
+    """Promise 2: nor what was mounted over ours, which stays and is told until that is gone."""
     inside(
         tmp_path,
         """
         tree.make(OURS, MADE)
         namespace.mount("foreign", OURS[1].mountpoint, "tmpfs", 0)
-        assert tree.remove(OURS, MADE) == OURS[:1]
+        assert tree.remove(OURS, MADE) == OURS[::-1]
         assert seen() == [*BOTH, ("foreign", "/root/a/b")], seen()
         namespace.unmount(OURS[1].mountpoint)
         assert tree.remove(OURS, MADE) == []
+        tree.make(OURS[:1], MADE)
+        namespace.mount("foreign", root, "tmpfs", 0)
+        assert tree.remove(OURS[:1], MADE) == OURS[:1]
+        namespace.unmount(root)
+        assert tree.remove(OURS[:1], MADE) == []
         assert seen() == []
         """,
     )
@@ -208,7 +239,7 @@ def test_foreign_mount_above(tmp_path: Path) -> None:
 
 @as_root
 def test_busy(tmp_path: Path) -> None:
-    """Section 6: what is in use is not unmounted, neither by force nor lazily; it is named."""
+    """Section 7: what is in use is not unmounted, neither by force nor lazily; it is named."""
     inside(
         tmp_path,
         """

@@ -13,13 +13,15 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from atomtx import installing, units
+from atomtx import config, installing, units
 from atomtx.cli import install
-from atomtx.config_schema import Job
+from atomtx.config import Config
+from atomtx.config_schema import Credential, Job
 from atomtx.errors import EffectError, UserError
 from atomtx.units import Program, Schedule, Service
 
 PROGRAM = Program(("/bin/true",), {"HOME": "/root", "XDG_CACHE_HOME": units.CACHE})
+WITH_LVM = dataclasses.replace(PROGRAM, has_lvm=True)
 SERVICES = {
     "zfs": Service("home", 60),
     "btrfs, a local repository": Service("my-photos", 60, writes=("/mnt/my disk/restic 100%",)),
@@ -101,6 +103,64 @@ def test_job() -> None:
     assert "/var/backups" in texts[units.RECOVER]
 
 
+CONFIG = """
+[jobs.home]
+volumes = ["tank/home"]
+steps = ["snap --transient", "backup borg --from-snapshots", "backup tar", "unsnap"]
+write-paths = ["/var/sums"]
+quiesce = ["db", "hold"]
+hook-limit = "300s"
+grace = "1m"
+[jobs.borg]
+volumes = ["tank/home"]
+client = "borg"
+grace = "10m"
+environment = { BORG_REPO = "/srv/borg" }
+credentials.BORG_PASSPHRASE = { credential = "borg" }
+[jobs.tar]
+volumes = ["tank/home"]
+command = ["my-tar"]
+write-paths = ["/srv/tar"]
+[jobs.alone]
+volumes = ["tank/alone"]
+client = "restic"
+environment = { RESTIC_REPOSITORY = "/srv/alone" }
+"""
+
+
+def test_steps(tmp_path: Path) -> None:
+    """The service of a job with steps runs these, and may do what a backup of their jobs may."""
+    found = config.parse(CONFIG, "/etc/atomtx/atomtx.toml")
+    texts, _ = installing.pages(
+        found, list(found.jobs), None, PROGRAM, tmp_path, of_steps={"home": ("borg", "tar")}
+    )
+    home = texts[of("home")]
+    assert home.endswith("ExecStart=\nExecStart=/bin/true run --wait --on-stop keep %i\n")
+    assert "ExecStart" not in texts[of("home", units.RESUME)]
+    for name in ("borg", "tar", "alone"):
+        assert "ExecStart" not in texts[of(name)]
+    for line in (
+        *(f"ReadWritePaths=-{path}" for path in ("/srv/borg", "/srv/tar", "/var/sums")),
+        "LoadCredentialEncrypted=borg:/etc/credstore.encrypted/borg",
+        "TimeoutStopSec=1080",  # the longest of them: 10 min, a hook, the clean-up
+        "RestrictSUIDSGID=no",
+        "Nice=0",
+    ):
+        assert f"{line}\n" in home, line
+        assert f"{line}\n" in texts[of("home", units.RESUME)], line
+    assert "/srv/alone" not in home
+    installing.write(tmp_path, texts)
+    assert verify(tmp_path, "atomtx@home.service", "atomtx-resume@home.service") == ""
+
+
+def test_no_backup_of_its_own() -> None:
+    """Of a job whose steps do not back it up no client is asked for."""
+    job = "[jobs.home]\nvolumes = ['tank/home']\nsteps = ['snap', 'prune --keep-last 1']\n"
+    found = config.parse(job, "/etc/atomtx/atomtx.toml")
+    made, notes = installing.service_of_steps("home", found, (), PROGRAM)
+    assert (made.has_steps, made.writes, notes) == (True, (), [])
+
+
 def test_told() -> None:
     """Each end of each service is told: who wants to know may stand in a drop-in of theirs."""
     texts = units.files([SERVICES["zfs"]], PROGRAM)
@@ -164,6 +224,40 @@ def test_remote_repository() -> None:
     env = {"RESTIC_REPOSITORY": "b2:bucket:/x"}
     made, notes = installing.service("b2", Job(volumes=("a/b",), environment=env), PROGRAM)
     assert (made.writes, notes) == ((), [])
+
+
+REPOSITORY = {"RESTIC_REPOSITORY": "/x"}
+SECRET = {"RESTIC_PASSWORD": Credential(credential="not-there-yet")}
+
+
+@pytest.mark.parametrize(
+    ("job", "lacks"),
+    [
+        (Job(), ["client"]),
+        (Job(client="restic"), ["repository", "password"]),
+        (Job(environment=REPOSITORY), ["password"]),
+        (Job(environment=REPOSITORY, credentials=SECRET), []),
+        (Job(client="restic", arguments=("-r/x", "--password-file", "/y")), []),
+        (Job(environment={"RESTIC_REPOSITORY_FILE": "/x", "RESTIC_PASSWORD_COMMAND": "cat"}), []),
+        (Job(environment=REPOSITORY, arguments=("--insecure-no-password",)), []),
+        (Job(environment=REPOSITORY, arguments=("--password-file",)), []),  # refused: a note
+        (Job(client="borg"), ["repository", "passphrase"]),
+        (Job(environment={"BORG_REPO": "/x", "BORG_PASSCOMMAND": "cat /y"}), []),
+        (Job(client="restic", command=("wrapper",)), []),  # which may say all that
+        (Job(command=("tar",)), []),
+        (Job(client="kopia"), []),
+    ],
+)
+def test_lacks(job: Job, lacks: list[str]) -> None:
+    """A service of which each backup would fail is told of: what nothing says, and no more."""
+    jobs = {"home": job, "night": Job(volumes=("a/b",), steps=("snap", "backup home"))}
+    found = Config("/etc/atomtx/atomtx.toml", jobs, {}, {})
+    made = dataclasses.replace(PROGRAM, environment={"HOME": "/nowhere"})
+    told = installing.warnings(found, ["home"], made)
+    assert [line.split()[6] for line in told] == lacks
+    assert all(line.endswith(": atomtx backup --dry-run home") for line in told)
+    of_steps = {"night": ("home",)}
+    assert installing.warnings(found, ["home", "night"], made, of_steps=of_steps) == told
 
 
 # -- files -------------------------------------------------------------------------------------
@@ -279,3 +373,11 @@ def test_killed_uninstall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after
     uninstall(**words)
     assert list(tmp_path.iterdir()) == []
     assert called[-1] == ("daemon-reload",)
+
+
+def test_module_of_lvm() -> None:
+    """Where LVM is, its module is loaded before a backup: the confined service may load none."""
+    assert "modprobe@" not in units.files((), PROGRAM)[units.BACKUP]
+    for order in ("Wants", "After"):
+        unit = units.files((), WITH_LVM)[units.BACKUP]
+        assert f"\n{order}=modprobe@dm_snapshot.service\n" in unit

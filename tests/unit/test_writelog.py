@@ -84,6 +84,14 @@ def test_torn(log: WriteLog) -> None:
     assert seen == {f"a{tail}...." for tail in tails | {"....", "bbbb"}}
 
 
+def test_spared(log: WriteLog) -> None:
+    """What is written to an area that is spared is there at once; all else is as it was."""
+    spared = range(1 * SECTOR, 3 * SECTOR)
+    disk = dict(log.left(3, lost, spared))
+    assert {offset // SECTOR for offset in disk} == {0, 1}
+    assert {offset // SECTOR for offset, _ in log.left(1, lost, spared)} == set()
+
+
 def test_seed_repeats(log: WriteLog) -> None:
     """The same seed gives the same disk."""
     for seed in range(20):

@@ -7,6 +7,7 @@ It prints what OpenZFS 2.3.9 printed on Linux 6.12.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,7 +22,8 @@ from atomtx import locks, process
 from atomtx.errors import EffectError
 from atomtx.plan import DatasetFacts, Pool
 from atomtx.volumes import zfs
-from atomtx.volumes.kind import Identity
+from atomtx.volumes.ends import End
+from atomtx.volumes.kind import Identity, Kept
 from atomtx.volumes.zfs import Zfs, checked
 
 RUN = "0123456789abcdef"
@@ -75,7 +77,7 @@ class Fake:
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
     folder = tmp_path / "bin"
     (folder / "calls").mkdir(parents=True)
-    for name in ("zfs", "zpool"):
+    for name in ("zfs", "zpool", "ssh"):
         (folder / name).write_text(FAKE.format(python=sys.executable))
         (folder / name).chmod(0o755)
     monkeypatch.setitem(process.BASE_ENVIRONMENT, "PATH", f"{folder}:/usr/bin:/bin")
@@ -144,6 +146,62 @@ def test_datasets(fake: Fake) -> None:
         Zfs().datasets("tank")
 
 
+# What str.splitlines() takes for the end of a line, and `zfs` does not.
+SEPARATORS = "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
+
+
+@pytest.mark.parametrize("odd", ["\t", "\t\t", *SEPARATORS, " \udcff"])
+def test_odd_mountpoint(fake: Fake, odd: str) -> None:
+    """A mountpoint is read as it is, whatever its owner has put into it."""
+    fake.answer(
+        (
+            f"tank\tfilesystem\t1\t/a{odd}b\ton\tyes\t-\n"
+            "tank/b\tfilesystem\t2\t/b\ton\tno\tavailable\n",
+            "",
+            0,
+        )
+    )
+    assert Zfs().datasets("tank") == [
+        DatasetFacts("tank", "filesystem", "1", f"/a{odd}b", "on", True, "-"),
+        DatasetFacts("tank/b", "filesystem", "2", "/b", "on", False, "available"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        "/x\ny",
+        "/x\n",
+        "/x\ry",
+        "/x\n\n\ty",
+        "/x\ton\tyes\t-\ntank/b\tfilesystem\t2\t/another",  # two lines that are whole
+    ],
+)
+def test_mountpoint_of_two_lines(fake: Fake, odd: str) -> None:
+    """Nobody can tell what is a dataset then: an error that says where, and none is left out."""
+    lines = [f"tank\tfilesystem\t1\t{odd}\ton\tyes\t-", "tank/b\tfilesystem\t2\t/b\ton\tyes\t-"]
+    for each in (lines, lines[::-1]):
+        fake.answer(("\n".join(each) + "\n", "", 0))
+        with pytest.raises(EffectError, match="cannot read the datasets of pool tank: ") as caught:
+            Zfs().datasets("tank")
+        assert "\n" not in str(caught.value)
+        assert "zfs get -r mountpoint tank" in str(caught.value)
+
+
+@pytest.mark.parametrize("odd", SEPARATORS)
+def test_odd_marks(fake: Fake, odd: str) -> None:
+    """A mark that somebody else has set to anything is no run's, and hinders nothing."""
+    fake.answer((got(identity(A, mark=f"x{odd}y"), identity(B)), "", 0))
+    assert [each.mark for each in Zfs().identities([A, B]).values()] == [f"x{odd}y", RUN]
+    fake.answer((f"{A}\tx{odd}y\n{B}\t{RUN}\n", "", 0))
+    assert Zfs().marked(["tank"]) == [(A, f"x{odd}y"), (B, RUN)]
+    fake.answer((f"{A}\tx{odd}y\tnow\n{A}\t{TOKEN}\tnow\n", "", 0))
+    assert Zfs().holders([A]) == {A: [f"x{odd}y", TOKEN]}
+    far = f"tank/b\tfilesystem\t1\t5\t-\tx{odd}y\t-\n{B}\tsnapshot\t2\t6\t0\tx{odd}y\t-\n"
+    fake.answer((far, "", 0))
+    assert [each.name for each in End().copies(["tank/b"])["tank/b"].snapshots] == [B]
+
+
 def test_identities(fake: Fake) -> None:
     """A snapshot is what the pool says: guid, transaction group, time, and its own mark."""
     found = [identity(A, guid=2**64 - 1), identity(B)]
@@ -179,6 +237,7 @@ def test_none_asked(fake: Fake) -> None:
     """Where nothing is asked, nothing is run: without names `zfs get` would tell of everything."""
     assert Zfs().identities([]) == {}
     assert Zfs().marked([]) == []
+    assert Zfs().sizes([]) == {}
     assert Zfs().destroy([], run=RUN) == {}
     assert Zfs().keep([], run=RUN) == {}
     Zfs().release([], tag=TOKEN)
@@ -211,9 +270,76 @@ def test_marked(fake: Fake) -> None:
     (argv,) = fake.argvs
     assert argv[argv.index("-s") + 1] == "local"
     assert argv[-2:] == ["tank", "zroot"]
+    # Whoever may set user properties may set one to this, which is no run.
+    fake.answer((f"{B}\tx\ty\n{B}\tx\ny\n{A}\t{RUN}\n", "", 0))
+    assert Zfs().marked(["tank"]) == [(B, "x"), (A, RUN)]
     fake.answer(("", "out of memory\n", 1))
     with pytest.raises(EffectError, match="cannot look for marked snapshots"):
         Zfs().marked(["tank"])
+
+
+@pytest.mark.parametrize(
+    ("source", "keeper", "is_copy"),
+    [
+        ("local", RUN, False),
+        ("received", RUN, True),
+        ("inherited from tank", "", False),
+        ("-", "", False),
+    ],
+)
+def test_kept(fake: Fake, source: str, keeper: str, is_copy: bool) -> None:
+    """
+    Promise 2: whose mark is not its own was kept by nobody; holds and clones are told.
+
+    A mark that came with `zfs receive` is its own, and told apart.
+    """
+    values = {"guid": 5, "createtxg": 7, "creation": 1_785_000_000, "userrefs": 2}
+    lines = [f"{A}\t{name}\t{value}\t-\n" for name, value in values.items()]
+    lines += [f"{A}\tclones\ttank/x,tank/y\t-\n", f"{A}\tatomtx:kept\t{RUN}\t{source}\n"]
+    lines += [f"{A}\tatomtx:transient\t-\t-\n"]
+    fake.answer(("".join(lines), "", 0))
+    expected = Kept(A, "5", "7", 1_785_000_000, keeper, 2, ("tank/x", "tank/y"), is_copy)
+    assert Zfs().kept(["tank/with space"]) == [expected]
+    assert fake.argvs[0][:6] == ["zfs", "get", "-Hp", "-d", "1", "-t"]
+
+
+@pytest.mark.parametrize("value", ["a\tb", "a\nb"])
+def test_kept_unreadable(fake: Fake, value: str) -> None:
+    """A mark that somebody set to what cannot be read is an error with a hint."""
+    fake.answer((f"{A}\tguid\t5\t-\n{A}\tatomtx:kept\t{value}\tlocal\n", "", 0))
+    with pytest.raises(EffectError, match="is no line of them"):
+        Zfs().kept(["tank"])
+
+
+@pytest.mark.parametrize(
+    ("kept", "transient", "expected"),
+    [
+        ("local", (RUN, "local"), True),
+        ("local", (RUN, "inherited from tank/with space"), False),
+        ("local", (RUN, "received"), False),
+        ("local", ("another", "local"), False),
+        ("local", ("-", "-"), False),
+        ("received", (RUN, "local"), False),  # a copy: at home it went, here it is thinned
+        ("inherited from tank", (RUN, "local"), False),
+    ],
+)
+def test_transient(fake: Fake, kept: str, transient: tuple[str, str], expected: bool) -> None:
+    """Promise 2: both marks are its own, and of one run, or it is not meant to go again."""
+    values = {"guid": 5, "createtxg": 7, "creation": 9, "userrefs": 0, "clones": ""}
+    lines = [f"{A}\t{name}\t{value}\t-\n" for name, value in values.items()]
+    lines += [f"{A}\tatomtx:kept\t{RUN}\t{kept}\n", "\t".join((A, "atomtx:transient", *transient))]
+    fake.answer(("".join(lines), "", 0))
+    assert [each.is_transient for each in Zfs().kept(["tank"])] == [expected]
+    assert "atomtx:transient" in fake.argvs[0][fake.argvs[0].index("-o") + 2].split(",")
+
+
+def test_prune_transient(fake: Fake) -> None:
+    """The channel program is told of which ones it has to compare that mark as well."""
+    there = [Kept(A, "5", "7", 0, RUN, 0, ()), Kept(B, "6", "7", 0, RUN, 0, (), is_transient=True)]
+    fake.answer(judged("done", "done"))
+    assert list(Zfs().prune(there, bookmark=False)) == [{A: "done", B: "done"}]
+    words = fake.argvs[0][fake.argvs[0].index("none") + 1 :]
+    assert words[3::4] == [f"k{RUN}", f"t{RUN}"]
 
 
 def test_locked(fake: Fake) -> None:
@@ -333,6 +459,41 @@ def test_holders_unknown(fake: Fake, answer: tuple[str, str, int], said: str) ->
         Zfs().holders([A, B])
 
 
+NOISE = "All you do is seen\n"  # of a far login shell, before and after
+
+
+@pytest.mark.parametrize("noise", ["", NOISE])
+def test_far_absence(fake: Fake, noise: str) -> None:
+    """What is gone on another machine is gone, whatever its login shell says besides."""
+    fake.answer((HELD, noise + ABSENT.format(B) + noise, 1))
+    assert End(host="nas").holders([A, B]) == {A: [TOKEN, "other"]}
+    none = f"{noise}{ABSENT.format(A)}no datasets available\n{noise}"
+    fake.answer(("", none, 1))
+    assert End(host="nas").holders([A]) == {}
+    assert End(host="nas").copies(["tank/b"]) == {}
+
+
+@pytest.mark.parametrize(
+    ("err", "status"),
+    [
+        ("internal error: out of memory\n", 1),
+        ("Permission denied the ZFS utilities must be run as root.\n", 1),
+        ("The ZFS modules are not loaded.\n", 1),
+        ("cannot open 'tank/c': I/O error\n", 1),
+        ("env: 'zfs': No such file or directory\n", 127),
+        ("Aborted\n", 134),
+        ("usage:\n", 2),
+    ],
+)
+def test_far_failure_is_no_absence(fake: Fake, err: str, status: int) -> None:
+    """Promise 2: another machine's failure is none, also where something is absent besides."""
+    fake.answer(("", NOISE + ABSENT.format(A) + err + NOISE, status))
+    with pytest.raises(EffectError, match="cannot look at the holds of nas"):
+        End(host="nas").holders([A, B])
+    with pytest.raises(EffectError, match="cannot list the datasets of nas"):
+        End(host="nas").copies(["tank/a", "tank/b"])
+
+
 def test_release_unknown(fake: Fake) -> None:
     """Promise 2: a release that failed is not taken for done where the holds cannot be seen."""
     fake.answer(("", "pool is read-only\n", 1), ("", "permission denied\n", 1))
@@ -436,7 +597,24 @@ def test_one_by_one_unproven(
     fake.answer(NO_PROGRAMS, found)
     act: Callable[..., dict[str, str]] = getattr(Zfs(), verb)
     assert act([identity(A)], run=RUN) == {A: verdict}
-    assert [argv[1] for argv in fake.argvs] == ["program", "get"]
+    kept_already = [["zfs", "get"]] if (verb, verdict) == ("keep", "unmarked") else []
+    assert [argv[:2] for argv in fake.argvs] == [["zfs", "program"], ["zfs", "get"], *kept_already]
+
+
+def test_one_by_one_kept_already(fake: Fake) -> None:
+    """What this run kept before it was killed is kept: the mark says so, and is its own."""
+    for source, verdict in (("local", "done"), ("inherited from tank", "unmarked")):
+        unmarked = (got(identity(A, mark=None)), "", 0)
+        fake.answer(NO_PROGRAMS, unmarked, (f"{RUN}\t{source}\n", "", 0))
+        assert Zfs().keep([identity(A)], run=RUN) == {A: verdict}
+
+
+def test_pool_of_its_root(fake: Fake) -> None:
+    """A snapshot of a pool's own dataset is of that pool, for a channel program as well."""
+    root = "tank@atomtx-1"
+    fake.answer(judged("done"))
+    assert Zfs().destroy([identity(root)], run=RUN) == {root: "done"}
+    assert fake.argvs[0][7] == "tank"
 
 
 def test_one_by_one_busy(fake: Fake) -> None:
@@ -511,7 +689,7 @@ def test_checked_before_destroying(fake: Fake) -> None:
 
 @pytest.mark.parametrize("count", [1, 3, 200])
 def test_one_process(fake: Fake, count: int) -> None:
-    """Section 11: each thing that is done or asked is one process, whatever the number."""
+    """Section 13: each thing that is done or asked is one process, whatever the number."""
     names = [f"tank/a{n}@{TOKEN}" for n in range(count)]
     found = [identity(name) for name in names]
     calls: list[tuple[tuple[str, str, int], Callable[[Zfs], object]]] = [
@@ -540,6 +718,16 @@ def test_lock(fake: Fake, tmp_path: Path) -> None:
     assert str(lock) not in without
 
 
-def test_script_is_shipped() -> None:
-    """The channel program lies beside the module that runs it."""
+def test_scripts_are_shipped() -> None:
+    """The channel programs lie beside the module that runs them."""
     assert zfs._SCRIPT.is_file()
+    assert zfs._PRUNE.is_file()
+
+
+@pytest.mark.parametrize("function", ["is_same", "bears"])
+def test_one_proof(function: str) -> None:
+    """Promise 2: both channel programs prove a snapshot in the same words."""
+    text = re.compile(rf"^function {function}\(.*?^end$", re.MULTILINE | re.DOTALL)
+    of_destroy, of_prune = (text.findall(s.read_text()) for s in (zfs._SCRIPT, zfs._PRUNE))
+    assert of_destroy == of_prune
+    assert len(of_prune) == 1

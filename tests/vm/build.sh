@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Build the test machine: a Debian trixie disk with OpenZFS, restic, kopia and our Python
+# Build the test machine: a Debian trixie disk with OpenZFS, LVM, restic, kopia and our Python
 # dependencies, its kernel and its initrd, in the cache folder that is the only argument.
 #
 # Everything comes from the package mirrors that this host's own apt, pip and go are set to.
@@ -28,7 +28,7 @@ exec 9>"$cache/build.lock"
 flock 9
 [ -e "$final/complete" ] && exit 0
 
-"$here/needs.sh" qemu-system-x86_64 qemu-img mmdebstrap ssh ssh-keygen mke2fs go pip
+"$here/needs.sh" qemu-system-x86_64 qemu-img mmdebstrap ssh ssh-keygen mke2fs go pip venv borg-headers
 "$here/clients.sh" "$cache"
 
 sources=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 2>/dev/null || true)

@@ -32,7 +32,7 @@ chmod 440 "$root/etc/sudoers.d/tests"
 chroot "$root" systemctl enable systemd-networkd ssh >/dev/null 2>&1
 chroot "$root" systemctl mask apt-daily.timer apt-daily-upgrade.timer man-db.timer \
   systemd-timesyncd.service e2scrub_all.timer dpkg-db-backup.timer zfs-zed.service \
-  zfs-import-cache.service zfs-import-scan.service fstrim.timer logrotate.timer \
+  zfs-import-cache.service zfs-import-scan.service fstrim.timer xfs_scrub_all.timer logrotate.timer \
   systemd-tmpfiles-clean.timer systemd-networkd-wait-online.service e2scrub_reap.service \
   systemd-udev-settle.service systemd-binfmt.service >/dev/null 2>&1
 mkdir -p "$root/etc/systemd/system-generators"

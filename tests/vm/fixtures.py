@@ -13,6 +13,7 @@ import pytest
 
 from tests.vm import remote
 from tests.vm.machine import DATA_DISKS, Machine, MachineError, install, open_machine
+from tests.vm.tank import make_pool
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +31,8 @@ def machine() -> Iterator[Machine]:
                 " echo 0 > /proc/sys/kernel/watchdog"
             )
             machine.save("clean")
-            machine.run(f"zpool create tank {DATA_DISKS[0]} && zfs list tank >/dev/null && sync")
+            make_pool(machine, "tank", DATA_DISKS[0])
+            machine.run("zfs list tank >/dev/null && sync")
             machine.save("tank")
             yield machine
     except MachineError as exc:

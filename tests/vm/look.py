@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 # A source in mountinfo, in which blanks are escaped.
-_MOUNT = re.compile(r" - zfs (\S*@atomtx-\S*) ")
+_MOUNT = re.compile(r" - \S+ (\S*(?:@atomtx-|-atomtx--)\S*) ")
 _RUNNER = "atomtx.runner"
 
 
@@ -30,6 +30,19 @@ def _snapshots_and_holds() -> Iterator[str]:
     yield from (f"snapshot {name}" for name in names if "@atomtx-" in name)
     if names:
         yield from (f"hold {line}" for line in _zfs("holds", "-H", *names))
+
+
+def _logical() -> Iterator[str]:
+    """Yield LVM's: volumes with our tag or name, and devices, also without a volume."""
+    if not list(Path("/sys/block").glob("dm-*")):
+        return
+    argv = ["lvs", "--noheadings", "-o", "vg_name,lv_name,lv_tags", "--separator", "/"]
+    done = subprocess.run(argv, stdout=subprocess.PIPE, text=True, check=True)
+    yield from (f"volume {line.strip()}" for line in done.stdout.splitlines() if "atomtx" in line)
+    for name in Path("/sys/block").glob("dm-*/dm/name"):
+        with suppress(OSError):  # gone
+            if "atomtx--" in name.read_text():
+                yield f"device {name.read_text().strip()}"
 
 
 def _mounts(processes: list[Path]) -> list[str]:
@@ -55,6 +68,8 @@ def _runners(processes: list[Path]) -> Iterator[str]:
 def main() -> None:
     """Print snapshots, holds, mounts and processes."""
     for line in _snapshots_and_holds():
+        print(line)
+    for line in _logical():
         print(line)
     processes = [path for path in Path("/proc").iterdir() if path.name.isdigit()]
     for name in _mounts(processes):

@@ -10,12 +10,18 @@ package() { # COMMAND
     qemu-img) echo qemu-utils ;;
     mmdebstrap) echo mmdebstrap debian-archive-keyring ;;
     ssh | ssh-keygen | scp) echo openssh-client ;;
-    mke2fs) echo e2fsprogs ;;
+    mke2fs | mkfs.ext4) echo e2fsprogs ;;
+    mkfs.xfs) echo xfsprogs ;;
+    setfacl) echo acl ;;
+    mtree) echo mtree-netbsd ;;
+    ionice) echo util-linux ;;
     go) echo golang-go ;;
     pip) echo python3-pip ;;
     venv) echo python3-venv ;;
     zpool) echo zfsutils-linux ;;
     btrfs | mkfs.btrfs) echo btrfs-progs ;;
+    borg) echo borgbackup ;;
+    borg-headers) echo gcc pkg-config libc6-dev libssl-dev liblz4-dev libxxhash-dev libzstd-dev libacl1-dev ;;
     *) echo "$1" ;;
   esac
 }
@@ -24,6 +30,8 @@ is_there() { # COMMAND
   case $1 in
     pip) "$python" -m pip --version >/dev/null 2>&1 ;;
     venv) "$python" -c 'import ensurepip' >/dev/null 2>&1 ;;
+    borg-headers) [ -e /usr/include/sys/acl.h ] && command -v gcc >/dev/null &&
+      pkg-config --exists libcrypto liblz4 libxxhash libzstd 2>/dev/null ;;
     *) PATH=$PATH:/usr/sbin:/sbin:/usr/local/go/bin command -v "$1" >/dev/null ;;
   esac
 }

@@ -99,6 +99,7 @@ class Crash:
         from atomtx import journal
 
         change, begin = journal.Journal.change, journal.Journal.begin
+        adopt = journal.Journal.adopt
         crash = self
 
         @contextmanager
@@ -118,7 +119,14 @@ class Crash:
             crash.pass_("journal:planned", note=f" {run.id} {run.rev}")
             return run
 
-        for name, wrapped in (("change", changed), ("begin", begun)):
+        def adopted(self: Any, plan: Any, found: Any, intents: Any) -> Any:
+            crash.pass_("before:unmounting")
+            run = adopt(self, plan, found, intents)
+            crash._folder = self.state / "runs" / run.id
+            crash.pass_("journal:unmounting", note=f" {run.id} {run.rev}")
+            return run
+
+        for name, wrapped in (("change", changed), ("begin", begun), ("adopt", adopted)):
             setattr(journal.Journal, name, wrapped)
 
     def _around_programs(self) -> None:

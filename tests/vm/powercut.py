@@ -28,6 +28,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tests.extent import spread
 from tests.vm.machine import Machine
 from tests.vm.points import MARK
 from tests.vm.remote import atomtx
@@ -43,11 +44,6 @@ DISK_BYTES = 642 * MIB
 SEED = int(os.environ.get("ATOMTX_CRASH_SEED", "1"))
 
 
-def is_full() -> bool:
-    """Tell whether the full set of power cuts is wanted, or a sample."""
-    return os.environ.get("ATOMTX_CRASH") == "full"
-
-
 def partition_table() -> bytes:
     """Return the disk's first sector: an MBR."""
     sector = bytearray(SECTOR)
@@ -58,9 +54,23 @@ def partition_table() -> bytes:
     return bytes(sector)
 
 
+LINKS = "/dev/power"
+# udev's own links come one by one, go for a while whenever a disk is written and closed, and
+# once did not come in a minute.
+LINK = """
+until disk=$(grep -lx {name} /sys/block/*/serial); do sleep 0.1; done
+disk=$(basename $(dirname $disk))
+mkdir -p {links} /power && ln -sfn /dev/$disk {links}/{name}
+for n in {numbers}; do
+    until test -b /dev/$disk$n; do sleep 0.1; done
+    ln -sfn /dev/$disk$n {links}/{name}-part$n
+done
+"""
+
+
 def partition(disk: str, number: int) -> str:
-    """Return the device of a partition in the machine."""
-    return f"/dev/disk/by-id/virtio-{disk}-part{number}"
+    """Return the device of a partition in the machine, for a disk that was plugged in."""
+    return f"{LINKS}/{disk}-part{number}"
 
 
 def plug(vm: Machine, name: str, image: Path, log: Path | None = None) -> None:
@@ -81,8 +91,8 @@ def plug(vm: Machine, name: str, image: Path, log: Path | None = None) -> None:
     options = {"discard": "off", "write-zeroes": "off", "request-merging": "off"}
     options["write-cache"] = "on"
     vm.qmp("device_add", **device, **options)
-    last = partition(name, len(PARTITIONS))
-    vm.run(f"until test -e {last}; do sleep 0.1; done; mkdir -p /power", timeout=60)
+    numbers = " ".join(str(n + 1) for n in range(len(PARTITIONS)))
+    vm.run(LINK.format(name=name, links=LINKS, numbers=numbers), timeout=60)
 
 
 def fresh(vm: Machine) -> None:
@@ -189,12 +199,6 @@ class Record:
         return [Cut(position, kind, rng.getrandbits(32)) for position, kind in sorted(wanted)]
 
 
-def spread(rng: random.Random, length: int, count: int) -> list[int]:
-    """Choose *count* numbers below *length*, one at random in each part of it; at most all."""
-    count = min(count, length)
-    return [int((n + rng.random()) * length / count) for n in range(count)]
-
-
 class CutDisk:
     """A disk 'cut' of the machine that holds what a cut left, one cut after the other."""
 
@@ -204,12 +208,16 @@ class CutDisk:
         write_image(self._image, partition_table(), DISK_BYTES, ())
         plug(self._vm, "cut", self._image)
 
-    def set(self, record: Record, cut: Cut) -> None:
-        """Give it what *cut* left; nothing in the machine may have it mounted."""
-        pieces = record.log.left(cut.position, cut.fate)
+    def set(self, record: Record, cut: Cut, spared: range = range(0)) -> None:
+        """
+        Give it what *cut* left; nothing in the machine may have it mounted.
+
+        Writes to the offsets *spared* are on the disk as soon as it has them.
+        """
+        pieces = record.log.left(cut.position, cut.fate, spared)
         write_image(self._image, partition_table(), DISK_BYTES, pieces)
         # What the machine has in memory is of the cut before, and no power cut would leave it.
-        self._vm.run("blockdev --flushbufs /dev/disk/by-id/virtio-cut* && rm -rf /run/atomtx")
+        self._vm.run(f"blockdev --flushbufs {LINKS}/cut* && rm -rf /run/atomtx")
 
 
 def guest(vm: Machine, *words: str, marks: str | None = None) -> dict[str, Any]:

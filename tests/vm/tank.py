@@ -11,6 +11,14 @@ from tests.vm.remote import atomtx
 LOOK = "/root/look.py"
 
 
+def make_pool(vm: Machine, name: str, disk: str, options: str = "") -> None:
+    """Create a pool on a whole disk."""
+    create = f"{options} {name} {disk}"
+    # zpool partitions the disk, and opens the partition by a link that udev may be making anew
+    # just then: "no such pool or dataset" (openzfs/zfs lib/libzutil, zpool_label_disk_wait).
+    vm.run(f"zpool create {create} || {{ udevadm settle && zpool create -f {create}; }}")
+
+
 def make_datasets(vm: Machine, *names: str, options: str = "") -> list[str]:
     """Create file systems, parents first, with `zfs create` *options*; return their names."""
     words = [shlex.quote(name) for name in names]

@@ -9,7 +9,7 @@ import pytest
 from tests.vm.machine import DATA_DISKS, Machine
 from tests.vm.remote import atomtx, backups, restic_command, runs, stop_at
 from tests.vm.scene import WAITS, Prepare, let_go, make_journal, running, script, until
-from tests.vm.tank import fill, leftovers, make_datasets
+from tests.vm.tank import fill, leftovers, make_datasets, make_pool
 
 READY = "test -e /tmp/ready"
 
@@ -174,7 +174,8 @@ def test_private_host(one: Machine) -> None:
     """Where the host's mounts are private, a run does not pin a pool that it has no use for."""
     vm = one
     # A mountpoint that zpool made would go at the export, and take the run's mount along.
-    vm.run(f"mount --make-rprivate / && zpool create -m /srv/other other {DATA_DISKS[1]}")
+    vm.run("mount --make-rprivate /")
+    make_pool(vm, "other", DATA_DISKS[1], "-m /srv/other")
     with running(vm, *COMMAND) as answer:
         until(vm, READY)
         vm.run("zpool export other")
@@ -242,7 +243,7 @@ def test_closed_terminal(one: Machine) -> None:
 
 def test_suspend_and_clock(one: Machine) -> None:
     """
-    A machine that was suspended, and a clock that jumps by hours, disturb no run.
+    A machine that stood still, and a clock that jumps by hours, disturb no run.
 
     No time limit strikes for them: it is of a clock that nobody sets.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -31,9 +32,9 @@ def filled(prepared: Prepare) -> Machine:
     return prepared("tank", three_datasets)
 
 
-def settle(vm: Machine) -> None:
+def settle(vm: Machine, **options: Any) -> None:
     """Recover until nothing is open; a second time changes nothing."""
-    answer = atomtx(vm, "recover")
+    answer = atomtx(vm, "recover", **options)
     assert answer.status == 0, answer.output
     before = runs(vm)
     answer = atomtx(vm, "recover")
@@ -92,8 +93,8 @@ def test_killed_in_state(filled: Machine, state: str, who: str) -> None:
     [
         ("start:zfs snapshot#1", "front"),
         ("start:zfs snapshot#1", "child"),
-        ("start:zfs hold#1", "child"),
-        ("start:zfs release#1", "front"),
+        pytest.param("start:zfs hold#1", "child", marks=pytest.mark.full),
+        pytest.param("start:zfs release#1", "front", marks=pytest.mark.full),
         ("start:zfs program#1", "front"),
         ("start:zfs program#1", "child"),
     ],
@@ -112,7 +113,7 @@ def test_killed_inside_command(filled: Machine, point: str, who: str) -> None:
     assert completed or "snapshot" in point
 
 
-@pytest.mark.parametrize("who", ["front", "runner", "all"])
+@pytest.mark.parametrize("who", ["front", pytest.param("runner", marks=pytest.mark.full), "all"])
 def test_killed_while_client_reads(filled: Machine, who: str) -> None:
     """Killed while restic uploads: adopted where the runner lives, else resumed; one backup."""
     vm = filled

@@ -7,6 +7,8 @@ import pytest
 from tests.vm.machine import Machine
 from tests.vm.remote import atomtx, backups, restic_command, runs, stop_at
 from tests.vm.scene import (
+    COPIER,
+    HOST,
     WAITS,
     WITH_COPIER,
     Prepare,
@@ -41,10 +43,8 @@ def guids(vm: Machine) -> dict[str, str]:
     return dict(line.split("\t") for line in lines)
 
 
-@pytest.mark.parametrize("state", ["planned", "snapshotted", "mounted", "unmounting"])
-def test_exact_name_other_guid(one: Machine, state: str) -> None:
-    """A snapshot with our exact name, hold tag and local mark, but another guid, is not touched."""
-    vm = one
+def forged(vm: Machine, state: str) -> tuple[str, str]:
+    """Kill a run in that state, and put another snapshot in the place of its own, marked as it."""
     answer = atomtx(vm, *COPY_A, kill=stop_at(f"journal:{state}#1", "all"))
     assert answer.status == -9, answer.output
     run = runs(vm)[0]["id"]
@@ -54,18 +54,38 @@ def test_exact_name_other_guid(one: Machine, state: str) -> None:
         f" zfs snapshot -o atomtx:run={run} {name} && zfs hold atomtx-{run} {name}",
         check=False,
     )
+    assert name in guids(vm)
+    return run, name
+
+
+@pytest.mark.parametrize(
+    "state",
+    ["snapshotted", *(pytest.param(s, marks=pytest.mark.full) for s in ("mounted", "unmounting"))],
+)
+def test_exact_name_other_guid(one: Machine, state: str) -> None:
+    """A snapshot with our exact name, hold tag and local mark, but another guid, is not touched."""
+    vm = one
+    run, name = forged(vm, state)
     theirs = guids(vm)
-    assert name in theirs
     answer = atomtx(vm, "recover")
-    if state == "planned":  # its identity was not journaled: mark, name and token are the proof
-        assert answer.status == 0, answer.output
-        return
     assert answer.status == 0, answer.output
     assert guids(vm) == theirs
     assert f"atomtx-{run}" in vm.run(f"zfs holds -H {name}").stdout
     (row,) = runs(vm)
     assert row["state"] == "destroyed"
     assert row["outcome"] != "completed" or is_copied(vm)
+
+
+def test_exact_name_before_its_guid(one: Machine) -> None:
+    """Until its identity is journaled, name and local mark are the proof: it is taken for ours."""
+    vm = one
+    _, name = forged(vm, "planned")
+    answer = atomtx(vm, "recover")
+    assert answer.status == 0, answer.output
+    assert name not in guids(vm)
+    (row,) = runs(vm)
+    assert row["outcome"] == ("completed" if is_copied(vm) else "rolled-back")
+    assert leftovers(vm) == []
 
 
 def test_recreated_between_probe_and_destroy(one: Machine) -> None:
@@ -146,8 +166,15 @@ exec sudo -n /bin/sh -c 'sleep 600; true'
 }
 
 
-@pytest.mark.parametrize("layout", ["namespace", "tree"])
-@pytest.mark.parametrize("kind", WRAPPERS)
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [
+        ("closes its descriptors", "namespace"),
+        ("goes through sudo", "tree"),
+        pytest.param("closes its descriptors", "tree", marks=pytest.mark.full),
+        pytest.param("goes through sudo", "namespace", marks=pytest.mark.full),
+    ],
+)
 def test_escaping_client(one: Machine, kind: str, layout: str) -> None:
     """
     A client that dropped our locks is found by its namespace after its runner was killed.
@@ -173,7 +200,7 @@ def test_busy_is_parked(one: Machine) -> None:
     """
     A snapshot that somebody else has mounted parks the cleanup: exit 4, the holder named.
 
-    A parked run blocks no new backup, and the next recover clears it.
+    A parked run blocks no new backup, and once nobody holds it the next one clears it.
     """
     vm = one
     vm.run("mkdir -p /mnt/theirs")
@@ -192,9 +219,11 @@ exec nsenter -t 1 -m mount -t zfs "$source" /mnt/theirs
     assert atomtx(vm, "recover").status == 4
     assert atomtx(vm, *COPY_A).status == 0
     vm.run("umount /mnt/theirs")
-    assert atomtx(vm, "recover").status == 0
+    script(vm, "/root/wrapper", f'exec {COPIER} "$@"')
+    answer = atomtx(vm, "backup", "tank/a", "--command", wrapper)
+    assert answer.status == 0, answer.output
     assert leftovers(vm) == []
-    assert {run["outcome"] for run in runs(vm)} == {"completed"}
+    assert [(run["outcome"], run["cleanup"]) for run in runs(vm)] == [("completed", None)] * 3
 
 
 def test_looked_at_through_dot_zfs(one: Machine) -> None:
@@ -260,7 +289,8 @@ def test_lost_journal(one: Machine) -> None:
     vm.run("rm -rf /var/lib/atomtx && zfs snapshot tank/a@atomtx-mine")
     assert "nothing to recover" in atomtx(vm, "recover").output
     answer = atomtx(vm, "recover", "--scan")
-    assert f"tank/a@atomtx-{run}" in answer.output
+    assert f"run {run}, of this minute, in no journal here" in answer.output
+    assert f"snapshot tank/a@atomtx-{run}, 0 B" in answer.output
     assert "atomtx-mine" not in answer.output
     assert len(guids(vm)) == 2
     answer = atomtx(vm, "recover", "--adopt", run[:6])
@@ -268,6 +298,7 @@ def test_lost_journal(one: Machine) -> None:
     assert list(guids(vm)) == ["tank/a@atomtx-mine"]
 
 
+@pytest.mark.full
 def test_machine_crash(one: Machine) -> None:
     """After a crash of the whole machine in mid-backup recover resumes the same moment."""
     vm = one
@@ -358,6 +389,48 @@ def test_second_backup_of_a_job(one: Machine) -> None:
     answer = atomtx(vm, *COPY_A)
     assert answer.status == 0, answer.output
     assert [run["outcome"] for run in runs(vm)] == ["completed"] * 3
+    assert leftovers(vm) == []
+
+
+HOOKED = (*COPY_A, "--quiesce", "true", "--thaw")  # what comes after the snapshot, before its hold
+
+
+def test_destroyed_in_mid_run(one: Machine) -> None:
+    """A snapshot that somebody destroys before it is held: nothing is copied, nothing is left."""
+    vm = one
+    thaw = script(vm, "/root/thaw", "zfs destroy $(zfs list -Ht snap -o name | grep @atomtx-)")
+    answer = atomtx(vm, *HOOKED, thaw)
+    assert answer.status == 1, answer.output
+    assert "was not taken, or is gone already" in answer.output
+    assert not is_copied(vm)
+    assert leftovers(vm) == []
+
+
+def test_exported_in_mid_run(one: Machine) -> None:
+    """A pool that somebody exports before the hold: the run has failed, the rest waits for it."""
+    vm = one
+    answer = atomtx(vm, *HOOKED, script(vm, "/root/thaw", "zpool export tank"))
+    assert answer.status == 1, answer.output
+    assert "failed in" in answer.output
+    assert "pool tank is not imported; something is left to clean up" in answer.output
+    answer = atomtx(vm, "recover")
+    assert answer.status == 6, answer.output
+    assert "waits: pool tank is not imported" in answer.output
+    vm.run("zpool import tank")
+    answer = atomtx(vm, "recover")
+    assert "nothing of it is left" in answer.output
+    assert not is_copied(vm)
+    assert leftovers(vm) == []
+
+
+def test_export_under_a_client(one: Machine) -> None:
+    """Who would export the pool in mid-read cannot, but has unmounted the files by then: failed."""
+    vm = one
+    client = script(vm, "/root/wrapper", f'{HOST} zpool export tank; exec {COPIER} "$@"')
+    answer = atomtx(vm, "backup", "tank/a", "--command", client)
+    assert answer.status == 1, answer.output
+    assert "/tank/a was unmounted while the client read it" in answer.output
+    assert vm.run("zpool list tank", check=False).status == 0
     assert leftovers(vm) == []
 
 

@@ -58,7 +58,7 @@ def filling(then: str) -> str:
     return f"{HOST} rm /small/a/big\n{HOST} sh -c '{fill('/small/b/fill')}'\n{then}"
 
 
-@pytest.mark.parametrize("status", [0, 7])
+@pytest.mark.parametrize("status", [0, pytest.param(7, marks=pytest.mark.full)])
 def test_pool_filled(small: Machine, status: int) -> None:
     """
     The pool that holds the journal is filled to the last block while our snapshot pins more.

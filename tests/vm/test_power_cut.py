@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 from atomtx import journalfile
+from tests.extent import FULL
 from tests.vm.machine import Machine
 from tests.vm.powercut import (
     FILES,
@@ -16,7 +17,6 @@ from tests.vm.powercut import (
     Record,
     Tally,
     guest,
-    is_full,
     partition,
     plugged,
     recorded,
@@ -28,14 +28,15 @@ SHIPPED = journalfile.PRAGMAS
 SETTINGS = {
     "shipped": (SHIPPED, "defaults"),
     "wal-normal": (("journal_mode=WAL", "synchronous=NORMAL"), "defaults"),
-    "python-default": (("journal_mode=DELETE", "synchronous=FULL"), "defaults"),  # of its sqlite3
     "no-flush": (SHIPPED, "barrier=0"),
 }
+if FULL:
+    SETTINGS["python-default"] = (("journal_mode=DELETE", "synchronous=FULL"), "defaults")
 
 
 def record_journals(vm: Machine, folder: Path) -> dict[str, Record]:
     """Record runs that are written to a new journal on ext4, two commits each, under each name."""
-    runs = "16" if is_full() else "8"
+    runs = "16" if FULL else "8"
     for name, (pragmas, options) in SETTINGS.items():
         with recorded(vm, folder / name):
             files = partition(name, FILES)
@@ -59,7 +60,7 @@ def commits_lost(known: dict[str, list[int]], wanted: dict[str, int]) -> int:
 def cuts_of(name: str, record: Record) -> list[Cut]:
     """Choose the moments: most of them for what must hold."""
     marks, others = (6, 6) if name == "shipped" else (2, 0)
-    if is_full():
+    if FULL:
         marks, others = (32, 160) if name == "shipped" else (32, 0)
     return record.cuts(random.Random(SEED), at_marks=marks, others=others)
 

@@ -28,7 +28,7 @@ WRONG = {
     ("tank/locked",): ("tank/locked", "zfs mount -l"),
     ("/nowhere/at/all",): ("/nowhere/at/all", ""),
     ("/tank/a/dir",): ("tank/a", ""),
-    (): ("no dataset was named", "--all"),
+    (): ("nothing was named", "--all"),
     ("-a", "tank/a"): ("exclude each other", ""),
     ("tank/a", "--root", "/x"): ("of no use", "--layout tree"),
     ("tank/a", "--client", "kopia"): ("kopia", "connect"),

@@ -106,18 +106,21 @@ class WriteLog:
         flushes = (n for n in range(position - 1, -1, -1) if self.entries[n].flush)
         return next(flushes, 0)
 
-    def left(self, position: int, fate: Fate) -> Iterator[tuple[int, bytes]]:
+    def left(
+        self, position: int, fate: Fate, spared: range = range(0)
+    ) -> Iterator[tuple[int, bytes]]:
         """
         Yield what of the first *position* requests is on the disk after a cut, and where.
 
-        Later ones lie over earlier ones.  *fate* is asked about each write that no flush covers.
+        Later ones lie over earlier ones.  *fate* is asked about each write that no flush covers,
+        but for those that begin at an offset of *spared*.
         """
         flushed = self.flushed(position)
         for n, entry in enumerate(self.entries[:position]):
             if not entry.length:
                 continue
             data = self.data(entry)
-            if n < flushed or entry.fua:
+            if n < flushed or entry.fua or entry.offset in spared:
                 yield entry.offset, data
                 continue
             first, end = fate(entry.length // SECTOR)

@@ -15,7 +15,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import NoReturn, TextIO, TypeVar
+from typing import Any, NoReturn, TextIO, TypeVar
 
 import click
 
@@ -25,6 +25,11 @@ from ..errors import AtomtxError, ExitStatus, Interrupted
 # name -> ("module:attribute", short help), in the order in which --help shows them
 COMMANDS = {
     "backup": ("atomtx.cli.backup:backup", "Back up the named volumes as they are at one moment."),
+    "snap": ("atomtx.cli.snap:snap", "Take snapshots that stay, of one moment."),
+    "prune": ("atomtx.cli.prune:prune", "Destroy kept snapshots that no rule keeps."),
+    "unsnap": ("atomtx.cli.unsnap:unsnap", "Destroy what `atomtx snap --transient` took."),
+    "clone": ("atomtx.cli.clone:clone", "Send kept snapshots to other pools and machines."),
+    "run": ("atomtx.cli.steps:run", "Run the steps of a job, one after the other."),
     "recover": ("atomtx.cli.recover:recover", "Finish or undo interrupted runs."),
     "history": ("atomtx.cli.history:history", "List what ran, what it saved, how it ended."),
     "show": ("atomtx.cli.show:show", "Show one run: each step, its log, how to restore."),
@@ -32,6 +37,7 @@ COMMANDS = {
     "attach": ("atomtx.cli.attach:attach", "Follow a living run until it ends."),
     "stop": ("atomtx.cli.stop:stop", "Stop a living run and undo it."),
     "check": ("atomtx.cli.check:check", "Tell a monitoring system whether backups are fresh."),
+    "sure": ("atomtx.cli.sure:sure", "Keep an integrity database of the files in a tree."),
     "config": ("atomtx.cli.config:config", "Check, show or begin the configuration."),
     "install": ("atomtx.cli.install:install", "Make a service and a timer of systemd of each job."),
     "uninstall": ("atomtx.cli.install:uninstall", "Take away what `atomtx install` wrote."),
@@ -40,7 +46,20 @@ COMMANDS = {
     "doctor": ("atomtx.cli.doctor:doctor", "Check what is installed, allowed and healthy."),
 }
 
+
+class _Named(click.types.StringParamType):
+    """A name that was given: an empty one, as of a variable that is not set, is not none at all."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("it is empty", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+NAMED = _Named()
 _F = TypeVar("_F", bound=Callable[..., object])
+# click 8.2 raises it where a group is given no command; before that it prints the help itself.
+_NoCommand: type[click.UsageError] | tuple[()] = getattr(click.exceptions, "NoArgsIsHelpError", ())
 
 
 def json_option(command: _F) -> _F:
@@ -65,6 +84,13 @@ class LazyGroup(click.Group):
         module, _, attribute = COMMANDS[cmd_name][0].partition(":")
         command: click.Command = getattr(import_module(module), attribute)
         return command
+
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        """Meet standard output that cannot be written: of `--help` and `--version` click writes."""
+        try:
+            return super().make_context(*args, **extra)
+        except OSError as exc:
+            raise _unwritten(exc) from exc
 
     def invoke(self, ctx: click.Context) -> object:
         """
@@ -126,6 +152,10 @@ def cli() -> None:
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit; the console script."""
+    if args is None and sys.getfilesystemencoding() != "utf-8":
+        from .. import process
+
+        process.restart_in_utf8()
     words = list(sys.argv[1:] if args is None else args)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a name in another encoding must not be a traceback
@@ -134,14 +164,15 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     sys.exit(status)
 
 
-def run(words: Sequence[str]) -> int:
+def run(words: Sequence[str], within: object = None) -> int:
     """
     Run one command and return its exit status; the only place where errors become one.
 
-    A bug is none of the errors below and shows its traceback.
+    A bug is none of the errors below and shows its traceback.  Of a step of `atomtx run` the
+    command finds by `within.within` which one it is.
     """
     try:
-        status = cli.main(list(words), prog_name="atomtx", standalone_mode=False)
+        status = _called(words, within)
     except AtomtxError as exc:
         _report(exc.message, exc.hint, exc.exit_status, as_json=wants_json(words))
         return int(exc.exit_status)
@@ -155,6 +186,17 @@ def run(words: Sequence[str]) -> int:
         _discard_stdout()
         return 128 + signal.SIGPIPE  # what a shell shows for the others in the pipe
     return int(status or 0)
+
+
+def _called(words: Sequence[str], within: object) -> ExitStatus | int | None:
+    try:
+        status: ExitStatus | int | None = cli.main(
+            list(words), prog_name="atomtx", standalone_mode=False, obj=within
+        )
+    except _NoCommand as exc:
+        echo(exc.format_message())
+        return ExitStatus.USAGE
+    return status
 
 
 def wants_json(words: Sequence[str]) -> bool:
@@ -197,11 +239,21 @@ def echo(text: str = "") -> None:
         return
     try:
         print(text, flush=True)
-    except BrokenPipeError as exc:
-        raise _OutputClosed from exc
     except OSError as exc:
-        _discard_stdout()
-        raise AtomtxError(f"cannot write to standard output: {exc.strerror}") from exc
+        raise _unwritten(exc) from exc
+
+
+def warn(text: str) -> None:
+    """Print what is wrong beside the results; a line is added to its end."""
+    _write(sys.stderr, text)
+
+
+def _unwritten(exc: OSError) -> Exception:
+    """Return what to raise where standard output cannot be written."""
+    if isinstance(exc, BrokenPipeError):
+        return _OutputClosed()
+    _discard_stdout()
+    return AtomtxError(f"cannot write to standard output: {exc.strerror}")
 
 
 def _is_read(stream: TextIO) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,41 +10,28 @@ from typing import Any
 
 import click
 
-from .. import clients, locks, plan, statedir, states
+from .. import clients, journalfile, plan, statedir
 from ..clients import Moment
 from ..config_schema import DEFAULT, LAYOUTS
-from ..errors import (
-    AtomtxError,
-    BusyError,
-    EffectError,
-    ExitStatus,
-    Interrupted,
-    JournalDamagedError,
-    JournalFullError,
-    UserError,
-    WaitingError,
-    worst,
-)
-from ..executor import Executor, Tell
+from ..errors import DONE, ExitStatus, UserError, worst
 from ..intents import KeepSnapshots, RunClient, RunHook, TakeSnapshots
 from ..interrupts import Interrupts
-from ..journal import ActiveRunError, Journal, NoRunError
+from ..journal import Journal
 from ..launching import launch_of, retention_of
 from ..moment import kept
 from ..mounts import tree
+from ..names import BTRFS, LVM
 from ..plan import Plan, Request
 from ..preparing import choose_client, make_plan, settings
 from ..records import Run
-from ..recovery import LeaveAlone
-from ..settling import Patience, Settler, front, status_of
 from ..statedir import RunFolder
 from ..volumes.zfs import Zfs
-from . import hook_options, jobs, json_option
+from . import NAMED, from_snapshots, hook_options, jobs, json_option, runs
+from .from_snapshots import Backlog
 from .notifying import Notifier
 from .render import Reporter, reporter
 from .summary import closing_line, result
-
-_LOOK_S = 0.2
+from .within import within
 
 
 class _WithClientOptions(click.Command):
@@ -60,7 +46,9 @@ class _WithClientOptions(click.Command):
 
 @click.command(cls=_WithClientOptions)
 @click.argument("names", nargs=-1, metavar="[JOB | VOLUME...] [-- CLIENT OPTIONS]")
-@click.option("--job", "job_name", metavar="NAME", help="This job of the configuration.")
+@click.option(
+    "--job", "job_name", type=NAMED, metavar="NAME", help="This job of the configuration."
+)
 @click.option("--no-job", is_flag=True, help="Take no name for a job: they are volumes.")
 @jobs.config_option(f"The configuration.  [default: {DEFAULT}]")
 @click.option(
@@ -70,6 +58,7 @@ class _WithClientOptions(click.Command):
     help="Include what lies below each volume.",
 )
 @click.option("-a", "--all", is_flag=True, default=None, help="All datasets of all ZFS pools.")
+@click.option("--read-live", multiple=True, metavar="DIR", help="Read as it is: not a moment.")
 @click.option("--exclude", multiple=True, metavar="VOLUME", help="Leave out, with what is below.")
 @click.option("--client", type=click.Choice(tuple(clients.KNOWN)), help="The backup program.")
 @click.option("-c", "--command", metavar="WORDS", help="Run this, with the paths appended.")
@@ -100,6 +89,12 @@ class _WithClientOptions(click.Command):
     "--require-atomic/--no-require-atomic",
     default=None,
     help="Refuse a set that is not of one moment.",
+)
+@click.option(
+    "--cow-size",
+    metavar="SIZE",
+    show_default=jobs.without("cow-size"),
+    help="The room of a classic LVM snapshot: 20% of its origin, or 10G.",
 )
 @click.option(
     "--retries",
@@ -137,12 +132,21 @@ class _WithClientOptions(click.Command):
     show_default=jobs.without("on-stop"),
     help="What SIGTERM makes of the moment: undo it, or keep it for `recover`.",
 )
+@click.option(
+    "--from-snapshots",
+    is_flag=True,
+    help="Take none: save what `atomtx snap` has kept and the repository lacks, oldest first.",
+)
+@click.option(
+    "--limit", type=click.IntRange(1), help="With --from-snapshots, save that many moments at most."
+)
 @click.option("--wait", is_flag=True, help="Wait for another run of this job to end.")
 @click.option(
     "--keep-history",
     metavar="TIME",
     show_default=jobs.without("keep-history"),
-    help="Forget runs that ended longer ago.",
+    help="Forget runs that ended longer ago. 0: all but the last whole one of each, and one "
+    "beside it.",
 )
 @click.option("-n", "--dry-run", is_flag=True, help="Print the plan, change nothing.")
 @click.option("--quiet", is_flag=True, help="Print warnings and errors alone.")
@@ -151,15 +155,17 @@ def backup(names: tuple[str, ...], as_json: bool, quiet: bool, **options: Any) -
     """
     Back up the named volumes as they are at one moment.
 
-    Takes a snapshot of each ZFS dataset, all of a pool in one transaction, or of each btrfs
-    subvolume; shows the frozen files to the backup client at their live paths, in a mount
-    namespace of its own; and takes mounts, holds and snapshots away again. Everything is
-    journaled first: after a crash, `atomtx recover` finishes the backup of the same moment, or
-    undoes it.
+    Takes a snapshot of each ZFS dataset, all of a pool in one transaction, of each btrfs
+    subvolume, or of each logical volume of LVM; shows the frozen files to the backup client at
+    their live paths, in a mount namespace of its own; and takes mounts, holds and snapshots away
+    again. Everything is journaled first: after a crash, `atomtx recover` finishes the backup of
+    the same moment, or undoes it.
 
-    A dataset is given by its name or by its mountpoint, a subvolume by the path at which it is
-    seen, or one inside it. What follows `--` goes to the client. Without --client, the
-    environment decides: RESTIC_REPOSITORY, or a connected kopia.
+    A dataset is given by its name or by its mountpoint, a logical volume as VG/LV or by its
+    path, a subvolume by the path at which it is seen, or one inside it. A directory without
+    snapshots, such as /boot, is read as it is where --read-live names it. What follows `--` goes
+    to the client. Without --client, the environment decides: RESTIC_REPOSITORY, a connected
+    kopia, or BORG_REPO.
 
     \b
     Examples:
@@ -168,10 +174,11 @@ def backup(names: tuple[str, ...], as_json: bool, quiet: bool, **options: Any) -
       atomtx backup home               the job home of the configuration
       atomtx backup /home /srv/photos
       atomtx backup -a --command 'my-wrapper backup'
+      atomtx backup home --from-snapshots --limit 24
 
     \b
     EXIT STATUS
-      0 completed       3 partial: some files could not be read
+      0 completed       3 partial: some files, or a kept moment, could not be read
       1 failed          4 backed up, cleanup parked: run `atomtx recover`
       2 usage           5 another run of this job is at work
       6 waiting         7 backed up, a step after it failed
@@ -196,7 +203,9 @@ class _Backup:
         self._asked = jobs.asked(names, extra, options)
         self._job = self._asked.job
         self._options = options
-        self._tell = Tell(show.step, show.warn, show.progress)
+        self._from_snapshots: bool = options["from_snapshots"]
+        if options["limit"] and not self._from_snapshots:
+            raise UserError("--limit is of no use without --from-snapshots")
         self._interrupts = Interrupts()
         self._noted: set[str] = set()
         self._notifier = Notifier.of_environment(show.warn, statedir.find(), own=self._job.notices)
@@ -204,44 +213,41 @@ class _Backup:
     def run(self) -> ExitStatus:
         state = statedir.find()
         if self._options["dry_run"]:
-            self._print_plan(self._plan(state))
+            self._print(self._plan(state), state)
             return ExitStatus.COMPLETED
         with self._notifier.delivering(self._asked.title):
-            return self._back_up(state)
+            return self._back_up()
 
-    def _back_up(self, state: Path) -> ExitStatus:
+    def _back_up(self) -> ExitStatus:
         if os.geteuid() != 0:
             raise UserError("only root can mount snapshots", hint="run it with sudo")
-        self._interrupts.install()
-        statedir.prepare(state)
-        with Journal.open(state) as journal:
-            for note in journal.notes():
-                self._show.note(note)
-            status = self._in_turn(journal)
-            journal.expire(self._job.keep_history)
-        return status
+        return runs.in_journal(
+            self._in_turn,
+            keep_history_s=self._job.keep_history,
+            interrupts=self._interrupts,
+            show=self._show,
+        )
 
     def _in_turn(self, journal: Journal) -> ExitStatus:
-        """Back up; where another run of the job is at work, fail, or wait for it and plan anew."""
-        while True:
+        def planned() -> Plan:
             made = self._plan(journal.state)
             self._notifier.job = made.label
-            try:
-                if self._settle(journal, made.job):
-                    made = self._plan(journal.state)  # it may have taken hours
-                return self._carry_out(journal, made)
-            except ActiveRunError as exc:
-                if not self._options["wait"]:
-                    raise
-                self._await(journal, exc.run)
+            return made
 
-    def _await(self, journal: Journal, run: str) -> None:
-        """Wait until nobody is at work on *run*; raise Interrupted on a signal."""
-        self._show.step(f"run {run} of this job is at work: waiting for its end")
-        lock = RunFolder.of(journal.state, run).front_lock
-        while locks.is_held(lock):
-            self._interrupts.sleep(_LOOK_S)
-        self._interrupts.check()
+        return runs.in_turn(
+            journal,
+            planned,
+            lambda made: made.job,
+            lambda made: self._carry_out_all(journal, made),
+            wait=self._options["wait"],
+            interrupts=self._interrupts,
+            show=self._show,
+            sources=self._asked.sources,
+            told=lambda settled: self._notifier.interrupted(
+                settled.run, settled.status, pings=False
+            ),
+            known=plan.job_key(self._asked.name) if self._asked.name else "",
+        )
 
     def _plan(self, state: Path) -> Plan:
         job = self._job
@@ -284,33 +290,65 @@ class _Backup:
             all=job.all,
             recursive=job.recursive,
             exclude=job.exclude,
+            live=tuple(map(_resolved, job.read_live)),
             layout=job.layout,
             root=_resolved(job.root),
             whole_root=job.whole_root,
             leave_dirs=job.leave_dirs,
+            cow_size=job.cow_size,
             job=self._asked.name,
         )
 
     def _check_atomic(self, made: Plan) -> None:
         if not self._job.require_atomic:
             return
+        if live := plan.read_live(made):
+            raise UserError(
+                f"{live[0]} is read live: what is read of it is not a moment",
+                hint="make a job of its own of it, or leave out --require-atomic",
+            )
         pools = sorted({volume.pool for volume in made.volumes})
         if len(pools) > 1:
             raise UserError(
                 f"the set spans the pools {', '.join(pools)}: its snapshots are not of one moment",
                 hint="make a job of each pool, or leave out --require-atomic",
             )
-        subvolumes = [volume.name for volume in made.volumes if volume.kind == "btrfs"]
+        subvolumes = [volume.name for volume in made.volumes if volume.kind == BTRFS]
         if len(subvolumes) > 1:
             raise UserError(
                 f"btrfs snapshots {len(subvolumes)} subvolumes one after the other "
                 f"({', '.join(subvolumes[:3])}): they are not of one moment",
                 hint="make a job of each subvolume, or leave out --require-atomic",
             )
+        logical = [volume.name for volume in made.volumes if volume.kind == LVM]
+        if len(logical) > 1:
+            raise UserError(
+                f"LVM snapshots {len(logical)} logical volumes one after the other "
+                f"({', '.join(logical[:3])}): they are not of one moment",
+                hint="make a job of each, or leave out --require-atomic",
+            )
+
+    def _print(self, made: Plan, state: Path) -> None:
+        if self._from_snapshots:
+            backlog = self._backlog(made, state)
+            from_snapshots.print_dry(backlog, self._show, as_json=self._as_json)
+        else:
+            self._print_plan(made)
+
+    def _backlog(self, made: Plan, state: Path) -> Backlog:
+        return from_snapshots.find(made, state / journalfile.NAME, self._options["limit"])
 
     def _print_plan(self, made: Plan) -> None:
         now = datetime.now(UTC).replace(microsecond=0)
-        moment = Moment(made.targets, made.root, now, made.excludes, made.whole_root)
+        moment = Moment(
+            made.targets,
+            made.root,
+            now,
+            made.excludes,
+            made.whole_root,
+            run=made.run,
+            job=made.label,
+        )
         launch = launch_of(made, moment)
         client_step = RunClient(made.client.name, launch.commands, launch.cwd)
         steps = (
@@ -322,95 +360,47 @@ class _Backup:
             *plan.hooks_after(made, None),
         )
         lines = plan.describe(made, steps)
-        self._show.result({"run": made.run, "job": made.label, "notes": made.notes, "plan": lines})
+        told = {"run": made.run, "job": made.label, "notes": made.notes, "plan": lines}
+        self._show.result(told | {"not_a_moment": plan.read_live(made)})
         if not self._as_json:
             click.echo("\n".join(lines))
 
     def _directories(self, made: Plan) -> tuple[str, ...]:
         return tree.directories_to_make(made.root, plan.tops(made)) if made.root else ()
 
-    def _settle(self, journal: Journal, job: str) -> bool:
-        """
-        Finish or undo this job's interrupted run; try to clear a parked one; name the others.
-
-        Tell whether there was any of this job.
-        """
-        settler = Settler(
-            journal,
-            self._interrupts,
-            self._tell,
-            patience=Patience.WAIT,
-            sources=self._asked.sources,
+    def _carry_out_all(self, journal: Journal, made: Plan) -> ExitStatus:
+        if not self._from_snapshots:
+            return self._carry_out(journal, made)
+        backlog = self._backlog(made, journal.state)
+        status = from_snapshots.carry_out(
+            backlog,
+            lambda of_moment: self._carry_out(journal, of_moment),
+            interrupts=self._interrupts,
+            show=self._show,
         )
-        others, found = 0, False
-        for run in journal.open_runs():
-            found = found or run.job == job
-            if run.job != job:
-                others += not locks.is_held(RunFolder.of(journal.state, run.id).front_lock)
-            elif run.is_parked:
-                self._try_parked(settler, run)
-            else:
-                self._settle_one(settler, run)
-            self._interrupts.stop()
-        if others:
-            self._show.note(f"{others} runs of other jobs are unfinished: `atomtx recover`")
-        return found
-
-    def _try_parked(self, settler: Settler, run: Run) -> None:
-        try:
-            settler.settle(run)
-        except JournalDamagedError:
-            raise
-        except AtomtxError as exc:  # its result stands; it must not block a new backup
-            self._show.warn(str(exc))
-
-    def _settle_one(self, settler: Settler, run: Run) -> None:
-        try:
-            settled = settler.settle(run)
-        except NoRunError:  # ended, and forgotten at its --keep-history, since we looked
-            return
-        if isinstance(settled.decision, LeaveAlone):
-            raise ActiveRunError(run.id)
-        self._notifier.interrupted(settled.run, settled.status, pings=False)
-        if settled.interrupted:
-            raise settled.interrupted
-        if settled.run.state != states.DESTROYED and not settled.run.is_parked:
-            raise WaitingError(
-                f"run {run.id} of this job is kept waiting: {settled.run.reason}",
-                hint="`atomtx recover` tries again, `atomtx recover --rollback` gives it up",
-            )
-        self._show.step(f"run {run.id} of this job: {settled.run.outcome}")
+        if status in DONE and (told := from_snapshots.told_of_no_run(backlog)):
+            self._notifier.without_run(told[0], status, told[1])
+        step = within()
+        if not step or status not in DONE:
+            return status
+        of_run = from_snapshots.check_taken(made, journal.path, step.run, self._show)
+        return worst([status, of_run])
 
     def _carry_out(self, journal: Journal, made: Plan) -> ExitStatus:
         self._notifier.started(made.run)
-        folder = _make(RunFolder.of(journal.state, made.run))
-        with front(folder) as lock:
-            assert lock is not None
-            try:
-                run = journal.begin(made, plan.first_intents(made))
-            except (BusyError, JournalFullError):  # there is no row of it
-                shutil.rmtree(folder.path)
-                raise
-            executor = Executor(
-                journal, folder, front=lock, interrupts=self._interrupts, tell=self._tell
-            )
+        advance = runs.executed(journal, self._interrupts, self._show)
+
+        def advanced(folder: RunFolder, lock: int, run: Run) -> Run:
             started = time.monotonic()
-            run = executor.advance(run)
+            run = advance(folder, lock, run)
             self._show.result(result(journal.path, run))
             self._show.done(closing_line(journal.path, run, time.monotonic() - started))
-        statuses = [status_of(run)]
-        if self._interrupts.noted is not None:
-            statuses.append(Interrupted(self._interrupts.noted).exit_status)
-        self._notifier.ended(run, worst(statuses))
-        return worst(statuses)
+            return run
 
-
-def _make(folder: RunFolder) -> RunFolder:
-    try:
-        return folder.make()
-    except EffectError:  # the disk is full
-        shutil.rmtree(folder.path, ignore_errors=True)
-        raise
+        run = runs.carry_out(journal, made, plan.first_intents(made), advanced)
+        status = runs.status_of_ended(run, self._interrupts)
+        self._notifier.ended(run, status)
+        return status
 
 
 def _keeping(made: Plan) -> list[KeepSnapshots]:

@@ -69,7 +69,8 @@ def check(
     snapshots were taken. Only completed backups count, not partial ones. JOB is exactly what
     `atomtx history` shows as JOB, or the job's key in --json. Without --job every job that ran
     at least twice is checked, so that a backup made once does not alarm for ever; and every run
-    that was left unfinished. Changes nothing on the machine.
+    that was left unfinished. One that was given up alarms until it is left out with --ignore.
+    Changes nothing on the machine.
 
     \b
     Examples:
@@ -88,7 +89,7 @@ def check(
     state = statedir.find()
     verdicts, missing = _judged(state, limits, names, ignore)
     level = max([v.level for v in verdicts] + [Level.CRITICAL for _ in missing])
-    text = _text(verdicts, missing)
+    text = _text(verdicts, missing, may_ignore=not names)
     _print(level, text, verdicts, limits=limits, missing=missing, as_json=as_json)
     return level
 
@@ -154,14 +155,16 @@ def _names(verdicts: Sequence[Verdict]) -> dict[int, str]:
     }
 
 
-def _text(verdicts: Sequence[Verdict], missing: Sequence[str]) -> str:
-    """Return the gravest first, as many as a short line holds."""
+def _text(verdicts: Sequence[Verdict], missing: Sequence[str], *, may_ignore: bool) -> str:
+    """Return the gravest first, as many as a short line holds, and what ends an alarm for ever."""
     names = _names(verdicts)
     told = [(Level.CRITICAL, 0.0, f"{name}: never ran") for name in missing]
     told += [(v.level, v.age_s or 0.0, f"{names[n]}: {v.words}") for n, v in enumerate(verdicts)]
     told.sort(key=lambda each: each[:2], reverse=True)
     more = len(told) - _SHOWN
     tail = [f"and {more} more jobs"] if more > 0 else []
+    if may_ignore and any(v.is_idle for v in verdicts):
+        tail.append("where one was given up: --ignore JOB")
     return "; ".join([words for _, _, words in told[:_SHOWN]] + tail)
 
 

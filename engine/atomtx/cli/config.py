@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
-import sys
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -14,11 +12,11 @@ import click
 from .. import config as configuration
 from .. import config_text
 from ..config import ConfigError, Problem
-from ..config_schema import DEFAULT, JOB_NAME, json_schema
+from ..config_schema import DEFAULT, json_schema
 from ..errors import EffectError, ExitStatus, UserError
-from ..statedir import sync_directory, write_new
-from . import echo, json_option, render
-from .jobs import config_option
+from ..statedir import make_directory, sync_directory, write_new
+from . import NAMED, echo, json_option, render, warn
+from .jobs import check_name, config_option, problems_of
 
 _config_option = config_option(f"The file.  [default: {DEFAULT}]")
 
@@ -70,7 +68,7 @@ def check(config_path: str | None, as_json: bool) -> ExitStatus:
         names, problems = [], list(exc.problems)
     else:
         names = list(found.jobs)
-        problems = configuration.credential_problems(found, os.environ)
+        problems = problems_of(found)
     if as_json:
         facts = {"ok": not problems, "path": path, "jobs": names}
         echo(render.to_json({**facts, "problems": [asdict(each) for each in problems]}))
@@ -83,11 +81,11 @@ def check(config_path: str | None, as_json: bool) -> ExitStatus:
 
 def _print_problems(problems: list[Problem]) -> None:
     for each in problems:
-        print(render.printable(str(each)), file=sys.stderr)
+        warn(render.printable(str(each)))
 
 
 @config.command()
-@click.argument("job", required=False)
+@click.argument("job", type=NAMED, required=False)
 @_config_option
 @json_option
 def show(job: str | None, config_path: str | None, as_json: bool) -> ExitStatus:
@@ -120,7 +118,9 @@ def show(job: str | None, config_path: str | None, as_json: bool) -> ExitStatus:
 
 
 @config.command()
-@click.option("--job", "jobs", multiple=True, metavar="NAME", help="A job to begin with.")
+@click.option(
+    "--job", "jobs", type=NAMED, multiple=True, metavar="NAME", help="A job to begin with."
+)
 @_config_option
 def init(jobs: tuple[str, ...], config_path: str | None) -> ExitStatus:
     """
@@ -141,10 +141,7 @@ def init(jobs: tuple[str, ...], config_path: str | None) -> ExitStatus:
     """
     names = tuple(dict.fromkeys(jobs)) or ("home",)
     for name in names:
-        if not re.fullmatch(JOB_NAME, name):
-            raise UserError(
-                f"{name!r} cannot be a job's name", hint="letters, digits and . _ -, at most 60"
-            )
+        check_name(name)
     path = Path(configuration.find(config_path))
     _write_new(path, config_text.new_file(names))
     echo(f"{path} is written; edit it, then run `atomtx config check`")
@@ -155,7 +152,7 @@ def _write_new(path: Path, text: str) -> None:
     """Write a file that does not exist yet, whole or not at all, durable, and one that loads."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        make_directory(path.parent, 0o755)
         write_new(partial, text)
         configuration.load(str(partial))
         os.link(partial, path)  # not over one that exists

@@ -19,6 +19,7 @@ from .. import (
     config,
     history,
     journalfile,
+    lvmio,
     process,
     statedir,
     system,
@@ -26,6 +27,7 @@ from .. import (
 from ..errors import AtomtxError, ExitStatus, JournalError
 from ..volumes import btrfs
 from . import echo, json_option, render
+from .jobs import problems_of
 
 _ASK_S = 20.0
 _CAP_SYS_ADMIN = 21  # linux/capability.h
@@ -96,8 +98,8 @@ def _python(_: Path) -> Iterator[Check]:
 def _zfs(_: Path) -> Iterator[Check]:
     said = _ask("zfs", "version")
     userland = _first(r"^zfs-(\d.*)$", said)
-    if not userland and btrfs.mounted():
-        yield Check("zfs", "note", "not installed: only btrfs can be backed up")
+    if not userland and (btrfs.mounted() or lvmio.devices()):
+        yield Check("zfs", "note", "not installed: only btrfs and LVM can be backed up")
         return
     if userland:
         yield Check("zfs", "ok", userland)
@@ -121,6 +123,26 @@ def _btrfs(_: Path) -> Iterator[Check]:
         yield Check("btrfs", "warning" if problem else "ok", problem or f"{filesystem} is usable")
 
 
+def _lvm(_: Path) -> Iterator[Check]:
+    """See that LVM can be asked, where some of its volumes are active."""
+    if not lvmio.devices():
+        return
+    lvm = lvmio.Lvm()
+    try:
+        volumes, stuck = lvm.volumes(), lvm.suspended()
+    except AtomtxError as exc:
+        yield Check("lvm", "warning", exc.message, "install lvm2 and dmsetup")
+        return
+    version = _first(r"LVM version:\s*(\S+)", _ask("lvs", "--version"))
+    yield Check("lvm", "ok", f"{version}, {len(volumes)} logical volumes")
+    for device in stuck:
+        hint = f"if nobody is at work on it: `dmsetup resume {device.name}`"
+        yield Check("lvm", "warning", f"{device.name} is suspended", hint)
+    if any(volume.is_thin for volume in volumes) and not process.which("thin_check"):
+        hint = "install thin-provisioning-tools: without it no thin pool is activated at boot"
+        yield Check("lvm", "warning", "thin_check is not installed", hint)
+
+
 def _module_version() -> str:
     try:
         return Path("/sys/module/zfs/version").read_text().strip()
@@ -130,7 +152,7 @@ def _module_version() -> str:
 
 def _programs(_: Path) -> Iterator[Check]:
     """Try a channel program that changes nothing: they destroy by identity, many at once."""
-    if not _ask("zfs", "version") and btrfs.mounted():
+    if not _ask("zfs", "version") and (btrfs.mounted() or lvmio.devices()):
         return
     pools = _ask("zpool", "list", "-H", "-o", "name").splitlines()
     if not pools:
@@ -153,12 +175,14 @@ def _clients(_: Path) -> Iterator[Check]:
     found = {
         "restic": _first(r"^restic (\S+)", _ask("restic", "version", env=os.environ)),
         "kopia": _first(r"^(\S+)", _ask("kopia", "--version", env=os.environ)),
+        "borg": _first(r"^borg\S* (\S+)", _ask("borg", "--version", env=os.environ)),
+        "xfsdump": _first(r"version (\S+)", _ask("xfsdump", "-h", env=os.environ)),
     }
     for name, version in found.items():
         yield Check(name, "ok" if version else "note", version or "not installed")
     if not any(found.values()):
-        hint = "install restic or kopia; without one, only --command can be used"
-        yield Check("clients", "warning", "neither restic nor kopia is installed", hint)
+        hint = "install restic, kopia, borg or xfsdump; without one, only --command can be used"
+        yield Check("clients", "warning", f"none of {', '.join(found)} is installed", hint)
     if not system.here.NAMESPACES:
         return
     yield Check(
@@ -195,7 +219,7 @@ def _rights(_: Path) -> Iterator[Check]:
 
 def _has_capability(number: int) -> bool:
     try:
-        status = Path("/proc/self/status").read_text()
+        status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
     except OSError:  # not Linux
         return os.geteuid() == 0
     return bool(int(_first(r"^CapEff:\s*([0-9a-f]+)$", status) or "0", 16) >> number & 1)
@@ -214,27 +238,18 @@ def _namespace_problem() -> str | None:
 
 
 def _state_directory(state: Path) -> Iterator[Check]:
-    if not state.is_dir():
+    try:
+        statedir.check(state)
+    except FileNotFoundError:
         yield Check("state directory", "note", f"{state} is not there; the first backup makes it")
         return
-    kind = _file_system(state)
-    if kind in statedir.REMOTE_FILE_SYSTEMS:
-        hint = "set ATOMTX_STATE_DIR to a local disk"
-        yield Check("state directory", "missing", f"{state} is remote ({kind})", hint)
+    except AtomtxError as exc:
+        yield Check("state directory", "missing", exc.message, exc.hint)
         return
+    kind = statedir.file_system(state)
     yield Check("state directory", "ok", f"{state} ({kind or 'unknown file system'})")
     if kind == "zfs":
         yield from _zfs_settings(state)
-
-
-def _file_system(path: Path) -> str:
-    from ..mounts import mountinfo
-
-    try:
-        entry = mountinfo.containing(mountinfo.read(), os.path.realpath(path))
-    except OSError:  # no /proc: not Linux
-        return ""
-    return entry.fstype if entry else ""
 
 
 def _zfs_settings(state: Path) -> Iterator[Check]:
@@ -307,15 +322,18 @@ def _configuration(_: Path) -> Iterator[Check]:
         first = exc.message.splitlines()[0]
         yield Check("configuration", "warning", first, "see `atomtx config check`")
         return
-    for problem in config.credential_problems(found, os.environ):
+    problems = problems_of(found)
+    for problem in problems:
         yield Check("configuration", "warning", str(problem))
-    yield Check("configuration", "ok", f"{path}, jobs: {', '.join(found.jobs) or 'none'}")
+    if not problems:
+        yield Check("configuration", "ok", f"{path}, jobs: {', '.join(found.jobs) or 'none'}")
 
 
 _LOOKS: tuple[Callable[[Path], Iterator[Check]], ...] = (
     _python,
     _zfs,
     _btrfs,
+    _lvm,
     _programs,
     _clients,
     _rights,

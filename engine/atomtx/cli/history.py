@@ -9,9 +9,8 @@ import click
 from .. import journalfile, statedir
 from ..errors import ExitStatus
 from ..history import Run, runs
-from . import echo, json_option, render
+from . import NAMED, echo, json_option, render
 
-SHORT_ID = 8
 _HEADERS = (
     "AGE", "STARTED", "JOB", "STATE", "OUTCOME", "DURATION", "ADDED", "BACKUP", "RUN",
 )  # fmt: skip
@@ -27,7 +26,7 @@ _HEADERS = (
     help="Show the N newest runs; 0 shows all.",
 )
 @click.option("--failed", is_flag=True, help="Only those that failed, saved a part, or are parked.")
-@click.option("--job", metavar="NAME", help="Only the runs of one job.")
+@click.option("--job", type=NAMED, metavar="NAME", help="Only the runs of one job.")
 @json_option
 def history(limit: int, failed: bool, job: str | None, as_json: bool) -> ExitStatus:
     """
@@ -64,28 +63,42 @@ def _row(run: Run, state: Path) -> tuple[str, ...]:
     return (
         render.age(run.started_at),
         render.local_time(run.started_at),
-        run.label if len(run.label) <= 40 else run.label[:37] + "...",
+        _job(run),
         run.state,
         _outcome(run, state),
         render.duration(run.duration_s),
         render.size(run.bytes_added),
         _backups(run.backup_ids),
-        run.id[:SHORT_ID],
+        run.id[: render.SHORT_ID],
     )
+
+
+def _job(run: Run) -> str:
+    """Return the label; for the run of a step with the run that has made it."""
+    label = run.label if len(run.label) <= 40 else run.label[:37] + "..."
+    return render.label(label, run.parent)
 
 
 def _outcome(run: Run, state: Path) -> str:
     """Return the outcome; for an open run also how it stands."""
     if run.is_final:
-        return run.outcome or "-"
+        return (run.outcome or "-") + _live(run)
     from .status import Life, situation
 
     how = situation(run, Life.of(statedir.RunFolder.of(state, run.id)))
-    return f"{run.outcome}, {how}" if run.outcome else how
+    return (f"{run.outcome}, {how}" if run.outcome else how) + _live(run)
+
+
+def _live(run: Run) -> str:
+    """Say of a run that what it read, or which of it, was not a moment."""
+    if not run.not_a_moment:
+        return ""
+    more = f" +{len(run.not_a_moment) - 1}" if len(run.not_a_moment) > 1 else ""
+    return f" (not a moment: {run.not_a_moment[0]}{more})"
 
 
 def _backups(ids: tuple[str, ...]) -> str:
     """Return the first backup's short id, and how many more there are."""
     if not ids:
         return "-"
-    return ids[0][:SHORT_ID] + (f" +{len(ids) - 1}" if len(ids) > 1 else "")
+    return render.backup_id(ids[0]) + (f" +{len(ids) - 1}" if len(ids) > 1 else "")

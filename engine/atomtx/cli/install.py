@@ -10,20 +10,24 @@ import click
 
 from .. import config as configuration
 from .. import installing, units
+from ..config import Config
 from ..errors import ExitStatus, UserError
 from ..units import Schedule
 from ..words import seconds
-from . import echo, jobs
+from . import NAMED, echo, jobs
 
 _WHAT = click.argument("what", type=click.Choice(("systemd",)))
 _DIRECTORY = click.option(
     "--directory",
+    type=NAMED,
     default=units.DIRECTORY,
     show_default=True,
     metavar="DIR",
     help="Where units are; in another one nothing is enabled or started.",
 )
-_JOBS = click.option("--job", "names", multiple=True, metavar="NAME", help="This job; or all.")
+_JOBS = click.option(
+    "--job", "names", type=NAMED, multiple=True, metavar="NAME", help="This job; or all."
+)
 
 
 @click.command()
@@ -31,6 +35,7 @@ _JOBS = click.option("--job", "names", multiple=True, metavar="NAME", help="This
 @_JOBS
 @click.option(
     "--on-calendar",
+    type=NAMED,
     multiple=True,
     metavar="TIME",
     help="When to back up: systemd.time(7).  [default: daily]",
@@ -41,7 +46,10 @@ _JOBS = click.option("--job", "names", multiple=True, metavar="NAME", help="This
     help="Make up for a time at which the machine was off.  [default: persistent]",
 )
 @click.option(
-    "--randomized-delay", metavar="TIME", help="Start later, by chance, up to this.  [default: 0]"
+    "--randomized-delay",
+    type=NAMED,
+    metavar="TIME",
+    help="Start later, by chance, up to this.  [default: 0]",
 )
 @click.option("--wake-system", is_flag=True, help="Wake the machine from suspend.")
 @click.option("--print", "only_print", is_flag=True, help="Print the units, change nothing.")
@@ -51,6 +59,8 @@ _JOBS = click.option("--job", "names", multiple=True, metavar="NAME", help="This
 def install(what: str, names: tuple[str, ...], only_print: bool, **options: Any) -> ExitStatus:
     """
     Make a service and a timer of systemd of each job.
+
+    The service of a job with steps runs them, as `atomtx run` does; another's backs it up.
 
     Writes confined services with the paths that a job's repository, cache and hooks need, a
     timer, a clean-up at boot, a resumption of interrupted backups at boot, and notices of what
@@ -79,7 +89,10 @@ def install(what: str, names: tuple[str, ...], only_print: bool, **options: Any)
         config.job(name)
     directory = Path(os.path.abspath(options["directory"]))
     made = installing.program(os.environ, config.path)
-    texts, notes = installing.pages(config, names, _schedule(options), made, directory)
+    of_steps = _of_steps(config)
+    texts, notes = installing.pages(
+        config, names, _schedule(options), made, directory, of_steps=of_steps
+    )
     if only_print:
         echo("\n".join(f"# {directory / name}\n{text}" for name, text in texts.items()))
         return ExitStatus.COMPLETED
@@ -90,8 +103,20 @@ def install(what: str, names: tuple[str, ...], only_print: bool, **options: Any)
     echo("\n".join(f"{directory / name}: written" for name in changed) or "nothing has changed")
     for note in notes:
         echo(f"note: {note}")
+    for warning in installing.warnings(config, names, made, of_steps=of_steps):
+        echo(f"warning: {warning}")
     _begin(names, directory, no_start=options["no_start"])
     return ExitStatus.COMPLETED
+
+
+def _of_steps(config: Config) -> dict[str, tuple[str, ...]]:
+    """Return of each job with steps the jobs that these back up."""
+    wanted = [name for name, job in config.jobs.items() if job.steps]
+    if not wanted:
+        return {}
+    from . import steps  # and the commands, which no other configuration needs
+
+    return {name: steps.backed_up(config, name) for name in wanted}
 
 
 def _schedule(options: dict[str, Any]) -> Schedule | None:
@@ -143,6 +168,8 @@ def uninstall(what: str, names: tuple[str, ...], no_stop: bool, directory: str) 
     """
     if os.geteuid() != 0:
         raise UserError("only root can remove units", hint="run it with sudo")
+    for name in names:  # a file's name is made of it
+        jobs.check_name(name)
     where = Path(os.path.abspath(directory))
     found = installing.ours(where, names)
     live = str(where) == units.DIRECTORY and installing.is_booted() and not no_stop

@@ -14,12 +14,12 @@ from ..errors import AtomtxError, ExitStatus, UserError
 from ..notices import Facts, NotifySettings
 from ..plan import job_key
 from ..redact import Redactor
-from . import jobs, json_option
+from . import NAMED, jobs, json_option
 from .render import Reporter, reporter
 
 
 @click.command()
-@click.argument("unit", required=False)
+@click.argument("unit", type=NAMED, required=False)
 @jobs.config_option("Who is told of a service that was killed stands in this configuration.")
 @json_option
 def notify(unit: str | None, config_path: str | None, as_json: bool) -> ExitStatus:

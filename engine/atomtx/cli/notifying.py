@@ -24,7 +24,10 @@ from ..notices import Facts, NotifySettings
 from ..records import Run
 from ..redact import Redactor
 from ..statedir import RunFolder
+from ..states import Outcome, Verb
+from ..stepping import is_backup
 from .show import read_log
+from .within import within
 
 
 class Notifier:
@@ -36,11 +39,17 @@ class Notifier:
         warn: Callable[[str], None],
         state: Path,
         by_job: Mapping[str, NotifySettings] | None = None,
+        verb: Verb = Verb.BACKUP,
+        found: NotifySettings | None = None,
+        is_of_one: bool = False,
     ) -> None:
+        self._verb = verb
         self.job = ""  # what to call it until there is a run
         self.is_offline = False  # there may be no network yet
         self._settings = settings
         self._by_job = by_job or {}  # by the job's key
+        self._found = settings if found is None else found  # for what others left unfinished
+        self._is_of_one = is_of_one
         self._warn = warn
         self._state = state
         self._run: str | None = None
@@ -53,17 +62,27 @@ class Notifier:
         state: Path,
         own: NotifySettings | None = None,
         by_job: Mapping[str, NotifySettings] | None = None,
+        verb: Verb = Verb.BACKUP,
+        pings: bool = False,
     ) -> Notifier:
         """
         Return one with the settings of the environment; what is wrong with them is warned of.
 
-        Those of a job, its *own* or *by_job*, count before them.
+        Those of a job, its *own* or *by_job*, count before them.  Of a command with its *own* the
+        others are told of their jobs' runs alone.  Pings are of backups alone, and of runs with
+        such a step: *pings*.  A step of a run tells nobody how it ends: the run does.
         """
         settings, problems = notices.settings_of(os.environ)
-        for problem in problems:
+        is_silent = (step := within()) is not None and not step.tells
+        for problem in () if is_silent else problems:
             warn(problem)
         jobs = {key: notices.combined(settings, of_job) for key, of_job in (by_job or {}).items()}
-        return cls(notices.combined(settings, own or NotifySettings()), warn, state, jobs)
+        whole = notices.combined(settings, own or NotifySettings())
+        if not pings and verb is not Verb.BACKUP:
+            whole = replace(whole, ping_url="", ping_url_file="")
+        if is_silent:
+            return cls(NotifySettings(), warn, state, verb=verb, found=whole)
+        return cls(whole, warn, state, jobs, verb, is_of_one=own is not None)
 
     # -- what happened -------------------------------------------------------------------------
 
@@ -77,21 +96,38 @@ class Notifier:
     def ended(self, run: Run, status: ExitStatus) -> None:
         """Note how a run of this command ended."""
         if not _is_kept_by_service(run, status):
-            self._note(run.job, lambda: self._facts_of(run, status))
+            self._note(run.of_job, lambda: self._facts_of(run, status))
 
     def interrupted(self, run: Run, status: ExitStatus, *, pings: bool = True) -> None:
         """Note a run that was found unfinished, and what became of it."""
         if _is_kept_by_service(run, status):
             return
-        self._note(run.job, lambda: self._facts_of(run, status, found_unfinished=True, pings=pings))
+        told = self._by_job.get(run.of_job, self._found)
+        facts = partial(self._facts_of, run, status, found_unfinished=True, pings=pings)
+        self._note_to([told], facts)
 
     def still_parked(self, run: Run, status: ExitStatus) -> None:
         """Note that a parked cleanup could not be done now either."""
-        self._note(run.job, lambda: self._facts_of(run, status, pings=False))
+        self._note(run.of_job, lambda: self._facts_of(run, status, pings=False))
+
+    def without_run(self, outcome: Outcome, status: ExitStatus, reason: str) -> None:
+        """Note what this command came to where no run was to be made, or none of a part."""
+        facts = partial(
+            Facts,
+            host=_host(),
+            job=self.job,
+            at=datetime.now(UTC),
+            verb=self._verb,
+            exit_status=status,
+            outcome=outcome,
+            reason=reason,
+            is_last_known=False,
+        )
+        self._note("", facts)
 
     def unsettled(self, run: Run, exc: AtomtxError) -> None:
         """Note a run that was found unfinished and could not be settled."""
-        self._note(run.job, lambda: self._unsettled(run, exc))
+        self._note(run.of_job, lambda: self._unsettled(run, exc))
 
     def _unsettled(self, run: Run, exc: AtomtxError) -> Facts:
         cleanup = "unfinished" if run.outcome is not None else None
@@ -106,6 +142,7 @@ class Notifier:
             host=_host(),
             job=self.job,
             at=datetime.now(UTC),
+            verb=self._verb,
             exit_status=status,
             run=self._run if self._is_journaled() else None,
             reason=message,
@@ -142,7 +179,9 @@ class Notifier:
             self._deliver()
 
     def _everybody(self) -> Iterable[NotifySettings]:
-        """Return who is told of what concerns no job alone, everybody once."""
+        """Return who is told that the command itself failed, everybody once."""
+        if self._is_of_one:
+            return [self._settings]
         return notices.distinct([self._settings, *self._by_job.values()])
 
     def _note(self, job: str, facts: Callable[[], Facts]) -> None:
@@ -198,17 +237,21 @@ class Notifier:
 
     def _facts_of(self, run: Run, status: ExitStatus, **values: Any) -> Facts:
         last, is_known = self._last_completed(run.job)
+        if run.verb is not Verb.BACKUP and not (run.verb is Verb.RUN and is_backup(run)):
+            values["pings"] = False
         return Facts(
             host=_host(),
             job=run.label,
             at=datetime.now(UTC),
+            verb=run.verb,
             exit_status=status,
             run=run.id,
             state=run.state,
             outcome=run.outcome,
-            cleanup=run.cleanup,
+            cleanup=run.cleanup or _of_steps(run),
             reason=run.reason,
             datasets=tuple(volume.name for volume in run.volumes),
+            not_a_moment=run.read_live,
             last_completed=last,
             is_last_known=is_known,
             log=tuple(read_log(RunFolder.of(self._state, run.id).log, whole=False)),
@@ -238,6 +281,11 @@ def _send(
 def _is_kept_by_service(run: Run, status: ExitStatus) -> bool:
     """Tell whether a service was stopped, as by a shutdown, and its run is kept for the next."""
     return outbox.is_wanted() and status == ExitStatus.SIGTERM and run.outcome is None
+
+
+def _of_steps(run: Run) -> str | None:
+    """Return how the cleanup of a run of steps stands: what one of them has parked is left."""
+    return "parked" if ExitStatus.PARKED in run.step_statuses else None
 
 
 def _host() -> str:

@@ -3,31 +3,66 @@
 from __future__ import annotations
 
 import os
-from datetime import UTC, datetime
+from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any
 
 import click
 
-from .. import adoption, config, history, outbox, process, recovery, statedir, states
+from .. import (
+    adoption,
+    aside,
+    config,
+    history,
+    journalfile,
+    locks,
+    lvmio,
+    outbox,
+    probing,
+    process,
+    provenance,
+    recovery,
+    statedir,
+    states,
+)
 from ..config_kinds import near, shown
-from ..errors import EffectError, ExitStatus, UserError, WaitingError, worst
+from ..convention import Pattern
+from ..errors import BusyError, EffectError, ExitStatus, UserError, WaitingError, worst
 from ..executor import Tell
 from ..interrupts import Interrupts
 from ..journal import Journal, NoRunError
 from ..plan import job_key
 from ..records import Run
-from ..settling import Patience, Settled, Settler, abandon
-from ..volumes import btrfs
+from ..settling import Patience, Settled, Settler, abandon, front
+from ..statedir import RunFolder
+from ..states import Verb
+from ..volumes import btrfs, lvm
 from ..volumes.zfs import Zfs
-from . import jobs, json_option
+from ..words import creation_time, size
+from . import NAMED, jobs, json_option
 from .notifying import Notifier
 from .render import Reporter, age, reporter
+from .steps import Commands, tells_itself
 from .summary import result
+
+_NOT_WITH_SCAN = {
+    "prefix": "--run",
+    "job_name": "--job",
+    "rollback": "--rollback",
+    "no_resume": "--no-resume",
+    "stop": "--stop",
+    "no_wait": "--no-wait",
+    "adopt": "--adopt",
+    "abandoned": "--abandon",
+}
+# What a state that nobody thought of raises: of one run alone, and no reason to leave the mounts
+# and holds of the others where they are.  What the machine or the journal refuses is of all runs.
+_BUGS = (AssertionError, AttributeError, LookupError, StopIteration, TypeError, ValueError)
 
 
 @click.command()
-@click.option("--run", "prefix", metavar="ID", help="This run alone.")
-@click.option("--job", "job_name", metavar="NAME", help="The runs of this job alone.")
+@click.option("--run", "prefix", type=NAMED, metavar="ID", help="This run alone.")
+@click.option("--job", "job_name", type=NAMED, metavar="NAME", help="The runs of this job alone.")
 @click.option("--rollback", is_flag=True, help="Undo; do not resume.")
 @click.option(
     "--no-resume",
@@ -38,8 +73,25 @@ from .summary import result
 @click.option("--no-wait", is_flag=True, help="Leave a client that is still running alone.")
 @click.option("-n", "--dry-run", is_flag=True, help="Say what would be done, change nothing.")
 @click.option("--scan", is_flag=True, help="List what carries our marks and is in no journal.")
-@click.option("--adopt", metavar="ID", help="Take what --scan found into this journal and undo it.")
-@click.option("--abandon", "abandoned", metavar="ID", help="Forget a run whose pool never returns.")
+@click.option(
+    "--adopt",
+    type=NAMED,
+    metavar="ID",
+    help="Take what --scan found into this journal and undo it.",
+)
+@click.option(
+    "--abandon",
+    "abandoned",
+    type=NAMED,
+    metavar="ID",
+    help="Forget a run whose pool never returns.",
+)
+@click.option(
+    "--pattern",
+    type=NAMED,
+    metavar="NAME",
+    help="With --scan and --adopt: names of an interrupted snap, besides the jobs'.",
+)
 @jobs.config_option("Take the places of the jobs' credentials from this configuration.")
 @json_option
 def recover(as_json: bool, **options: Any) -> ExitStatus:
@@ -62,16 +114,17 @@ def recover(as_json: bool, **options: Any) -> ExitStatus:
 
     \b
     EXIT STATUS
-      0 nothing is left to do     4 something is in use: parked, try again
+      0 nothing is left to do     5 the run to adopt, or to abandon, is at work
       1 a run failed              6 waiting, and why
       3 a run ended partial       130, 143 interrupted
+      4 something is in use: parked, try again
     """
     with reporter(as_json=as_json) as show:
-        return _Recover(show, options).run()
+        return _Recover(show, options, as_json=as_json).run()
 
 
 class _Recover:
-    def __init__(self, show: Reporter, options: dict[str, Any]) -> None:
+    def __init__(self, show: Reporter, options: dict[str, Any], *, as_json: bool) -> None:
         self._show = show
         self._options = options
         self._interrupts = Interrupts()
@@ -81,6 +134,9 @@ class _Recover:
         # As at boot; after a service there is one.
         self._notifier.is_offline = options["no_resume"] and not options["stop"]
         self._sources: dict[str, dict[str, str]] = {}
+        self._open: dict[str, str] = {}  # the runs of steps that are settled here -> their jobs
+        # What was interrupted may have been a service, which waits: so does what is left of it.
+        self._passed = ("--wait", "--json") if as_json else ("--wait",)
 
     def run(self) -> ExitStatus:
         if os.geteuid() != 0:
@@ -89,6 +145,9 @@ class _Recover:
             raise UserError("--stop and --no-wait exclude each other")
         if self._options["rollback"] and self._options["no_resume"]:
             raise UserError("--rollback and --no-resume exclude each other")
+        if self._options["pattern"] and not (self._options["scan"] or self._options["adopt"]):
+            raise UserError("--pattern is of no use without --scan or --adopt")
+        self._check_scan()
         if self._options["dry_run"] and (self._options["adopt"] or self._options["abandoned"]):
             raise UserError("--dry-run goes with neither --adopt nor --abandon")
         self._sources = self._sources_found()
@@ -96,6 +155,12 @@ class _Recover:
             return self._recover()
         with self._notifier.delivering("atomtx recover"):
             return self._recover()
+
+    def _check_scan(self) -> None:
+        """Refuse what `--scan`, which lists, would pass over."""
+        given = next((o for name, o in _NOT_WITH_SCAN.items() if self._options[name]), None)
+        if self._options["scan"] and given:
+            raise UserError(f"--scan and {given} exclude each other", hint="--scan only lists")
 
     def _sources_found(self) -> dict[str, dict[str, str]]:
         """
@@ -117,7 +182,11 @@ class _Recover:
 
     def _recover(self) -> ExitStatus:
         self._interrupts.install()
-        state = statedir.prepare(statedir.find())
+        state = statedir.find()
+        only_looks = self._options["dry_run"] or self._options["scan"]
+        if only_looks and not journalfile.header(state / journalfile.NAME):
+            return self._without_journal(state)
+        statedir.prepare(state)
         with Journal.open(state, keep=self._options["dry_run"]) as journal:
             for note in journal.notes():
                 self._show.note(note)
@@ -129,13 +198,32 @@ class _Recover:
                 return self._abandon(journal, self._options["abandoned"])
             return self._settle_all(journal)
 
+    def _without_journal(self, state: Path) -> ExitStatus:
+        """Do so where there is no journal yet, or no more: who only looks makes none."""
+        for note in aside.notes(state):
+            self._show.note(note)
+        if self._options["scan"]:
+            return self._scan(None)
+        if provenance.knows_any(state):
+            self._show.note(
+                "the journal that was here is gone; `atomtx recover --scan` lists what its runs "
+                "left"
+            )
+        _chosen([], self._options["prefix"])
+        return self._nothing(state / journalfile.NAME)
+
     # -- open runs -------------------------------------------------------------------------
 
     def _settle_all(self, journal: Journal) -> ExitStatus:
-        runs = _chosen(journal.open_runs(), self._options["prefix"])
+        there = journal.open_runs()
+        runs = _chosen(there, self._options["prefix"])
         if self._options["job_name"]:
             wanted = job_key(self._options["job_name"])
-            runs = [run for run in runs if run.job == wanted]
+            # Of a step of another job's run that one has more to do, and must find it free.
+            of_steps = {run.id: run.of_job for run in there if run.verb is Verb.RUN}
+            runs = [run for run in runs if of_steps.get(run.of_run, run.of_job) == wanted]
+        # What is left of a run's steps is decided by the runs of those that were begun.
+        runs.sort(key=lambda run: run.verb is Verb.RUN)
         settler = Settler(
             journal,
             self._interrupts,
@@ -144,26 +232,42 @@ class _Recover:
             patience=self._patience(),
             sources=self._sources,
             may_resume=not self._options["no_resume"],
+            commands=Commands(self._show, self._interrupts, self._passed),
+            told=lambda settled: self._tell_of_step(settled, [run.id for run in runs]),
         )
-        if self._options["dry_run"]:
-            for run in runs:
-                self._show.done(
-                    f"run {run.id} ({run.label}), {run.state}: {_would(settler.decide(run))}"
-                )
-            return ExitStatus.COMPLETED
-        statuses = []
-        for run in runs:
-            statuses.append(self._settle(settler, journal, run))
-            self._interrupts.stop()
         if not runs:
-            self._check_job(journal)
-            self._show.done("nothing to recover")
+            return self._nothing(journal.path)
+        if self._options["dry_run"]:
+            return self._each(runs, lambda run: self._foresee(settler, run))
+        self._open = {run.id: run.of_job for run in runs if run.verb is Verb.RUN}
+        return self._each(runs, lambda run: self._settle(settler, journal, run))
+
+    def _each(self, runs: list[Run], act: Callable[[Run], ExitStatus]) -> ExitStatus:
+        """Act on one after the other; a bug that one meets is raised after all others."""
+        statuses, bugs = [], []
+        for run in runs:
+            try:
+                status = act(run)
+            except _BUGS as exc:
+                self._show.warn(f"run {run.id} cannot be settled: this is a bug, shown at the end")
+                bugs.append(exc)
+            else:
+                if run.of_run not in self._open:  # that run tells how all of it stands now
+                    statuses.append(status)
+            self._interrupts.stop()
+        if bugs:
+            raise ExceptionGroup("runs that cannot be settled", bugs)
         return worst(statuses)
 
-    def _check_job(self, journal: Journal) -> None:
+    def _nothing(self, journal: Path) -> ExitStatus:
+        self._check_job(journal)
+        self._show.done("nothing to recover")
+        return ExitStatus.COMPLETED
+
+    def _check_job(self, journal: Path) -> None:
         """Warn of a job that nobody knows: its name is mistyped, or the configuration another."""
         name: str | None = self._options["job_name"]
-        if not name or history.runs(journal.path, limit=1, job=job_key(name)):
+        if not name or history.runs(journal, limit=1, job=job_key(name)):
             return
         given = self._options["config_path"]
         try:
@@ -180,13 +284,23 @@ class _Recover:
             return Patience.STOP
         return Patience.LEAVE if self._options["no_wait"] else Patience.WAIT
 
+    def _foresee(self, settler: Settler, run: Run) -> ExitStatus:
+        """Say what would be done with a run; one that cannot be asked about is warned of."""
+        try:
+            would = _would(run, settler.decide(run))
+        except (WaitingError, EffectError) as exc:
+            self._show.warn(f"run {run.id} ({run.label}): {exc}")
+            return exc.exit_status
+        self._show.done(f"run {run.id} ({run.label}), {run.state}: {would}")
+        return ExitStatus.COMPLETED
+
     def _settle(self, settler: Settler, journal: Journal, run: Run) -> ExitStatus:
         try:
             settled = settler.settle(run)
         except (WaitingError, EffectError) as exc:
             # One run that must wait, or cannot be settled, does not keep the others from their end.
             self._show.warn(str(exc))
-            if not self._is_told_by_service():
+            if not (self._is_told_by_service() or self._is_told_by_steps(run)):
                 self._notifier.unsettled(run, exc)
             return exc.exit_status
         except NoRunError:  # ended, and forgotten at its --keep-history, since we looked
@@ -200,10 +314,21 @@ class _Recover:
         """Give notice of a run that nobody was at work on."""
         if isinstance(settled.decision, recovery.LeaveAlone | recovery.Adopt):
             return
+        if self._is_told_by_steps(before):
+            return
         if not before.is_parked:
             self._notifier.interrupted(settled.run, settled.status)
         elif settled.run.is_parked and not self._is_told_by_service():
             self._notifier.still_parked(settled.run, settled.status)
+
+    def _tell_of_step(self, settled: Settled, chosen: Collection[str]) -> None:
+        """Give notice of a step's run that was settled with its steps, and not as one *chosen*."""
+        if settled.run.id not in chosen and not self._is_told_by_steps(settled.run):
+            self._notifier.interrupted(settled.run, settled.status)
+
+    def _is_told_by_steps(self, run: Run) -> bool:
+        """Tell whether a run of steps that is settled as well tells of it: not of another job's."""
+        return run.of_run in self._open and not tells_itself(run, self._open[run.of_run])
 
     def _is_told_by_service(self) -> bool:
         """
@@ -219,15 +344,22 @@ class _Recover:
 
     # -- lost journals ---------------------------------------------------------------------
 
-    def _scan(self, journal: Journal) -> ExitStatus:
-        strays = _strays(_zfs(), journal)
+    def _scan(self, journal: Journal | None) -> ExitStatus:
+        strays = self._strays(_zfs(), journal)
+        at_work = probing.at_work([stray.run for stray in strays])
         for stray in strays:
-            when = age(datetime.fromtimestamp(stray.created_s, UTC))
-            self._show.done(f"run {stray.run}, {when} old, in no journal here:")
+            passed = age(creation_time(stray.created_s))
+            when = "of this minute" if passed == "now" else f"{passed} old"
+            self._show.done(f"run {stray.run}, {when}, in no journal here{_of_snap(stray)}:")
+            if found := at_work[stray.run]:
+                self._show.done(f"  at work: {_named(found)}")
             for snapshot in stray.snapshots:
-                self._show.done(f"  snapshot {snapshot.name}")
+                used = stray.sizes.get(snapshot.name)
+                words = "" if used is None else f", {size(used)}"
+                self._show.done(f"  snapshot {snapshot.name}{words}")
             for mountpoint in stray.mounts:
                 self._show.done(f"  mounted at {mountpoint}")
+            self._warn_of_unlike(stray)
         if strays:
             self._show.done("`atomtx recover --adopt ID` takes one into this journal and undoes it")
         else:
@@ -236,12 +368,57 @@ class _Recover:
 
     def _adopt(self, journal: Journal, prefix: str) -> None:
         zfs = _zfs()
-        stray = adoption.pick(_strays(zfs, journal), prefix)
+        stray = adoption.pick(self._strays(zfs, journal), prefix)
+        self._warn_of_unlike(stray)
         made = adoption.plan_of(stray, zfs.pools() if zfs else ())
         found = {s.name: (s.guid, s.createtxg) for s in stray.snapshots}
-        run = journal.adopt(made, found, adoption.intents_of(stray, made))
+        # Its folder may have the only record of its client's end: it stays, whatever happens.
+        folder = RunFolder.of(journal.state, made.run).make()
+        with front(folder) as lock:
+            if lock is None:
+                raise BusyError(f"run {made.run} is at work", hint="adopt it when it has ended")
+            self._check_elsewhere(made.run, folder)
+            run = journal.adopt(made, found, adoption.intents_of(stray, made))
         self._options["prefix"] = run.id
         self._show.step(f"run {run.id} is in this journal now")
+
+    def _check_elsewhere(self, run: str, folder: RunFolder) -> None:
+        """
+        Refuse a run that is at work for another state directory: lock F here says nothing of it.
+
+        What lives of one that had its runner here is settled as of any run.
+        """
+        hint = "adopt it when it has ended"
+        found = probing.fronts(run)
+        if not (found or folder.was_used() or self._options["stop"]):
+            found = probing.at_work([run])[run]
+            hint += "; if its state directory is lost, --stop ends them"
+        if found:
+            raise BusyError(
+                f"run {run} is at work for another state directory: {_named(found)}", hint=hint
+            )
+
+    def _warn_of_unlike(self, stray: adoption.Stray) -> None:
+        """Once a run is adopted, it is in the journal, and `--scan` tells no more of it."""
+        if stray.unlike:
+            more = f" and {len(stray.unlike) - 1} more" if len(stray.unlike) > 1 else ""
+            bear = "bear" if more else "bears"
+            self._show.warn(
+                f"{stray.unlike[0]}{more} {bear} the mark of run {stray.run} under a name of no "
+                "known pattern, and would stay; if a snap took them, give its --pattern"
+            )
+
+    def _strays(self, zfs: Zfs | None, journal: Journal | None) -> list[adoption.Stray]:
+        given: str | None = self._options["pattern"]
+        patterns = jobs.patterns(self._options["config_path"])
+        on_lvm = lvmio.Lvm()
+        return adoption.scan(
+            zfs,
+            journal.known() if journal else (),
+            (*btrfs.marked(), *lvm.marked(on_lvm)),
+            patterns=(*patterns, *([Pattern.parse(given)] if given else [])),
+            keepers=(*btrfs.keepers(), *lvm.keepers(on_lvm)),
+        )
 
     def _abandon(self, journal: Journal, prefix: str) -> ExitStatus:
         run = _chosen(journal.open_runs(), prefix)[0]
@@ -253,12 +430,20 @@ class _Recover:
 
 
 def _zfs() -> Zfs | None:
-    """Return ZFS; None on a machine without it, which is none the worse for btrfs."""
-    return Zfs() if process.which("zpool") or not btrfs.mounted() else None
+    """Return ZFS; None on a machine without it, which is none the worse for btrfs and LVM."""
+    others = btrfs.mounted() or lvmio.devices()
+    return Zfs() if process.which("zpool") or not others else None
 
 
-def _strays(zfs: Zfs | None, journal: Journal) -> list[adoption.Stray]:
-    return adoption.scan(zfs, journal.known(), btrfs.marked())
+def _named(pids: list[int]) -> str:
+    return ", ".join(str(locks.Process.of(pid)) for pid in pids)
+
+
+def _of_snap(stray: adoption.Stray) -> str:
+    """Say of an interrupted snap's that they are, and what of their moment is none of them."""
+    words = ", of an interrupted snap" if stray.is_of_snap else ""
+    stay = f", {stray.kept} more of its moment are kept, and stay" if stray.kept else ""
+    return words + stay
 
 
 def _chosen(runs: list[Run], prefix: str | None) -> list[Run]:
@@ -271,8 +456,22 @@ def _chosen(runs: list[Run], prefix: str | None) -> list[Run]:
     return matching
 
 
-def _would(decision: recovery.Decision) -> str:
+def _would(run: Run, decision: recovery.Decision) -> str:
     match decision:
+        case recovery.RollBack(reason) if run.verb is Verb.PRUNE:
+            return f"would be given up, and what is still there stay: {reason}"
+        case recovery.Resume() | recovery.RollForward() if run.verb is Verb.SNAP and (
+            run.state != states.UNMOUNTING
+        ):
+            return "its snapshots would be kept"
+        case recovery.RollBack(reason) if run.verb is Verb.CLONE:
+            return f"would be given up, and what has arrived stay: {reason}"
+        case recovery.Resume() if run.verb is Verb.CLONE:
+            return "would go on with what has arrived"
+        case recovery.RollBack(reason) if run.verb is Verb.RUN:
+            return f"would be given up, and what its steps have done stay: {reason}"
+        case recovery.Resume() if run.verb is Verb.RUN:
+            return "would go on at the step where it was"
         case recovery.LeaveAlone(reason):
             return f"would be left alone: {reason}"
         case recovery.Adopt():
@@ -299,6 +498,15 @@ def _told(settled: Settled) -> str:
     tail = f": {run.reason}" if run.reason else ""
     if run.is_parked:
         return f"{head}: {run.outcome}; the cleanup is parked{tail}"
-    if run.state != states.DESTROYED:
+    if not run.is_final:
         return f"{head}: kept waiting{tail}"
-    return f"{head}: {run.outcome}{tail}; nothing of it is left"
+    return f"{head}: {run.outcome}{tail}; {_LEFT[run.state]}"
+
+
+_LEFT = {
+    states.DESTROYED: "nothing of it is left",
+    states.KEPT: "its snapshots stay",
+    states.PRUNED: "what it has not destroyed stays",
+    states.CLONED: "what has arrived stays",
+    states.RAN: "what its steps have done stays",
+}

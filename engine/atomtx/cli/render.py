@@ -38,6 +38,21 @@ JSON_INTERVAL_S = 1.0
 # -- values ----------------------------------------------------------------------------------
 
 
+SHORT_ID = 8
+
+
+def label(text: str, parent: str | None) -> str:
+    """Return the label of a run; where a step has made it with the step: *parent* is "RUN/N"."""
+    run, _, number = (parent or "").partition("/")
+    return f"{text} (step {number} of {run[:SHORT_ID]})" if run else text
+
+
+def backup_id(text: str) -> str:
+    """Shorten a hash, as restic does; a name, as borg and xfsdump have, is no use in part."""
+    is_hash = len(text) >= 16 and not set(text) - set("0123456789abcdef")
+    return text[:8] if is_hash else text
+
+
 def table(
     headers: Sequence[str], rows: Iterable[Sequence[str]], *, right: Iterable[str] = ()
 ) -> list[str]:
@@ -277,8 +292,8 @@ class TerminalReporter(PlainReporter):
 
     interval_s = 0.0
 
-    def __init__(self, stream: TextIO, *, clock: Callable[[], float] = time.monotonic) -> None:
-        super().__init__(stream, clock=clock)
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
         self._bar: Bar | None = None
         self._task: TaskID | None = None
 

@@ -11,15 +11,22 @@ from typing import Any
 
 import click
 
-from .. import clients, history, journalfile, plan, statedir
+from .. import clients, history, journalfile, plan, restoring, statedir
 from ..credentials import described
-from ..errors import AtomtxError, ExitStatus
+from ..errors import AtomtxError, ExitStatus, UserError
+from ..launching import bare_settings_of
+from ..names import PLAIN
 from ..statedir import RunFolder
-from ..states import Outcome
-from . import echo, json_option, render
+from ..states import Outcome, Verb
+from . import NAMED, echo, json_option, render
 
 TAIL_LINES = 20
 _TAIL_BYTES = 65_536
+
+
+_LATEST = (
+    "it has no id: this restores the latest that has its paths, which may be of another run or job"
+)
 
 
 @dataclass(frozen=True)
@@ -30,12 +37,15 @@ class Restore:
     cwd: str
     environment: dict[str, str]
     needs: tuple[str, ...]  # variables that hold secrets, by name
+    then: tuple[tuple[str, ...], ...] = ()  # commands that have to follow, in order
+    files: tuple[str, ...] = ()  # what they read, each with its hash
     problem: str | None = None
 
-    def command(self) -> str:
-        """Return what can be pasted into a shell."""
+    def commands(self) -> list[str]:
+        """Return what can be pasted into a shell, line by line."""
         variables = [f"{name}={value}" for name, value in self.environment.items()]
-        return shlex.join(["env", *variables, *self.argv] if variables else self.argv)
+        prefix = ["env", *variables] if variables else []
+        return [shlex.join([*prefix, *argv]) for argv in (self.argv, *self.then)]
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,7 @@ class _Found:
     plan: str
     volumes: list[history.Volume]
     steps: list[history.Step]
+    children: list[history.Run]
     moves: list[history.Move]
     backups: list[history.Backup]
     log: list[str]
@@ -51,52 +62,61 @@ class _Found:
 
 
 @click.command()
-@click.argument("run")
+@click.argument("run", type=NAMED)
 @click.option("--log", "whole_log", is_flag=True, help="The client's whole log, not its end.")
 @click.option(
     "--to",
+    type=NAMED,
     default="./restored",
     show_default=True,
     metavar="DIR",
     help="Where the restore command that is shown restores to.",
 )
+@click.option(
+    "--check", is_flag=True, help="Read the dumps of xfsdump again: are they what was written?"
+)
 @json_option
-def show(run: str, whole_log: bool, to: str, as_json: bool) -> ExitStatus:
+def show(run: str, whole_log: bool, to: str, check: bool, as_json: bool) -> ExitStatus:
     """
     Show one run: each step, its log, how to restore.
 
-    RUN is a run's id, or its first digits. Shows its volumes with the identity of each
-    snapshot, every intent and outcome in order, the moves between states, the client's log,
-    and for each backup the exact command that restores from it. Changes nothing on the machine.
+    RUN is a run's id, or its first digits; or last, the newest. Shows its volumes with the
+    identity of each snapshot, every intent and outcome in order, the moves between states, the
+    client's log, and for each backup the exact command that restores from it. Changes nothing on
+    the machine.
 
     \b
     Examples:
+      atomtx show last
       atomtx show 7f3c
       atomtx show 7f3c --log
+      atomtx show 7f3c --check
 
     \b
     EXIT STATUS
       0  shown
-      1  the journal cannot be read
+      1  the journal cannot be read; with --check, a dump is damaged
       2  no such run, wrong usage, or no permission
     """
     found = _find(statedir.find(), run, whole_log=whole_log)
     restores = [_restore(found, backup, to) for backup in found.backups]
+    damage = _check(found) if check else None
     if as_json:
-        echo(render.to_json(_object(found, restores)))
+        echo(render.to_json(_object(found, restores, damage)))
     else:
-        echo("\n".join(_page(found, restores)))
-    return ExitStatus.COMPLETED
+        echo("\n".join(_page(found, restores, damage)))
+    return ExitStatus.FAILED if damage else ExitStatus.COMPLETED
 
 
 def _find(state: Path, prefix: str, *, whole_log: bool) -> _Found:
     path = state / journalfile.NAME
-    run = history.run(path, prefix)
+    run = history.chosen(path, prefix)
     return _Found(
         run=run,
         plan=history.plan(path, run.id),
         volumes=history.volumes(path, run.id),
         steps=history.steps(path, run.id),
+        children=history.children(path, run.id) if run.verb == Verb.RUN else [],
         moves=history.moves(path, run.id),
         backups=history.backups(path, run.id),
         log=read_log(RunFolder.of(state, run.id).log, whole=whole_log),
@@ -124,39 +144,57 @@ def _restore(found: _Found, backup: history.Backup, to: str) -> Restore | None:
     if backup.outcome == Outcome.FAILED:
         return None
     try:
-        settled = plan.from_json(found.plan).client
+        made = plan.from_json(found.plan)
     except (KeyError, TypeError, ValueError):  # another release's plan
         return Restore((), "", {}, (), problem="this atomtx cannot read the run's plan")
+    settled = made.client
     prefix = f"{settled.name.upper()}_"
     environment = {name: value for name, value in settled.environment if name.startswith(prefix)}
-    settings = clients.Settings(
-        settled.command, settled.extra, dict(settled.environment), settled.cwd
-    )
+    client = clients.load(settled.name)
+    files: tuple[str, ...] = ()
     try:
-        argv = clients.load(settled.name).restore_command(settings, _backup(backup), to)
+        commands = restoring.commands(settled, backup, to, below=made.below)
+        if isinstance(client, clients.Dumper):
+            files = client.files(bare_settings_of(settled), restoring.saved(backup))
     except AtomtxError as exc:
-        return Restore((), settled.cwd, {}, (), problem=exc.message)
+        return Restore((), settled.cwd, {}, (), problem=str(exc))
     needs = (*settled.secrets, *(f"{n} ({described(s)})" for n, s in settled.credentials))
-    return Restore(tuple(argv), settled.cwd, environment, needs) if argv else None
+    if not commands:
+        return None
+    argv, *then = commands
+    return Restore(argv, settled.cwd, environment, needs, tuple(then), files)
 
 
-def _backup(row: history.Backup) -> clients.Backup:
-    return clients.Backup(
-        paths=row.paths,
-        outcome=Outcome(row.outcome),
-        backup_id=row.backup_id,
-        reason=row.reason,
-        bytes_added=row.bytes_added,
-        bytes_processed=row.bytes_processed,
-        files_processed=row.files_processed,
-    )
+def _check(found: _Found) -> list[str]:
+    """Read again what the run's backups need for a restore; return what is damaged."""
+    if found.run.verb != Verb.BACKUP:
+        raise UserError(f"run {found.run.id} made no backup that could be checked")
+    settled = plan.from_json(found.plan).client
+    client = clients.load(settled.name)
+    if not isinstance(client, clients.Dumper):
+        raise UserError(
+            f"--check reads the dumps of xfsdump; this run's client is {settled.name}",
+            hint=f"let {settled.name} check its repository itself",
+        )
+    saved = [backup for backup in found.backups if backup.outcome != Outcome.FAILED]
+    if not saved:
+        raise UserError(f"run {found.run.id} has no backup to check")
+    settings = bare_settings_of(settled)
+    return [
+        words
+        for backup in saved
+        for words in client.damage(settings, settled.repository, restoring.saved(backup))
+    ]
 
 
 # -- for programs ------------------------------------------------------------------------------
 
 
-def _object(found: _Found, restores: list[Restore | None]) -> dict[str, Any]:
+def _object(
+    found: _Found, restores: list[Restore | None], damage: list[str] | None
+) -> dict[str, Any]:
     pairs = zip(found.backups, restores, strict=True)
+    runs_of_steps = [child.to_dict() for child in found.children]
     return {
         "run": found.run.to_dict(),
         "plan": json.loads(found.plan),
@@ -166,19 +204,23 @@ def _object(found: _Found, restores: list[Restore | None]) -> dict[str, Any]:
         "backups": [asdict(backup) | {"restore": restore} for backup, restore in pairs],
         "log": found.log,
         "hooks_log": found.hooks_log,
+        **({"runs_of_steps": runs_of_steps} if found.run.verb == Verb.RUN else {}),
+        **({} if damage is None else {"damage": damage}),
     }
 
 
 # -- for people --------------------------------------------------------------------------------
 
 
-def _page(found: _Found, restores: list[Restore | None]) -> list[str]:
+def _page(found: _Found, restores: list[Restore | None], damage: list[str] | None) -> list[str]:
     sections = {
         "": _header(found),
         "Volumes": _volumes(found.volumes),
         "Intents and outcomes": _steps(found),
+        "Runs of the steps": _children(found.children),
         "States": _moves(found.moves),
         "Backups": _backups(found.backups, restores),
+        "Check": [] if damage is None else damage or ["each dump is what was written"],
         "Client's log": [render.printable(line) for line in found.log],
         "Hooks' log": [render.printable(line) for line in found.hooks_log],
     }
@@ -192,28 +234,44 @@ def _page(found: _Found, restores: list[Restore | None]) -> list[str]:
 def _header(found: _Found) -> list[str]:
     run = found.run
     ended = f"{render.local_time(run.ended_at, seconds=True)} ({render.duration(run.duration_s)})"
+    is_backup = run.verb == Verb.BACKUP
     added, processed = render.size(run.bytes_added), render.size(run.bytes_processed)
     pairs = {
         "run": run.id,
         "job": run.label,
+        "step of": run.parent,
         "state": run.state + (f", {run.cleanup}" if run.cleanup else ""),
         "outcome": run.outcome,
         "reason": run.reason,
-        "client": run.client,
+        "client": run.client if is_backup else None,
         "repository": run.repository,
         "moment": render.local_time(run.moment_at, seconds=True) if run.moment_at else None,
+        "read live": _live(found),
         "started": render.local_time(run.started_at, seconds=True),
         "ended": ended if run.ended_at else None,
-        "attempts": str(run.attempts),
-        "bytes": f"{added} added of {processed}" if run.outcome else None,
+        "attempts": str(run.attempts) if is_backup else None,
+        "bytes": f"{added} added of {processed}" if run.outcome and is_backup else None,
         "files": None if run.files_processed is None else str(run.files_processed),
     }
     return [render.printable(f"{name:<12}{value}") for name, value in pairs.items() if value]
 
 
+def _live(found: _Found) -> str | None:
+    """Tell what was not of the moment, and when the last attempt read it."""
+    if not found.run.not_a_moment:
+        return None
+    words = f"{', '.join(found.run.not_a_moment)}: not a moment"
+    for event, what in (("client_started", "from"), ("client_ended", "to")):
+        times = [render.local_time(m.at, seconds=True) for m in found.moves if m.event == event]
+        words += f", {what} {times[-1]}" if times else ""
+    return words
+
+
 def _volumes(volumes: Iterable[history.Volume]) -> list[str]:
     rows = [
-        (v.mountpoint, v.snapshot, v.snapshot_guid or "not taken", v.createtxg or "-")
+        (v.mountpoint, "none: read live, not a moment", v.guid, "-")
+        if v.kind == PLAIN
+        else (v.mountpoint, v.snapshot, v.snapshot_guid or "not taken", v.createtxg or "-")
         for v in volumes
     ]
     return render.table(("MOUNTPOINT", "SNAPSHOT", "GUID", "CREATETXG"), rows) if rows else []
@@ -232,6 +290,14 @@ def _steps(found: _Found) -> list[str]:
         for step in found.steps
     ]
     return render.table(("STEP", "INTENDED", "ENDED", "OUTCOME", "WHAT"), rows) if rows else []
+
+
+def _children(runs: Iterable[history.Run]) -> list[str]:
+    rows = [
+        ((run.parent or "").rpartition("/")[2], run.id, run.label, run.outcome or "-", run.state)
+        for run in runs
+    ]
+    return render.table(("STEP", "RUN", "JOB", "OUTCOME", "STATE"), rows) if rows else []
 
 
 def _words(step: history.Step) -> str:
@@ -254,11 +320,13 @@ def _backups(backups: Iterable[history.Backup], restores: Iterable[Restore | Non
         lines += [words + (f" ({backup.reason})" if backup.reason else "")]
         lines += [f"  of {path}" for path in backup.paths]
         lines += [f"  {line}" for line in _restore_lines(restore)] if restore else []
+        lines += [f"  {_LATEST}"] if restore and restore.argv and not backup.backup_id else []
     return [render.printable(line) for line in lines]
 
 
 def _restore_lines(restore: Restore) -> list[str]:
     if restore.problem:
         return [f"no restore command: {restore.problem}"]
-    lines = [f"restore, in {restore.cwd}:", f"  {restore.command()}"]
+    lines = [f"restore, in {restore.cwd}:", *(f"  {line}" for line in restore.commands())]
+    lines += [f"  it reads {file}" for file in restore.files]
     return lines + ([f"  it needs {', '.join(restore.needs)}"] if restore.needs else [])

@@ -98,6 +98,7 @@ def _entry(state: Path, run: history.Run) -> dict[str, Any]:
     return {
         "run": run.id,
         "label": run.label,
+        "parent": run.parent,
         "situation": how,
         "advice": ADVICE.get(how),
         "state": run.state,
@@ -112,7 +113,8 @@ def _entry(state: Path, run: history.Run) -> dict[str, Any]:
 
 def _lines(entry: dict[str, Any]) -> list[str]:
     started = render.age(entry["started_at"])
-    first = f"{entry['run']}  {entry['label']}  {entry['situation']}"
+    label = render.label(entry["label"], entry["parent"])
+    first = f"{entry['run']}  {label}  {entry['situation']}"
     lines = [render.printable(first), f"  {entry['state']}, started {_ago(started)}"]
     if entry["progress"] and (words := render.progress_words(entry["progress"])):
         lines.append(f"  {words}")

@@ -11,7 +11,8 @@ import click
 from .. import history, journalfile, locks, statedir
 from ..errors import EffectError, ExitStatus, UserError, WaitingError
 from ..statedir import RunFolder
-from . import json_option, render
+from ..states import Verb
+from . import NAMED, json_option, render
 from .attach import describe_end
 from .status import ADVICE, Life
 
@@ -19,7 +20,7 @@ POLL_S = 0.2
 
 
 @click.command()
-@click.argument("run")
+@click.argument("run", type=NAMED)
 @click.option(
     "--timeout",
     "timeout_s",
@@ -35,8 +36,11 @@ def stop(run: str, timeout_s: float, as_json: bool) -> ExitStatus:
     Stop a living run and undo it.
 
     Sends SIGTERM to the run's front end, which ends the client in order, removes mounts and
-    snapshots, and exits. Where the front end is gone, does all that itself. RUN is a run's id, or
-    its first digits.
+    snapshots, and exits. Where the front end is gone, or leaves the run for later, as with
+    --on-stop keep, does all that itself. RUN is a run's id, or its first digits. A snap whose
+    snapshots are all there keeps them; of a prune that is stopped what it has not destroyed stays,
+    and of a clone what has arrived. Of the steps of a job the one that is at work is stopped in
+    order, and the others are not run.
 
     \b
     Example:
@@ -63,19 +67,29 @@ def _stop(
     state: Path, run: history.Run, reporter: render.Reporter, *, timeout_s: float
 ) -> history.Run:
     folder = RunFolder.of(state, run.id)
-    life = Life.of(folder)
-    if life.front:
+    end = time.monotonic() + timeout_s
+    was_asked = False
+    while Life.of(folder).front:  # who waits for the job may have taken it over from the first
         _ask(folder.front_lock, run, "front end", reporter)
-        _wait(folder.front_lock, timeout_s)
-        return _settled(state, run)
-    if life.runner or life.client:
+        _wait(folder.front_lock, end, timeout_s)
+        was_asked = True
+    if _lives(state, run) or (was_asked and history.is_kept(state / journalfile.NAME, run)):
         _settle(state, run, reporter)
-        return _settled(state, run)
     return _settled(state, run)
 
 
+def _lives(state: Path, run: history.Run) -> bool:
+    """Tell whether something of a run is at work, or of the runs that its steps have made."""
+    steps = history.children(state / journalfile.NAME, run.id) if run.verb == Verb.RUN else []
+    return any(Life.of(RunFolder.of(state, each.id)).any for each in (run, *steps))
+
+
 def _settle(state: Path, run: history.Run, reporter: render.Reporter) -> None:
-    """End what lives of a run whose front end is gone, and undo it, as `recover --stop` does."""
+    """
+    End what lives of a run whose front end is gone, and undo it, as `recover --stop` does.
+
+    A run of steps is given up with the run of one of them, which it would begin again.
+    """
     from ..executor import Tell
     from ..interrupts import Interrupts
     from ..journal import Journal
@@ -86,6 +100,9 @@ def _settle(state: Path, run: history.Run, reporter: render.Reporter) -> None:
         settler = Settler(
             journal, Interrupts().install(), tell, rollback=True, patience=Patience.STOP
         )
+        for each in journal.open_runs():
+            if each.id == run.of_run:
+                settler.settle(each)
         settler.settle(journal.load(run.id))
 
 
@@ -130,8 +147,7 @@ def _targets(lock: Path, recorded_pid: int) -> list[locks.Process]:
     return [p for p in found if p.pid == recorded_pid] or found
 
 
-def _wait(lock: Path, timeout_s: float) -> None:
-    end = time.monotonic() + timeout_s
+def _wait(lock: Path, end: float, timeout_s: float) -> None:
     while locks.is_held(lock):
         if time.monotonic() >= end:
             raise EffectError(

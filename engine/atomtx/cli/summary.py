@@ -6,9 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from .. import history
+from ..names import BTRFS, LVM, PLAIN, ZFS
 from ..records import Run
 from ..settling import status_of
-from .render import duration, size
+from .render import backup_id, duration, size
+
+_NOUNS = {
+    ZFS: ("dataset", "datasets"),
+    BTRFS: ("subvolume", "subvolumes"),
+    LVM: ("logical volume", "logical volumes"),
+    PLAIN: ("directory", "directories"),
+}
 
 
 def result(path: Path, run: Run) -> dict[str, Any]:
@@ -21,6 +29,7 @@ def result(path: Path, run: Run) -> dict[str, Any]:
         "cleanup": run.cleanup,
         "reason": run.reason,
         "exit_status": int(status_of(run)),
+        "not_a_moment": run.read_live,
         "backups": history.backups(path, run.id),
     }
 
@@ -48,11 +57,12 @@ def _amounts(path: Path, run: Run) -> list[str]:
         words.append(f"{size(row.bytes_processed)} read")
     if row.bytes_added is not None:
         words.append(f"{size(row.bytes_added)} added")
-    words += [f"backup {b.backup_id[:8]}" for b in backups[:3] if b.backup_id]
+    words += [f"backup {backup_id(b.backup_id)}" for b in backups[:3] if b.backup_id]
     return words
 
 
 def _count(run: Run) -> str:
     kinds = {volume.kind for volume in run.volumes}
-    noun = {"zfs": "dataset", "btrfs": "subvolume"}[kinds.pop()] if len(kinds) == 1 else "volume"
-    return f"{len(run.volumes)} {noun}" + ("s" if len(run.volumes) != 1 else "")
+    noun = _NOUNS[kinds.pop()] if len(kinds) == 1 else ("volume", "volumes")
+    words = f"{len(run.volumes)} {noun[len(run.volumes) != 1]}"
+    return f"{words}, not a moment: {', '.join(run.read_live)}" if run.read_live else words

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from importlib import import_module
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from ..errors import UserError
 from ..redact import Redactor
@@ -22,6 +22,8 @@ from ..states import Outcome
 KNOWN = {
     "restic": "atomtx.clients.restic:Restic",
     "kopia": "atomtx.clients.kopia:Kopia",
+    "borg": "atomtx.clients.borg:Borg",
+    "xfsdump": "atomtx.clients.xfsdump:Xfsdump",
     "command": "atomtx.clients.command:Command",
 }
 
@@ -36,6 +38,7 @@ class Settings:
     cwd: str  # the user's working directory
     chosen: frozenset[str] = frozenset()  # variables that the job sets, whatever they are called
     credentials: tuple[tuple[str, str], ...] = ()  # variables that it reads, and from where
+    below: str = ""  # for a restore: the root of the tree that was saved, not itself but its parts
 
     def redact(self, text: str) -> str:
         """Return *text* without the secrets of the environment."""
@@ -55,12 +58,16 @@ class Facts:
 class Moment:
     """What is to be backed up, and as of when."""
 
-    targets: tuple[str, ...]  # absolute live paths, none below another
+    targets: tuple[str, ...]  # absolute live paths, none below another but for a Dumper
     root: str  # where the tree is assembled; empty: at the live paths themselves
     at: datetime  # aware; the snapshots' creation, whole seconds
     excludes: tuple[str, ...] = ()  # absolute live paths inside the targets to leave out
     whole: bool = False  # of a tree, the root itself is backed up
     parent: str | None = None  # a backup_id to compare with; None: let the client find it
+    attempt: int = 1  # which one of the run: an attempt that was lost may have been stored
+    run: str = ""
+    job: str = ""  # as people call it
+    is_kept: bool = False  # of snapshots that stay: another run may have stored it
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -110,6 +117,7 @@ class End:
     reason: str | None = None
     retriable: bool = False  # network or repository trouble: the moment is worth keeping
     backups: tuple[Backup, ...] = field(default=())
+    overdue: bool = False  # stopped at its time limit: whatever else stopped it came after
 
 
 def failed(end: End, reason: str) -> End:
@@ -152,9 +160,18 @@ class Client(Protocol):
         ...
 
     def check(
-        self, settings: Settings, targets: tuple[str, ...], excludes: tuple[str, ...]
+        self,
+        settings: Settings,
+        targets: tuple[str, ...],
+        excludes: tuple[str, ...],
+        root: str = "",
     ) -> None:
-        """Raise UserError where it could not leave *excludes* out of a backup of *targets*."""
+        """
+        Raise UserError where it could not leave *excludes* out of a backup of *targets*.
+
+        Where these are below a *root* of the run's, nothing is mounted there yet: what they are
+        is to be seen at their live paths.
+        """
         ...
 
     def live_paths(self, settings: Settings) -> tuple[str, ...]:
@@ -199,8 +216,65 @@ class Client(Protocol):
         """
         ...
 
-    def restore_command(self, settings: Settings, backup: Backup, to: str) -> tuple[str, ...]:
+    def restore_command(
+        self, settings: Settings, facts: Facts, backup: Backup, to: str
+    ) -> tuple[str, ...]:
         """Return the command that restores *backup* below the directory *to*."""
+        ...
+
+
+@runtime_checkable
+class Dumper(Protocol):
+    """
+    What a client has besides that saves whole file systems into files, one dump a volume.
+
+    Its targets are the mountpoints of all volumes of a set, also of one below another.
+    """
+
+    def remove_parts(self, settings: Settings, repository: str | None, run: str) -> tuple[str, ...]:
+        """
+        Remove what dead attempts of *run* left half made; return what was done, in words.
+
+        Idempotent.  Raises an AtomtxError where the destination *repository* is not there: then
+        it is not known whether anything is left.
+        """
+        ...
+
+    def restore_commands(
+        self, settings: Settings, backup: Backup, to: str
+    ) -> tuple[tuple[str, ...], ...]:
+        """Return all commands of a restore, in order; AtomtxError where a dump is missing."""
+        ...
+
+    def files(self, settings: Settings, backup: Backup) -> tuple[str, ...]:
+        """Return the files that a restore reads, in order, each with its hash, in words."""
+        ...
+
+    def damage(self, settings: Settings, repository: str | None, backup: Backup) -> tuple[str, ...]:
+        """Read all these files; return what is wrong with them, in words."""
+        ...
+
+
+@runtime_checkable
+class Cacher(Protocol):
+    """What a client has besides that may read from a cache what the repository has lost."""
+
+    def uncached(self, settings: Settings, folder: str) -> tuple[str, ...]:
+        """
+        Return the user's options, changed so that the cache is a new one below *folder*.
+
+        May write into *folder*, also what is secret in the client's own configuration.  Raises
+        OSError where that cannot be read or written.
+        """
+        ...
+
+
+@runtime_checkable
+class Checker(Protocol):
+    """What a client has besides whose settings alone tell that no backup can be made."""
+
+    def lacks(self, settings: Settings) -> tuple[str, ...]:
+        """Return what is said nowhere, and the variable to say it with; values are not read."""
         ...
 
 

@@ -53,7 +53,11 @@ class Command:
         return (*program(settings, settings.command[0]), *settings.extra)
 
     def check(
-        self, settings: Settings, targets: tuple[str, ...], excludes: tuple[str, ...]
+        self,
+        settings: Settings,
+        targets: tuple[str, ...],
+        excludes: tuple[str, ...],
+        root: str = "",
     ) -> None:
         """Do nothing: what a command leaves out is between it and the user."""
 
@@ -103,7 +107,9 @@ class Command:
         """Do nothing: what such a program leaves behind is not known."""
         return ()
 
-    def restore_command(self, settings: Settings, backup: Backup, to: str) -> tuple[str, ...]:
+    def restore_command(
+        self, settings: Settings, facts: Facts, backup: Backup, to: str
+    ) -> tuple[str, ...]:
         """Return nothing: how such a program restores is not known."""
         return ()
 

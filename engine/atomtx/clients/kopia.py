@@ -7,10 +7,11 @@ file was saved.  The manifest that it prints for each source tells whole from pa
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC
 from fnmatch import fnmatchcase
 from typing import Any
@@ -31,6 +32,7 @@ from .program import (
     find,
     home_folder,
     last_value,
+    objects_of,
     program,
     refuse,
     rules,
@@ -78,13 +80,15 @@ _REFUSED = {
     "--stdin-file": "atomtx backs up the files of snapshots, not a stream",
     "--upload-limit-mb": "the backup would not be whole",
 }
+_REMEMBERED = ".kopia-password"
 _FILE_OPTIONS = ("--config-file", "--log-dir", "--log-file")
 _NOTES = (
     "kopia does not keep hard links (they become copies), extended attributes, ACLs, "
-    "file capabilities or special files",
+    "file capabilities, special files or the times of directories",
     "kopia leaves out what its policies ignore, and directories with a CACHEDIR.TAG",
     "kopia applies its retention policy after each backup, and its maintenance when that is due",
 )
+_NO_POLICIES = "what kopia printed of its policies is no list of them"
 _RULES = frozenset(
     f"--keep-{span}" for span in ("latest", "hourly", "daily", "weekly", "monthly", "annual")
 )
@@ -195,6 +199,80 @@ def is_ignored(path: str, target: str, rules: Iterable[str]) -> bool:
     )
 
 
+def _is_of(target: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    """Tell whether a policy may be of the user and host of this connection."""
+    pairs = (("userName", "username"), ("host", "hostname"))
+    return all(not config.get(ours) or target[theirs] == config[ours] for theirs, ours in pairs)
+
+
+def _check_crossing(path: str, files: Mapping[str, Any]) -> None:
+    if files.get("oneFileSystem"):
+        raise UserError(
+            f"kopia's policy for {path} keeps it on one file system: each snapshot is "
+            "one of its own, and those below would be left out without a warning",
+            hint=f"`{_command('kopia', 'policy', 'set', path)} --one-file-system=false`",
+        )
+
+
+def _ignores(files: Mapping[str, Any]) -> list[str]:
+    return [str(rule) for rule in files.get("ignore") or ()]
+
+
+def _may_take_back(rule: str, path: str, target: str) -> bool:
+    """Tell whether a negated rule of a policy of *target* may take back that *path* is ignored."""
+    return rule.startswith("!") and ("**" in rule or is_ignored(path, target, [rule[1:]]))
+
+
+def _goes_into(path: str, policies: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Tell whether kopia may go into *path*: no policy above it ignores it for certain."""
+    above = [
+        (target, rule)
+        for target, files in policies.items()
+        if is_within(path, target)
+        for rule in _ignores(files)
+    ]
+    if any(_may_take_back(rule, path, target) for target, rule in above):
+        return True
+    return not any(is_ignored(path, target, [rule]) for target, rule in above)
+
+
+def _below(
+    target: str,
+    policy: Mapping[str, Any],
+    defined: Mapping[str, Mapping[str, Any]],
+    excludes: Sequence[str],
+) -> dict[str, Mapping[str, Any]]:
+    """
+    Return the policies of directories below *target* into which kopia may go.
+
+    Not those within *excludes*, which have to be ignored: that is checked apart.
+    """
+    found = {target: policy}
+    for path in sorted(defined):  # parents before children
+        if (
+            path != target
+            and is_within(path, target)
+            and not any(is_within(path, exclude) for exclude in excludes)
+            and _goes_into(path, found)
+        ):
+            found[path] = defined[path]
+    del found[target]
+    return found
+
+
+def _check_negations(path: str, files: Mapping[str, Any], excludes: Iterable[str]) -> None:
+    """Refuse a rule of a lower policy that may take back what one above it ignores."""
+    for exclude in excludes:
+        for rule in _ignores(files):
+            if _may_take_back(rule, exclude, path):
+                words = ("policy", "set", path, "--remove-ignore", rule)
+                raise UserError(
+                    f"the rule {rule} of kopia's policy for {path} may take back that {exclude} is "
+                    "ignored, which must stay live while kopia runs",
+                    hint=f"`{_command('kopia', *words)}`",
+                )
+
+
 def _is_tagged(path: str) -> bool:
     """Tell whether kopia leaves out the content of *path* as a cache."""
     try:
@@ -225,23 +303,52 @@ class Kopia:
         return Facts(match[1] if match else "", repository and str(repository), _NOTES)
 
     def check(
-        self, settings: Settings, targets: tuple[str, ...], excludes: tuple[str, ...]
+        self,
+        settings: Settings,
+        targets: tuple[str, ...],
+        excludes: tuple[str, ...],
+        root: str = "",
     ) -> None:
         """
         Raise a :class:`UserError` unless kopia's policies do what this backup needs.
 
         kopia has no option to leave a path out, so its policy must ignore each of *excludes*;
         and none may keep it from the file systems below a target, where it skips silently.
+        The policies of directories below a target count from there on downwards.
         """
+        defined = self._defined(settings)
         for target in targets:
+            within = [e for e in excludes if is_within(e, target)]
             policy = self._policy(settings, target)
-            if policy.get("oneFileSystem"):
-                raise UserError(
-                    f"kopia's policy for {target} keeps it on one file system: each snapshot is "
-                    "one of its own, and those below would be left out without a warning",
-                    hint=f"`{_command('kopia', 'policy', 'set', target)} --one-file-system=false`",
-                )
-            self._check_target(target, policy, [e for e in excludes if is_within(e, target)])
+            below = _below(target, policy, defined, within)
+            for path, files in ((target, policy), *below.items()):
+                _check_crossing(path, files)
+            self._check_target(target, policy, within, root)
+            for path, files in below.items():
+                _check_negations(path, files, [e for e in within if is_within(e, path)])
+
+    def _defined(self, settings: Settings) -> dict[str, dict[str, Any]]:
+        """
+        Return the part about files of each policy of ours, by its path, as it was defined.
+
+        Where the connection does not tell who we are, everybody's may be ours.
+        """
+        argv = (*program(settings, "kopia"), "policy", "list", "--json")
+        answer = ask((*argv, *_globals(_options(settings))), settings)
+        listed = objects_of(answer.stdout)
+        if not answer.ok or listed is None:
+            raise _unusable(answer, settings)
+        if not listed and not re.search(r"\[\s*\]", answer.stdout):
+            raise UserError(_NO_POLICIES)
+        config = _config(_config_file(settings))
+        try:
+            return {
+                str(each["target"]["path"]): dict(each.get("files") or {})
+                for each in listed
+                if _is_of(each["target"], config) and each["target"]["path"]
+            }
+        except (KeyError, TypeError) as exc:
+            raise UserError(_NO_POLICIES) from exc
 
     def _policy(self, settings: Settings, target: str) -> dict[str, Any]:
         """Return the part about files of the policy that is in effect for *target*."""
@@ -253,13 +360,16 @@ class Kopia:
         files = policy.get("files")
         return files if isinstance(files, dict) else {}
 
-    def _check_target(self, target: str, policy: Mapping[str, Any], excludes: list[str]) -> None:
-        rules = [str(rule) for rule in policy.get("ignore") or ()]
+    def _check_target(
+        self, target: str, policy: Mapping[str, Any], excludes: list[str], root: str
+    ) -> None:
+        rules = _ignores(policy)
         tagged = policy.get("ignoreCacheDirs", True)
         missing = [
             path
             for path in excludes
-            if not is_ignored(path, target, rules) and not (tagged and _is_tagged(path))
+            if not is_ignored(path, target, rules)
+            and not (tagged and _is_tagged(path.removeprefix(root)))
         ]
         if not missing:
             return
@@ -322,7 +432,7 @@ class Kopia:
 
     def policy(self, words: tuple[str, ...]) -> tuple[str, ...]:
         """Return the rules of `kopia policy set`."""
-        return rules(words, _RULES, "kopia")
+        return rules(words, _RULES, "kopia", counts=("inherit", "default"))
 
     def stored_paths(self, moment: Moment) -> tuple[str, ...]:
         """Return the sources' paths: of a tree, the live ones."""
@@ -343,11 +453,42 @@ class Kopia:
         """Do nothing: kopia has no locks, and uses again what it finds."""
         return ()
 
-    def restore_command(self, settings: Settings, backup: Backup, to: str) -> tuple[str, ...]:
-        """Return the command; of a source that had not changed, its newest backup is named."""
-        source = backup.backup_id or (backup.paths[0] if backup.paths else "")
-        words = ("snapshot", "restore", source, to)
+    def uncached(self, settings: Settings, folder: str) -> tuple[str, ...]:
+        """
+        Return the options with a copy of the connection that has another cache.
+
+        kopia keeps metadata and the contents of files in it, and has no option for another one.
+        What it remembers of the password lies beside the connection.
+        """
+        file = _config_file(settings) or ""
+        with open(file, encoding="utf-8") as source:
+            found = json.load(source)
+        caching = {**(found.get("caching") or {}), "cacheDirectory": f"{folder}/kopia"}
+        own = os.path.join(folder, "repository.config")
+        _write_secret(own, json.dumps({**found, "caching": caching}))
+        if os.path.exists(file + _REMEMBERED):
+            with open(file + _REMEMBERED, encoding="utf-8") as password:
+                _write_secret(own + _REMEMBERED, password.read())
+        rest = (o.word for o in _SYNTAX.parse(settings.extra) if o.name != "--config-file")
+        return (*rest, f"--config-file={own}")
+
+    def restore_command(
+        self, settings: Settings, facts: Facts, backup: Backup, to: str
+    ) -> tuple[str, ...]:
+        """
+        Return the command; of a source that had not changed, its newest backup is named.
+
+        Each path of a set is a backup of its own, and is restored below *to* as others restore it.
+        """
+        path = backup.paths[0]
+        below = os.path.join(to, path.lstrip("/"))
+        words = ("snapshot", "restore", backup.backup_id or path, below)
         return (*program(settings, "kopia"), *words, *_globals(_options(settings)))
+
+
+def _write_secret(path: str, text: str) -> None:
+    with open(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
 
 
 def _command(*words: str) -> str:

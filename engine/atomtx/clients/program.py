@@ -12,14 +12,17 @@ import os
 import re
 import signal
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, tzinfo
 from typing import Any
 from zoneinfo import ZoneInfo
 
 from .. import process
+from ..credentials import thing_of
 from ..errors import EffectError, UserError
 from ..redact import check_arguments
+from ..retention import check_one
 from . import Settings
 
 ASK_TIMEOUT_S = 60.0
@@ -35,6 +38,8 @@ _TROUBLE = re.compile(
     r"|server unexpectedly closed|load\(<|save\(<",
     re.IGNORECASE,
 )
+_COUNT = re.compile(r"[0-9]+")
+_NO_COUNT = ("--keep-within", "--keep-tag")  # rules whose value is a time, or a name
 _HOPELESS = re.compile(
     r"wrong password|no key found|invalid repository password|empty password|unknown.* flag"
     r"|password prompt|resolving password failed|specify repository location|invalid backend",
@@ -123,6 +128,7 @@ def last_value(options: Iterable[Option], name: str) -> str | None:
 
 
 _VERBS: Mapping[str, Sequence[tuple[str, ...]]] = {
+    "borg": [("create",)],
     "restic": [("backup",)],
     "kopia": [("snapshot", "create"), ("snapshot",)],
 }
@@ -148,14 +154,18 @@ def program(settings: Settings, default: str) -> tuple[str, ...]:
     return argv
 
 
-def rules(words: Sequence[str], known: Collection[str], client: str) -> tuple[str, ...]:
+def rules(
+    words: Sequence[str], known: Collection[str], client: str, *, counts: Collection[str] = ()
+) -> tuple[str, ...]:
     """
     Return rules of retention, each `--keep-...=value`; UserError for anything else.
 
-    Nothing else may be among them: a bare word would be the name of a backup to forget.
+    Nothing else may be among them: a bare word would be the name of a backup to forget.  *counts*
+    are words that the client takes for a number.
     """
     found, left = [], list(words)
     while left:
+        check_one(left[0])
         name, equals, value = left.pop(0).partition("=")
         if name not in known:
             raise UserError(
@@ -166,8 +176,16 @@ def rules(words: Sequence[str], known: Collection[str], client: str) -> tuple[st
             value = left.pop(0) if left else ""
         if not value or value.startswith("-"):
             raise UserError(f"the rule {name} has no value", hint=f"such as {name} 7")
+        if not (name.startswith(_NO_COUNT) or value in counts or _COUNT.fullmatch(value)):
+            raise UserError(f"the rule {name}: {value!r} is no number", hint=f"such as {name} 7")
         found.append(f"{name}={value}")
     return tuple(found)
+
+
+def things(settings: Settings) -> frozenset[str]:
+    """Return what the variables say, in whatever way; a credential that is not there yet, too."""
+    names = (*(name for name, value in settings.env.items() if value), *dict(settings.credentials))
+    return frozenset(map(thing_of, names))
 
 
 def find(argv: Sequence[str], settings: Settings) -> None:
@@ -202,6 +220,20 @@ def message_of(line: str) -> dict[str, Any] | None:
 def document_of(text: str) -> dict[str, Any] | None:
     """Return the JSON object in *text*; a wrapper may print lines of its own around it."""
     return message_of(text[text.find("{") : text.rfind("}") + 1])
+
+
+def objects_of(text: str) -> list[Any] | None:
+    """
+    Return the JSON list of objects in *text*, with lines of a wrapper around it; maybe none.
+
+    None where one begins that cannot be read.
+    """
+    starts = [match.start() for match in re.finditer(r"\[\s*\{", text)]
+    for start in starts:
+        with suppress(ValueError):
+            found: list[Any] = json.JSONDecoder().raw_decode(text, start)[0]
+            return found
+    return None if starts else []
 
 
 def ended(status: int) -> str:

@@ -7,7 +7,6 @@ its lock in the repository, and from 0.17 on both do the same.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -30,21 +29,26 @@ from .program import (
     last_value,
     local_repository,
     local_time,
+    objects_of,
     program,
     refuse,
     rules,
+    things,
 )
 from .restic_reader import ResticReader
 
 Version = tuple[int, int]
 
 OLDEST: Version = (0, 14)
+_WITH_SPARSE: Version = (0, 15)  # of a restore
+_WITH_XATTR_FILTER: Version = (0, 18)  # of a restore
 _WITH_GROUP_BY: Version = (0, 16)  # and --retry-lock, and `repair index`
 # An unknown feature is a fatal error, and this one is announced to go with repository format 3.
 _WITH_HARDLINK_FEATURE: tuple[Version, Version] = ((0, 17), (0, 19))
 _HARDLINK_FEATURE = "device-id-for-hardlinks"
 _RETRY_LOCK = "10m"
 _FORGET_S = 3600.0
+_NO_GROUPS = "what restic printed of what there is to forget is no list of groups"
 _SPANS = ("last", "hourly", "daily", "weekly", "monthly", "yearly")
 _RULES = frozenset(
     [
@@ -133,6 +137,13 @@ _REFUSED = {
     "--stdin-filename": _STREAM,
     "--stdin-from-command": _STREAM,
     "--time": "the time of a backup is the time of its snapshots",
+}
+_REPOSITORY = {"RESTIC_REPOSITORY", "--repo", "--repository-file"}
+_SECRET = {
+    "RESTIC_PASSWORD",
+    "--password-file",
+    "--password-command",
+    "--insecure-no-password",
 }
 _FILE_OPTIONS = frozenset(
     [
@@ -258,12 +269,42 @@ def _targets(moment: Moment) -> tuple[str, ...]:
     return tuple(target.lstrip("/") or "." for target in moment.targets)
 
 
-def _groups(text: str, host: str, paths: Collection[str]) -> Iterator[list[str]]:
-    """Yield the backups to remove of each group that has exactly these paths."""
-    groups = json.loads(text[text.index("[") :]) if "[" in text else []
-    for group in groups:
-        if group["host"] == host and set(group["paths"] or ()) == set(paths):
-            yield [str(each["id"]) for each in group["remove"] or ()]
+def _host(settings: Settings) -> str:
+    """Return the host that a backup bears: restic's defaults."""
+    host = last_value(_options(settings), "--host") or settings.env.get("RESTIC_HOST")
+    return host or os.uname().nodename
+
+
+def _of_its_own(settings: Settings, backup: Backup) -> list[str]:
+    """
+    Return what keeps the backups of other hosts away, and those that lack one of the paths.
+
+    Those of more paths stay: restic's `--path` asks that a backup includes a path, and has no
+    option for those that have no other.
+    """
+    root = settings.below.rstrip("/")
+    paths = ((root + path).rstrip("/") or "/" for path in backup.paths)
+    return [f"--host={_host(settings)}", *(f"--path={path}" for path in paths)]
+
+
+def _removed(text: str, host: str, paths: Collection[str]) -> list[str]:
+    """
+    Return the backups to remove of the groups that have exactly these paths.
+
+    restic prints nothing where there are no groups; ClientError for anything else that is no list.
+    """
+    groups = objects_of(text)
+    if groups is None:
+        raise ClientError(_NO_GROUPS)
+    try:
+        return [
+            str(each["id"])
+            for group in groups
+            if group["host"] == host and set(group["paths"] or ()) == set(paths)
+            for each in group["remove"] or ()
+        ]
+    except (KeyError, TypeError) as exc:
+        raise ClientError(_NO_GROUPS) from exc
 
 
 def _unusable(answer: process.Completed, settings: Settings) -> UserError:
@@ -326,7 +367,11 @@ class Restic:
         return match[1], ()
 
     def check(
-        self, settings: Settings, targets: tuple[str, ...], excludes: tuple[str, ...]
+        self,
+        settings: Settings,
+        targets: tuple[str, ...],
+        excludes: tuple[str, ...],
+        root: str = "",
     ) -> None:
         """Do nothing: restic leaves out any path."""
 
@@ -376,9 +421,18 @@ class Restic:
     def reader(self, moment: Moment) -> ResticReader:
         return ResticReader(moment)
 
+    def lacks(self, settings: Settings) -> tuple[str, ...]:
+        """Return the repository and the password, where no variable and no option has them."""
+        said = things(settings) | {option.name for option in _options(settings)}
+        wanted = (
+            ("repository (RESTIC_REPOSITORY)", _REPOSITORY),
+            ("password (RESTIC_PASSWORD)", _SECRET),
+        )
+        return tuple(what for what, ways in wanted if not ways & said)
+
     def policy(self, words: tuple[str, ...]) -> tuple[str, ...]:
         """Return the rules of `restic forget`."""
-        return rules(words, _RULES, "restic")
+        return rules(words, _RULES, "restic", counts=("unlimited",))
 
     def stored_paths(self, moment: Moment) -> tuple[str, ...]:
         """Return the absolute paths of the arguments: of a tree, those below its root."""
@@ -395,9 +449,7 @@ class Restic:
         `--path` alone would not do: it also takes every backup that has more paths than these,
         and would apply the rules to them.
         """
-        options = _options(settings)
-        host = last_value(options, "--host") or settings.env.get("RESTIC_HOST")
-        host = host or os.uname().nodename
+        options, host = _options(settings), _host(settings)
         argv, own = (*program(settings, "restic"), "forget"), _globals(options)
         filters = (f"--host={host}", *(f"--path={path}" for path in paths), "--group-by=host,paths")
         query = (*argv, *filters, *policy, "--dry-run", "--json", "--no-lock", *own)
@@ -405,7 +457,7 @@ class Restic:
         if not answer.ok:
             said = settings.redact(answer.last_line())
             raise ClientError(f"restic does not tell what there is to forget: {said}")
-        ids = [id for group in _groups(answer.stdout, host, paths) for id in group]
+        ids = _removed(answer.stdout, host, paths)
         return ((*argv, "--prune", *own, *ids),) if ids else ()
 
     def after_loss(self, settings: Settings, facts: Facts) -> tuple[str, ...]:
@@ -428,7 +480,26 @@ class Restic:
         name = f"restic {' '.join(verb)}"
         return f"{name}: done" if answer.ok else f"{name} failed: {said}"
 
-    def restore_command(self, settings: Settings, backup: Backup, to: str) -> tuple[str, ...]:
-        """Return the command; a backup without an id was the same as the one before it."""
-        words = ("restore", backup.backup_id or "latest", "--target", to)
+    def uncached(self, settings: Settings, folder: str) -> tuple[str, ...]:
+        """Return the options with another cache: snapshots, indexes and trees are kept in it."""
+        return (*settings.extra, f"--cache-dir={folder}")
+
+    def restore_command(
+        self, settings: Settings, facts: Facts, backup: Backup, to: str
+    ) -> tuple[str, ...]:
+        """
+        Return the command; a backup without an id was the same as the one before it.
+
+        That one is asked for as restic finds it, by host and paths: the latest of all may be
+        another machine's.  It may still be a later one, or one of more paths.
+
+        Holes are made again where there are zeros.  Onto an XFS, restic from 0.18 on would set
+        each ACL and then take it away: XFS keeps it in an attribute that it shows as well, and
+        restic removes what the backup does not have.
+        """
+        version = _parse_version(facts.version) or OLDEST
+        words = ["restore", backup.backup_id or "latest", "--target", to]
+        words += [] if backup.backup_id else _of_its_own(settings, backup)
+        words += ["--sparse"] if version >= _WITH_SPARSE else []
+        words += ["--exclude-xattr=trusted.SGI_ACL_*"] if version >= _WITH_XATTR_FILTER else []
         return (*program(settings, "restic"), *words, *_globals(_options(settings)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,10 +14,17 @@ from ..names import is_within, mounted_as
 from . import mountinfo
 from .namespace import identity
 
+_MOUNT_ID = re.compile(rb"^mnt_id:\t(\d+)$", re.MULTILINE)
+
 
 def of(token: str) -> list[int]:
+    """Return the processes of one run, as `of_each` does those of several."""
+    return of_each((token,))[token]
+
+
+def of_each(tokens: Collection[str]) -> dict[str, list[int]]:
     """
-    Return the processes whose mount namespace is the one of the run with *token*.
+    Return by each of *tokens* the processes whose mount namespace is the one of the run with it.
 
     Without namespaces: those that have the mark of the run's client in their environment.
 
@@ -26,34 +34,49 @@ def of(token: str) -> list[int]:
     reason a mount with the token as its source that we see ourselves makes the marker worthless.
     """
     if not system.here.NAMESPACES:
-        marks = (f"{name}={value}" for name, value in system.here.client_mark(token).items())
-        return [pid for mark in marks for pid in system.here.marked(mark)]
-    if any(entry.source == token for entry in mountinfo.read()):
-        return []
-    return [
-        pid
-        for pids, table in _foreign_namespaces()
-        if any(entry.source == token for entry in table)
-        for pid in pids
-    ]
+        return {token: _marked(token) for token in tokens}
+    asked = {*tokens} - {entry.source for entry in mountinfo.read()}
+    found: dict[str, list[int]] = {token: [] for token in tokens}
+    for pids, table in _foreign_namespaces() if asked else ():
+        for token in asked & {entry.source for entry in table}:
+            found[token] += pids
+    return found
+
+
+def _marked(token: str) -> list[int]:
+    marks = (f"{name}={value}" for name, value in system.here.client_mark(token).items())
+    return [pid for mark in marks for pid in system.here.marked(mark)]
 
 
 def mounted(sources: Collection[str]) -> list[str]:
     """
     Return where *sources* are mounted, in words; in a foreign namespace with who lives there.
 
-    A foreign mount that follows one of ours goes with it, and is not told.
+    Of btrfs also where a directory or a file of one is.  A foreign mount that follows one of ours
+    goes with it, and is not told.
     """
     things = frozenset(map(mounted_as, sources))
-    here = [entry for entry in mountinfo.read() if entry.thing in things]
+    here = [entry for entry in mountinfo.read() if _shows(entry, things)]
     peers = {group for entry in here for group in _groups(entry)}
     found = [
         f"{entry.mountpoint} (in the namespace of {_name(pids[0])})"
         for pids, table in _foreign_namespaces()
         for entry in table
-        if entry.thing in things and not peers & _groups(entry)
+        if _shows(entry, things) and not peers & _groups(entry)
     ]
     return [entry.mountpoint for entry in here] + found
+
+
+def _shows(entry: mountinfo.Entry, things: Collection[str]) -> bool:
+    """
+    Tell whether a mount shows one of *things*, or a part of it.
+
+    A bind mount of a directory has the source of the whole; of btrfs it has the path of that
+    directory, and is emptied with the snapshot.
+    """
+    if entry.fstype != "btrfs":
+        return entry.thing in things
+    return any(path in things for path in mountinfo.prefixes(entry.thing))
 
 
 def _groups(entry: mountinfo.Entry) -> set[str]:
@@ -61,9 +84,9 @@ def _groups(entry: mountinfo.Entry) -> set[str]:
     return {word.partition(":")[2] for word in entry.propagation if ":" in word}
 
 
-def users(sources: Collection[str]) -> list[str]:
+def users(sources: Collection[str], points: Collection[str] = ()) -> list[str]:
     """
-    Return who uses *sources*, wherever they are mounted, in words.
+    Return who uses *sources*, wherever they are mounted, or what is mounted at *points*, in words.
 
     "open by 1234 (tail) at /mnt/x/log", with the first file of each process.  Nothing is opened
     or asked for its status there: that might hang.
@@ -72,7 +95,7 @@ def users(sources: Collection[str]) -> list[str]:
         from . import nullfs
 
         return [f"used by {locks.Process.of(pid)}" for pid in nullfs.users(sources)]
-    places = _Places.of(sources)
+    places = _Places.of(sources, points)
     found = [_use(pid, places) for pid in system.here.pids()] if places.ids else []
     return [words for words in found if words]
 
@@ -86,20 +109,28 @@ class _Places:
     points: dict[tuple[int, int], tuple[str, ...]]  # by namespace
 
     @classmethod
-    def of(cls, sources: Collection[str]) -> _Places:
+    def of(cls, sources: Collection[str], at: Collection[str] = ()) -> _Places:
         tables = [(identity(), mountinfo.read())]
         for pids, table in _foreign_namespaces():
             with suppress(OSError):  # gone
                 tables.append((identity(pids[0]), table))
         things = frozenset(map(mounted_as, sources))
-        used = [(space, e) for space, table in tables for e in table if e.thing in things]
+        used = [
+            (space, e)
+            for space, table in tables
+            for e in table
+            if _shows(e, things) or e.mountpoint in at
+        ]
         points: dict[tuple[int, int], tuple[str, ...]] = {}
         for space, entry in used:
             points[space] = (*points.get(space, ()), entry.mountpoint)
         return cls(
             ids=frozenset(entry.id for _, entry in used),
-            # All subvolumes of a btrfs have one device there: it would be everybody's files.
-            devices=frozenset(_as_in_maps(e.dev) for _, e in used if e.fstype != "btrfs"),
+            # All subvolumes of a btrfs have one device there, and what is read live has that of
+            # the live mount: it would be everybody's files.
+            devices=frozenset(
+                _as_in_maps(e.dev) for _, e in used if e.fstype != "btrfs" and _shows(e, things)
+            ),
             points=points,
         )
 
@@ -126,10 +157,14 @@ def _opened(pid: int, places: _Places) -> Iterator[str]:
     """Yield the files that are open on one of our mounts: proc(5), fdinfo, "mnt_id:"."""
     for name in os.listdir(f"/proc/{pid}/fd"):
         with suppress(OSError):  # closed in between
-            lines = Path(f"/proc/{pid}/fdinfo/{name}").read_text().splitlines()
-            ids = [int(line.split()[1]) for line in lines if line.startswith("mnt_id:")]
-            if not places.ids.isdisjoint(ids):
+            if _mount_of(Path(f"/proc/{pid}/fdinfo/{name}").read_bytes()) in places.ids:
                 yield os.readlink(f"/proc/{pid}/fd/{name}")
+
+
+def _mount_of(fdinfo: bytes) -> int | None:
+    """Return the mount that an open file is on; below it may stand any bytes, as names do."""
+    found = _MOUNT_ID.search(fdinfo)
+    return int(found[1]) if found else None
 
 
 def _stood_in(pid: int, places: _Places) -> Iterator[str]:

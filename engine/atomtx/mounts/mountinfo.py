@@ -14,7 +14,7 @@ from functools import cached_property
 
 from .. import system
 
-_DELETED = "//deleted"  # fs/d_path.c
+DELETED = "//deleted"  # fs/d_path.c
 _ESCAPE = re.compile(rb"\\([0-3][0-7]{2})")
 
 
@@ -40,12 +40,12 @@ class Entry:
 
         Every subvolume of a btrfs has the same source, which is any one of its devices.
         """
-        return self.root.removesuffix(_DELETED) if self.fstype == "btrfs" else self.source
+        return self.root.removesuffix(DELETED) if self.fstype == "btrfs" else self.source
 
     @property
     def is_deleted(self) -> bool:
         """Tell whether what is mounted was deleted since: it is seen as an empty directory."""
-        return self.root.endswith(_DELETED)
+        return self.root.endswith(DELETED)
 
 
 class Table(tuple[Entry, ...]):

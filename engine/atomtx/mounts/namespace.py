@@ -12,15 +12,18 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from .. import btrfsio, system
+from .. import btrfsio, lvmio, system
 from ..errors import EffectError
 from ..intents import Mount
-from ..names import BtrfsSnapshot, is_within, mounted_as
+from ..names import LVM, PLAIN, ZFS, BtrfsSnapshot, is_within, mounted_as
+from ..records import Content
+from . import live as livedirs
 from . import mountinfo
+from .live import open_directory
 
 CLONE_NEWNS = 0x00020000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT = 0x1, 0x2, 0x4, 0x20
@@ -59,11 +62,13 @@ def mount_snapshot(each: Mount, target: str) -> None:
     mount(2) itself: the mount.zfs helper refuses a directory that is not empty.  *target* is
     followed over no symbolic link: a user's, in the frozen files, must not lead us elsewhere.
     """
-    descriptor = _open_directory(target)
+    descriptor = open_directory(target)
     try:
-        if each.volume_kind == "zfs":
+        if each.volume_kind == ZFS:
             where = f"/proc/self/fd/{descriptor}"
             mount(each.source, where, "zfs", MS_RDONLY | MS_NOSUID | MS_NODEV)
+        elif each.volume_kind == LVM:
+            _mount_logical(each, f"/proc/self/fd/{descriptor}")
         else:
             snapshot = BtrfsSnapshot.parse(each.source)
             btrfsio.mount_subvolume(snapshot.filesystem, snapshot.path, descriptor, each.guid)
@@ -74,18 +79,31 @@ def mount_snapshot(each: Mount, target: str) -> None:
         os.close(descriptor)
 
 
-def _open_directory(path: str) -> int:
-    """Open an absolute path; NotADirectoryError for one that leads over a symbolic link."""
-    flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-    here = os.open("/", flags)
-    for part in path.split("/"):
-        if part:
-            above = here
-            try:
-                here = os.open(part, flags, dir_fd=above)
-            finally:
-                os.close(above)
-    return here
+def _mount_logical(each: Mount, where: str) -> None:
+    lvmio.node(each.guid, mounted_as(each.source).removeprefix("/dev/mapper/"))
+    options = lvmio.mount_options(each.fstype)
+    mount(mounted_as(each.source), where, each.fstype, MS_RDONLY | MS_NOSUID | MS_NODEV, options)
+
+
+def mount_live(source: int, target: str) -> None:
+    """
+    Bind the directory of a descriptor read-only, over what is there, without the mounts below it.
+
+    Private: what is mounted below the live one later is not to appear here.
+    """
+    descriptor = open_directory(target)
+    try:
+        mount(f"/proc/self/fd/{source}", f"/proc/self/fd/{descriptor}", None, MS_BIND)
+    finally:
+        os.close(descriptor)
+    descriptor = open_directory(target)  # now on the bind
+    try:
+        where = f"/proc/self/fd/{descriptor}"
+        mount("none", where, None, MS_PRIVATE)
+        flags = MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV
+        mount("none", where, None, flags)
+    finally:
+        os.close(descriptor)
 
 
 def identity(pid: int | str = "self") -> tuple[int, int]:
@@ -127,21 +145,27 @@ def leave_marker(token: str, folder: str) -> None:
     mount(token, folder, "tmpfs", MS_RDONLY | MS_NOSUID | MS_NODEV, "size=4k,mode=700")
 
 
-def drop_pinned(keep: Collection[str]) -> None:
+def drop_pinned(keep: Collection[str], live: Collection[str]) -> None:
     """
     Unmount, in this namespace, the ZFS mounts that the host could not unmount any more.
 
     Where the host's own mounts are private (OpenRC, containers), our copies of them follow
     nobody: they would keep another pool from being exported for as long as the client runs.
-    Mounts that contain a path of *keep* stay.
+    Mounts that contain a path of *keep* stay, and those inside what is brought back *live*.
     """
-    for entry in reversed(mountinfo.read()):
-        pinned = entry.fstype == "zfs" and not any(
-            p.startswith("master:") for p in entry.propagation
-        )
-        if pinned and not any(is_within(path, entry.mountpoint) for path in keep):
-            with suppress(OSError):  # in use, or covered: then it stays, as it would have
-                unmount(entry.mountpoint)
+    for mountpoint in pinned(mountinfo.read(), keep, live):
+        with suppress(OSError):  # in use, or covered: then it stays, as it would have
+            unmount(mountpoint)
+
+
+def pinned(table: mountinfo.Table, keep: Collection[str], live: Collection[str]) -> Iterator[str]:
+    """Yield the mountpoints that :func:`drop_pinned` is to free, children first."""
+    for entry in reversed(table):
+        follows = any(p.startswith("master:") for p in entry.propagation)
+        is_needed = any(is_within(path, entry.mountpoint) for path in keep)
+        is_needed |= any(is_within(entry.mountpoint, path) for path in live)
+        if entry.fstype == "zfs" and not follows and not is_needed:
+            yield entry.mountpoint
 
 
 @dataclass(frozen=True)
@@ -153,9 +177,9 @@ class Assembly:
     ids: Mapping[str, int]  # of ours, by mountpoint
     known: frozenset[int]  # every mount that was there at the start
 
-    def empty(self) -> frozenset[str]:
-        """Return the mountpoints whose directory has no entry."""
-        return frozenset(m.mountpoint for m in self.mounts if _is_empty(m.mountpoint))
+    def contents(self) -> dict[str, Content]:
+        """Return what is seen at each mountpoint."""
+        return {m.mountpoint: livedirs.content_of(m.mountpoint) for m in self.mounts}
 
     def disturbance(self) -> str | None:
         """
@@ -172,12 +196,23 @@ class Assembly:
             if found.id != self.ids[made.mountpoint]:
                 return f"{made.mountpoint} was mounted anew while the client read it"
             if found.is_deleted:  # btrfs lets a mounted one be deleted
-                return f"the snapshot at {made.mountpoint} was deleted while the client read it"
+                what = "directory" if made.volume_kind == PLAIN else "snapshot"
+                return f"the {what} at {made.mountpoint} was deleted while the client read it"
         ours = frozenset(self.ids.values())
         for entry in table:
             if entry.parent in ours and entry.id not in self.known:
                 return f"{entry.source} was mounted on {entry.mountpoint} while the client read it"
-        return None
+        return self.failure()
+
+    def failure(self) -> str | None:
+        """
+        Tell why a snapshot does not show any more what it showed; None if all do.
+
+        One of LVM loses its files when the room for changes is used up, or its thin pool is full.
+        """
+        logical = [m.source for m in self.mounts if m.volume_kind == LVM]
+        names = [mounted_as(source).removeprefix("/dev/mapper/") for source in logical]
+        return lvmio.failing(names) if names else None
 
 
 def assemble(mounts: Sequence[Mount], *, live: Sequence[str]) -> Assembly:
@@ -187,13 +222,15 @@ def assemble(mounts: Sequence[Mount], *, live: Sequence[str]) -> Assembly:
     A set that holds `/` is assembled beside it and entered by pivot_root(2).
     """
     opened = _open_live(live)
+    sources = livedirs.opened(mounts)
     try:
         if any(m.mountpoint == "/" for m in mounts):
-            _assemble_root(mounts, opened)
+            _assemble_root(mounts, sources, opened)
         else:
-            _mount_all(mounts, "")
+            _mount_all(mounts, sources, "")
             _bind_live(opened, "")
     finally:
+        livedirs.close(sources)
         for descriptor in opened.values():
             os.close(descriptor)
     return observe(mounts)
@@ -206,17 +243,22 @@ def observe(mounts: Sequence[Mount]) -> Assembly:
     ids = {}
     for each in mounts:
         found = mountinfo.topmost(table, each.mountpoint)
-        if found is None or found.thing != mounted_as(each.source):
+        if found is None or not livedirs.shows(found, each):
             raise EffectError(f"{each.source} is not what is seen at {each.mountpoint}")
+        if each.volume_kind == PLAIN and "ro" not in found.options.split(","):
+            raise EffectError(f"{each.mountpoint} is not mounted read-only")
         ids[each.mountpoint] = found.id
     return Assembly(mounts, pins, ids, frozenset(entry.id for entry in table))
 
 
-def _mount_all(mounts: Sequence[Mount], root: str) -> None:
+def _mount_all(mounts: Sequence[Mount], sources: Mapping[str, int], root: str) -> None:
     for each in mounts:
         target = root + each.mountpoint if each.mountpoint != "/" else root
         try:
-            mount_snapshot(each, target)
+            if each.mountpoint in sources:
+                mount_live(sources[each.mountpoint], target)
+            else:
+                mount_snapshot(each, target)
         except FileNotFoundError as exc:
             raise EffectError(
                 f"cannot mount {each.source}: its directory {each.mountpoint} is not in the "
@@ -242,17 +284,19 @@ def _bind_live(opened: dict[str, int], root: str) -> None:
         except OSError as exc:
             raise EffectError(
                 f"cannot bring the live {path} back over the frozen files: {exc.strerror}",
-                hint="put the client's cache and repository outside the datasets",
+                hint="put the client's cache and repository outside of what is backed up",
             ) from exc
 
 
-def _assemble_root(mounts: Sequence[Mount], opened: dict[str, int]) -> None:
+def _assemble_root(
+    mounts: Sequence[Mount], sources: Mapping[str, int], opened: dict[str, int]
+) -> None:
     """Build the whole tree under a private staging mount, then make it `/`."""
     staging = "/run"  # any directory outside the set: the mount over it is seen by us alone
     descriptor = os.open(staging, os.O_PATH | os.O_CLOEXEC)
     live = {path: os.open(path, os.O_PATH | os.O_CLOEXEC) for path in LIVE_BELOW_ROOT}
     live["/run"] = descriptor
-    _mount_all(mounts, staging)
+    _mount_all(mounts, sources, staging)
     for path, source in live.items():
         mount(f"/proc/self/fd/{source}", staging + path, None, MS_BIND | MS_REC)
     _bind_live(opened, staging)
@@ -266,8 +310,3 @@ def _assemble_root(mounts: Sequence[Mount], opened: dict[str, int]) -> None:
     for source in live.values():
         with suppress(OSError):
             os.close(source)
-
-
-def _is_empty(path: str) -> bool:
-    with os.scandir(path) as entries:
-        return next(entries, None) is None

@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 from .. import system
 from ..errors import EffectError, UserError
 from ..intents import Mount
-from ..names import mounted_as
-from . import mountinfo
-from .namespace import mount_snapshot, unmount
+from . import live, mountinfo
+from .namespace import mount_live, mount_snapshot, unmount
+
+# rmdir(2), of a directory that is gone, or in which somebody has put something meanwhile.
+_NOT_OURS_ALONE = (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY, errno.ENOTDIR)
 
 
 def directories_to_make(root: str, targets: Sequence[str]) -> tuple[str, ...]:
@@ -84,14 +86,24 @@ def make(mounts: Sequence[Mount], directories: Sequence[str], *, lock: int | Non
         nullfs.make(mounts, lock=lock)
         return
     table = mountinfo.read()
-    for each in mounts:
-        found = mountinfo.topmost(table, each.mountpoint)
-        if found is not None and found.thing == mounted_as(each.source):
-            continue
-        try:
+    sources = live.opened(mounts)
+    try:
+        for each in mounts:
+            found = mountinfo.topmost(table, each.mountpoint)
+            if found is None or not live.shows(found, each):
+                _mount(each, sources)
+    finally:
+        live.close(sources)
+
+
+def _mount(each: Mount, sources: Mapping[str, int]) -> None:
+    try:
+        if each.mountpoint in sources:
+            mount_live(sources[each.mountpoint], each.mountpoint)
+        else:
             mount_snapshot(each, each.mountpoint)
-        except OSError as exc:
-            raise EffectError(f"cannot mount {each.source} at {each.mountpoint}: {exc}") from exc
+    except OSError as exc:
+        raise EffectError(f"cannot mount {each.source} at {each.mountpoint}: {exc}") from exc
 
 
 def remove(
@@ -100,15 +112,24 @@ def remove(
     """
     Unmount what is ours, children first, and remove the directories that were made.
 
-    Idempotent.  Returns the mounts that are busy; a directory with something in it stays.
-    Programs that are started for it inherit *lock*.
+    Idempotent.  Returns the mounts that are busy, or covered by another's; a directory with
+    something in it stays.
+    Programs that are started for it inherit *lock*.  Raises EffectError where the machine
+    refuses.
     """
     busy = _unmount_all(mounts, lock)
     if not busy:
         for directory in reversed(directories):
-            with suppress(OSError):  # not empty, or gone: then it is not only ours
-                os.rmdir(directory)
+            _remove_directory(directory)
     return busy
+
+
+def _remove_directory(directory: str) -> None:
+    try:
+        os.rmdir(directory)
+    except OSError as exc:
+        if exc.errno not in _NOT_OURS_ALONE:
+            raise EffectError(f"cannot remove {directory}: {exc.strerror}") from exc
 
 
 def _unmount_all(mounts: Sequence[Mount], lock: int | None) -> list[Mount]:
@@ -116,7 +137,6 @@ def _unmount_all(mounts: Sequence[Mount], lock: int | None) -> list[Mount]:
         from . import nullfs
 
         return nullfs.remove(mounts, lock=lock)
-    busy = []
     for each in reversed(mounts):
         while _is_ours(each):
             try:
@@ -124,14 +144,24 @@ def _unmount_all(mounts: Sequence[Mount], lock: int | None) -> list[Mount]:
             except OSError as exc:
                 if exc.errno != errno.EBUSY:
                     raise EffectError(f"cannot unmount {each.mountpoint}: {exc.strerror}") from exc
-                busy.append(each)
                 break
-    return busy
+    return _left(mounts)
+
+
+def _left(mounts: Sequence[Mount]) -> list[Mount]:
+    """Return what is still mounted, children first: in use, or beneath somebody else's mount."""
+    points = {each.mountpoint for each in mounts}
+    there = [entry for entry in mountinfo.read() if entry.mountpoint in points]
+
+    def is_left(each: Mount) -> bool:
+        return any(e.mountpoint == each.mountpoint and live.shows(e, each) for e in there)
+
+    return [each for each in reversed(mounts) if is_left(each)]
 
 
 def _is_ours(each: Mount) -> bool:
     found = mountinfo.topmost(mountinfo.read(), each.mountpoint)
-    return found is not None and found.thing == mounted_as(each.source)
+    return found is not None and live.shows(found, each)
 
 
 def expire_automounts(snapshots: Sequence[str], *, lock: int | None = None) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -46,11 +46,15 @@ class System(Protocol):
     def has_open(self, pid: int, path: Path, *, locked: bool) -> bool:
         """Tell whether a process is one of the `openers` of *path*."""
 
+    def lockers(self, tails: Collection[str]) -> dict[str, list[int]]:
+        """Return by each of *tails* who locks a file whose path ends so, where it can be told."""
+
     def watch(self, pid: int) -> int:
         """
         Return a descriptor that can be read once the process has ended; the caller closes it.
 
-        Raises ProcessLookupError where it is gone.
+        Raises ProcessLookupError where it is gone.  Waits a minute where there is no room for a
+        descriptor: who started a process has to learn of its end.
         """
 
     def send(self, pid: int, signum: signal.Signals, *, if_still: Callable[[int], bool]) -> bool:

@@ -13,7 +13,7 @@ import os
 import re
 import select
 import signal
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any
 
 from .. import process
 from ..errors import EffectError
+from .shortage import outlast
 
 NAME = "FreeBSD"
 NAMESPACES = False
@@ -183,6 +184,11 @@ def openers(path: Path, *, locked: bool) -> list[int]:
     return sorted({int(m["pid"]) for m in found if not locked or "w" in (m["rw"] or "")})
 
 
+def lockers(tails: Collection[str]) -> dict[str, list[int]]:
+    """Return none: fstat(1) finds a file by its path alone, and tells none of those it lists."""
+    return {tail: [] for tail in tails}
+
+
 def parse_fstat(line: str) -> re.Match[str] | None:
     """Match a line of fstat(1): the groups command, pid and rw; None for the header."""
     if line.startswith("USER "):
@@ -234,6 +240,10 @@ def _stands_in(mark: str, text: str) -> bool:
 
 
 def watch(pid: int) -> int:
+    return outlast(lambda: _watch(pid))
+
+
+def _watch(pid: int) -> int:
     queue = _select.kqueue()
     try:
         names = ("KQ_FILTER_PROC", "KQ_EV_ADD", "KQ_NOTE_EXIT")

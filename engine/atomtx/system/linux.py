@@ -9,9 +9,11 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+
+from .shortage import outlast
 
 NAME = "Linux"
 NAMESPACES = True
@@ -42,8 +44,9 @@ def pids() -> list[int]:
 
 
 def command_of(pid: int) -> str | None:
+    # Any bytes: prctl(2), PR_SET_NAME; execve(2) cuts it at 15 of them, even inside a letter.
     try:
-        return Path(f"/proc/{pid}/comm").read_text().strip()
+        return Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return None
 
@@ -77,6 +80,25 @@ def _has_open(pid: int, target: os.stat_result, *, locked: bool) -> bool:
     return False
 
 
+def lockers(tails: Collection[str]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {tail: [] for tail in tails}
+    for pid in pids() if tails else ():
+        locked = _locked(pid, tuple(tails))
+        for tail in {tail for path in locked for tail in tails if path.endswith(tail)}:
+            found[tail].append(pid)
+    return found
+
+
+def _locked(pid: int, tails: tuple[str, ...]) -> Iterator[str]:
+    with suppress(OSError):  # gone, or another user's
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            with suppress(OSError):  # closed in between
+                # proc(5): a file that was removed meanwhile is told so.
+                path = os.readlink(f"/proc/{pid}/fd/{name}").removesuffix(" (deleted)")
+                if path.endswith(tails) and _is_locked(pid, name):
+                    yield path
+
+
 def _is_locked(pid: int, descriptor: str) -> bool:
     """Tell whether an exclusive flock(2) is on a descriptor: proc(5), fdinfo, "lock:"."""
     text = Path(f"/proc/{pid}/fdinfo/{descriptor}").read_text()
@@ -84,12 +106,12 @@ def _is_locked(pid: int, descriptor: str) -> bool:
 
 
 def watch(pid: int) -> int:
-    return os.pidfd_open(pid)
+    return outlast(lambda: os.pidfd_open(pid))
 
 
 def send(pid: int, signum: signal.Signals, *, if_still: Callable[[int], bool]) -> bool:
     try:
-        descriptor = os.pidfd_open(pid)
+        descriptor = watch(pid)
     except ProcessLookupError:
         return False
     try:
@@ -105,7 +127,7 @@ def send(pid: int, signum: signal.Signals, *, if_still: Callable[[int], bool]) -
 
 def _stat(pid: int) -> list[str]:
     """Return proc(5)'s stat of a process from its state on; nothing where it is gone."""
-    with suppress(OSError), open(f"/proc/{pid}/stat") as file:
+    with suppress(OSError), open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
         return file.read().rpartition(")")[2].split()
     return []
 

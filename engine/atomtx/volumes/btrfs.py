@@ -9,31 +9,44 @@ mounts still have something to show.
 
 A snapshot is ours if its path has the run's token, it is read-only, its parent is the subvolume
 that the plan names, it is no older than the plan, and, once journaled, its UUID is that UUID.
+
+One that is to stay is in the run's directory as well until the whole moment is journaled.  Then one
+rename makes that directory the user's, under a name of the convention, in one of two directories of
+the top level: which of them is the mark.  There it counts as kept if it is read-only, and it is of
+the subvolume that is its parent.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Collection, Iterator, Sequence
+import stat
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 from .. import btrfsio
 from ..errors import EffectError, UserError
 from ..intents import Source, TakeSnapshots
 from ..mounts import inhabitants
-from ..names import BtrfsSnapshot, RunId
-from ..plan import PlannedVolume
+from ..mounts.mountinfo import Table
+from ..names import BTRFS, KEPT_DIRECTORY, TRANSIENT_DIRECTORY, BtrfsSnapshot, RunId
+from ..plan import PlannedVolume, SubvolumeFacts, normal
 from ..records import Volume
-from ..subvolumes import Filesystem, Subvolume
-from .kind import Identity
+from ..subvolumes import Filesystem, Subvolume, is_on_btrfs
+from .kind import Identity, Kept
 
-_IN_USE = (errno.EBUSY, errno.EPERM, errno.ETXTBSY)  # EPERM: it is being sent, or the default
-_KEPT = "atomtx-kept"
+# EPERM: it is being sent, or the default; ENOTEMPTY: somebody has made a subvolume in it.
+_IN_USE = (errno.EBUSY, errno.EPERM, errno.ETXTBSY, errno.ENOTEMPTY)
+_KEPT = "atomtx-kept"  # what becomes of the name of a backup's directory
+_OURS = "ours"
 
 
 class Subvolumes:
     """btrfs subvolumes; their snapshots are taken one after the other."""
+
+    def mend(self, volumes: Collection[PlannedVolume]) -> None:
+        """Do nothing: an ioctl is done or not."""
 
     def trouble(self, volumes: Collection[PlannedVolume]) -> str | None:
         """Tell which file system is not there."""
@@ -42,7 +55,7 @@ class Subvolumes:
 
     def identities(self, volumes: Sequence[PlannedVolume]) -> dict[str, Identity]:
         """
-        Return what each volume's snapshot is.
+        Return what each volume's snapshot is; one that was kept has no mark of the run any more.
 
         Raises EffectError where a file system cannot be asked.
         """
@@ -50,9 +63,8 @@ class Subvolumes:
         for filesystem in sorted({v.pool_guid for v in volumes}):
             with _reached(filesystem, "look at its snapshots") as top:
                 for volume in (v for v in volumes if v.pool_guid == filesystem):
-                    info = _look(top, BtrfsSnapshot.parse(volume.snapshot))
-                    if info:
-                        found[volume.snapshot] = _identity(volume, info)
+                    if identity := _identify(top, volume):
+                        found[volume.snapshot] = identity
         return found
 
     def renamed(self, run: str, lost: Sequence[Volume]) -> dict[str, Identity]:
@@ -70,10 +82,16 @@ class Subvolumes:
         try:
             with _reached(intent.pool_guid, "take its snapshots") as top:
                 for source, name in zip(intent.sources, intent.snapshots, strict=True):
-                    _take(top, source, BtrfsSnapshot.parse(name))
+                    snapshot = BtrfsSnapshot.parse(name)
+                    if snapshot.keeper:
+                        _check_kept_directory(top, snapshot.directory.partition("/")[0])
+                    _take(top, source, snapshot.taken_as)
         except EffectError as exc:
             return exc
         return None
+
+    def ready(self, volumes: Sequence[PlannedVolume]) -> None:
+        """Do nothing: a snapshot is mounted as it is."""
 
     def hold(self, snapshots: Sequence[str], *, tag: str) -> None:
         """Do nothing: there are no holds."""
@@ -90,20 +108,25 @@ class Subvolumes:
         verdicts: dict[str, str] = {}
         for filesystem, part in _by_filesystem(identities):
             with _reached(filesystem, "destroy its snapshots") as top:
-                mounted = bool(inhabitants.mounted([each.name for each in part]))
-                verdicts |= {each.name: _destroy(top, each, run, mounted) for each in part}
+                now = {each.name: _as_taken(each) for each in part}
+                mounted = bool(inhabitants.mounted([each.name for each in now.values()]))
+                verdicts |= {n: _destroy(top, each, run, mounted) for n, each in now.items()}
         return verdicts
 
     def keep(self, identities: Sequence[Identity], *, run: str) -> dict[str, str]:
-        """Give the run's directory, and what lies beside it, a name that says kept: see `sweep`."""
+        """
+        Give the run's directory, and what lies beside it, a name that says kept: see `sweep`.
+
+        One that was kept by this run already is "done".
+        """
         verdicts: dict[str, str] = {}
         for filesystem, part in _by_filesystem(identities):
             with _reached(filesystem, "keep its snapshots") as top:
-                proven = {each.name: _prove(top, each, run) for each in part}
-                kept = {name for name, found in proven.items() if isinstance(found, btrfsio.Info)}
-                verdicts |= {n: f if isinstance(f, str) else "done" for n, f in proven.items()}
-                for name in sorted({BtrfsSnapshot.parse(n).path.split("/")[1] for n in kept}):
-                    _rename(top, name, _KEPT + name.removeprefix(".atomtx"))
+                found = {each.name: _keepable(top, each, run) for each in part}
+                verdicts |= {n: "done" if v == _OURS else v for n, v in found.items()}
+                ours = (BtrfsSnapshot.parse(name) for name, v in found.items() if v == _OURS)
+                for old, new in sorted(set(map(_renaming, ours))):
+                    _rename(top, old, new)
         return verdicts
 
     def sweep(self, volumes: Sequence[PlannedVolume], *, run: str) -> None:
@@ -115,7 +138,7 @@ class Subvolumes:
 
     def links(self, snapshots: Collection[str]) -> Iterator[str]:
         """Say what the kernel does not tell."""
-        yield "unless it is mounted, it is being sent (`btrfs send`) or is the default subvolume"
+        yield "unless it is mounted, it is being sent, is the default, or has a subvolume in it"
 
 
 def find(path: str, device: str) -> Filesystem:
@@ -124,6 +147,7 @@ def find(path: str, device: str) -> Filesystem:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             uuid, generation = btrfsio.identify(descriptor)
+            btrfsio.check_only(uuid)
             rows = btrfsio.subvolumes(descriptor)
         finally:
             os.close(descriptor)
@@ -166,10 +190,19 @@ def marked() -> Iterator[tuple[PlannedVolume, Identity]]:
                     yield volume, _identity(volume, info)
 
 
+def keepers() -> Iterator[str]:
+    """Yield for each kept snapshot of the file systems that are mounted the run that kept it."""
+    for filesystem in mounted():
+        with suppress(OSError), btrfsio.top_level(filesystem) as top:
+            for row in btrfsio.subvolumes(top):
+                if row.is_readonly and (run := BtrfsSnapshot(filesystem, row.path).keeper):
+                    yield run
+
+
 def _found(snapshot: BtrfsSnapshot, info: btrfsio.Info) -> PlannedVolume:
     filesystem, source = snapshot.filesystem, Source(0, info.parent_uuid, "", 0)
     return PlannedVolume(
-        "btrfs", filesystem, filesystem, str(snapshot), "", "", str(snapshot), source
+        BTRFS, filesystem, filesystem, str(snapshot), "", "", str(snapshot), source
     )
 
 
@@ -192,6 +225,8 @@ def _hint(exc: OSError) -> str | None:
             return "the file system has no room for a snapshot; see `btrfs filesystem usage`"
         case errno.EPERM | errno.EACCES:
             return "run atomtx as root"
+        case errno.ENOTUNIQ:
+            return "both have the same UUID; `btrfstune -u` gives a clone one of its own"
         case errno.ETXTBSY:
             return "a subvolume with an active swap file cannot be snapshotted; name others"
     return None
@@ -202,6 +237,16 @@ def _by_filesystem(identities: Sequence[Identity]) -> Iterator[tuple[str, list[I
     for each in identities:
         parts.setdefault(BtrfsSnapshot.parse(each.name).filesystem, []).append(each)
     yield from parts.items()
+
+
+def _identify(top: int, volume: PlannedVolume) -> Identity | None:
+    """Return what a volume's snapshot is: where it was taken, or else where it was kept."""
+    snapshot = BtrfsSnapshot.parse(volume.snapshot)
+    if info := _look(top, snapshot.taken_as):
+        return _identity(volume, info)
+    if snapshot.keeper and (info := _look(top, snapshot)):
+        return replace(_identity(volume, info), mark=None)
+    return None
 
 
 def _open(top: int, path: str) -> int:
@@ -237,7 +282,7 @@ def _identity(volume: PlannedVolume, info: btrfsio.Info) -> Identity:
         and info.parent_uuid == volume.source.uuid
         and info.created >= volume.source.generation
     )
-    run = BtrfsSnapshot.parse(volume.snapshot).run
+    run = BtrfsSnapshot.parse(volume.snapshot).taken_as.run
     return Identity(
         name=volume.snapshot,
         guid=info.uuid,
@@ -274,22 +319,33 @@ def _run_directory(top: int, name: str) -> int:
 
 
 def _remove_directory(top: int, name: str) -> None:
+    # rmdir(2) would remove an empty subvolume, too (Linux 4.18).
+    with suppress(FileNotFoundError):
+        if os.stat(name, dir_fd=top, follow_symlinks=False).st_ino == btrfsio.ROOT_INODE:
+            return
     try:
         os.rmdir(name, dir_fd=top)
     except OSError as exc:
-        if exc.errno not in (errno.ENOENT, errno.ENOTEMPTY):  # gone; not only ours
+        if exc.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.ENOTDIR):  # gone; not only ours
             raise
 
 
 def _prove(top: int, identity: Identity, run: str) -> btrfsio.Info | str:
     """Return what a snapshot is where it is still the one; else the verdict."""
-    snapshot = BtrfsSnapshot.parse(identity.name)
-    found = _look(top, snapshot)
+    found = _same(top, identity)
+    if isinstance(found, str):
+        return found
+    is_marked = BtrfsSnapshot.parse(identity.name).run == run
+    return found if found.is_readonly and is_marked else "unmarked"
+
+
+def _same(top: int, each: Identity | Kept) -> btrfsio.Info | str:
+    """Return what has the place if it is what was there, whatever its mark; else the verdict."""
+    found = _look(top, BtrfsSnapshot.parse(each.name))
     if found is None:
         return "absent"
-    if (found.uuid, str(found.created)) != (identity.guid, identity.createtxg):
-        return "foreign"
-    return found if found.is_readonly and snapshot.run == run else "unmarked"
+    is_same = (found.uuid, str(found.created)) == (each.guid, each.createtxg)
+    return found if is_same else "foreign"
 
 
 def _destroy(top: int, identity: Identity, run: str, mounted: bool) -> str:
@@ -299,6 +355,10 @@ def _destroy(top: int, identity: Identity, run: str, mounted: bool) -> str:
         return found
     if mounted and inhabitants.mounted([identity.name]):
         return "busy"
+    return _deleted(top, found)
+
+
+def _deleted(top: int, found: btrfsio.Info) -> str:
     try:
         btrfsio.destroy(top, found.id)
     except FileNotFoundError:
@@ -310,6 +370,187 @@ def _destroy(top: int, identity: Identity, run: str, mounted: bool) -> str:
     return "done"
 
 
+# -- those that stay ---------------------------------------------------------------------------
+
+
+def filesystems(texts: Iterable[str], table: Table) -> list[Filesystem]:
+    """List the subvolumes of each btrfs that one of *texts* is a path on."""
+    paths: dict[str, str] = {}
+    for text in texts:
+        entry = table.containing(normal(text)) if is_on_btrfs(table, text) else None
+        if entry:
+            paths.setdefault(entry.dev, entry.mountpoint)
+    return [find(path, device) for device, path in paths.items()]
+
+
+def kept(subvolumes: Iterable[SubvolumeFacts]) -> list[Kept]:
+    """
+    Return all read-only snapshots of *subvolumes*, whoever took them.
+
+    But not those that a run has for itself.  Raises EffectError where a file system cannot be
+    asked.
+    """
+    parts: dict[str, dict[str, str]] = {}
+    for facts in subvolumes:
+        parts.setdefault(facts.filesystem, {})[facts.source.uuid] = facts.name
+    found: list[Kept] = []
+    for filesystem, names in parts.items():
+        with _reached(filesystem, "list its snapshots") as top:
+            found += _kept_of(top, filesystem, names)
+    return found
+
+
+def _kept_of(top: int, filesystem: str, names: Mapping[str, str]) -> Iterator[Kept]:
+    """Yield the snapshots of the subvolumes whose *names* are given by their UUIDs."""
+    for row in btrfsio.subvolumes(top):
+        snapshot = BtrfsSnapshot(filesystem, row.path)
+        if not (row.is_readonly and row.parent_uuid in names) or snapshot.run:
+            continue
+        info = _look(top, snapshot)
+        if info and (info.id, info.is_readonly) == (row.id, True):
+            keeper = _keeper(top, snapshot)
+            yield Kept(
+                name=str(snapshot),
+                guid=info.uuid,
+                createtxg=str(info.created),
+                creation_s=info.created_s,
+                keeper=keeper,
+                holds=0,
+                clones=(),
+                is_transient=bool(keeper) and snapshot.is_transient,
+                subvolume=names[row.parent_uuid],
+            )
+
+
+def _keeper(top: int, snapshot: BtrfsSnapshot) -> str:
+    """Return the run that kept it, where root alone could make that place; else nothing."""
+    moment = snapshot.directory
+    places = (moment.partition("/")[0], moment)
+    is_marked = snapshot.keeper and all(_is_roots(top, place) for place in places)
+    return snapshot.keeper or "" if is_marked else ""
+
+
+def _is_roots(top: int, path: str) -> bool:
+    """Tell whether a path is a directory of the top level, and root's; false where it is gone."""
+    try:
+        there = os.stat(path, dir_fd=top, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    is_plain = stat.S_ISDIR(there.st_mode) and there.st_dev == os.fstat(top).st_dev
+    return is_plain and there.st_uid == os.geteuid()
+
+
+def guids(filesystem: str, names: Iterable[str]) -> dict[str, str]:
+    """Return the UUID of what has each name now; EffectError where that cannot be asked."""
+    with _reached(filesystem, "look at its snapshots") as top:
+        looked = {name: _look(top, BtrfsSnapshot.parse(name)) for name in names}
+        return {name: info.uuid for name, info in looked.items() if info}
+
+
+def uuids(filesystem: str) -> set[str]:
+    """Return the UUID of every subvolume; EffectError where that cannot be asked."""
+    with _reached(filesystem, "list its subvolumes") as top:
+        return {row.uuid for row in btrfsio.subvolumes(top)}
+
+
+def prune(filesystem: str, snapshots: Sequence[Kept]) -> Iterator[dict[str, str]]:
+    """
+    Destroy kept snapshots of one file system that are still these.
+
+    Each is proven just before it is destroyed by its id, which no other subvolume ever gets.
+    Yields verdicts by name as they are known, those of `Subvolumes.destroy`; all of it is durable
+    once the last was asked for, or the iterator is closed.  Idempotent.
+    """
+    with _reached(filesystem, "destroy its snapshots") as top:
+        try:
+            for each in snapshots:
+                yield {each.name: _prune(top, each)}
+        finally:
+            _tidy(top)
+            btrfsio.commit(top)
+
+
+def tidy(filesystem: str) -> None:
+    """Remove the directories of moments of which nothing is left; idempotent."""
+    with _reached(filesystem, "remove empty directories there") as top:
+        _tidy(top)
+
+
+def _prune(top: int, each: Kept) -> str:
+    snapshot, found = BtrfsSnapshot.parse(each.name), _same(top, each)
+    if isinstance(found, str):
+        return found
+    is_marked = not each.keeper or each.keeper == _keeper(top, snapshot)
+    if each.is_transient:
+        is_marked = is_marked and snapshot.is_transient
+    if not (found.is_readonly and is_marked):
+        return "unmarked"
+    return "busy" if inhabitants.mounted([each.name]) else _deleted(top, found)
+
+
+def _tidy(top: int) -> None:
+    for directory in (KEPT_DIRECTORY, TRANSIENT_DIRECTORY):
+        try:
+            here = _open(top, directory)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        try:
+            for name in os.listdir(here):
+                if BtrfsSnapshot("", f"/{directory}/{name}/0").keeper:
+                    _tidy_moment(here, name)
+        finally:
+            os.close(here)
+
+
+def _tidy_moment(here: int, name: str) -> None:
+    """Remove a moment's directory if it is empty; one that is immutable or mounted on stays."""
+    try:
+        _remove_directory(here, name)
+    except OSError as exc:
+        if exc.errno not in _IN_USE:
+            raise
+
+
+def _check_kept_directory(top: int, name: str) -> None:
+    """Raise EffectError where no directory could be moved into what has the name."""
+    if name in os.listdir(top) and not _is_roots(top, name):
+        raise EffectError(
+            f"/{name} below the top level is no directory of root's: no snapshot can be kept there",
+            hint="move it away",
+        )
+
+
+def _as_taken(identity: Identity) -> Identity:
+    return replace(identity, name=str(BtrfsSnapshot.parse(identity.name).taken_as))
+
+
+def _keepable(top: int, identity: Identity, run: str) -> str:
+    """Return _OURS for a snapshot that is to be kept, "done" for one that is; else the verdict."""
+    found = _prove(top, _as_taken(identity), run)
+    if isinstance(found, btrfsio.Info):
+        return _OURS
+    if found != "absent" or BtrfsSnapshot.parse(identity.name).keeper != run:
+        return found
+    kept = _same(top, identity)
+    return kept if isinstance(kept, str) else "done"
+
+
+def _renaming(snapshot: BtrfsSnapshot) -> tuple[str, str]:
+    """Return what is renamed to keep a snapshot, and the new name."""
+    if snapshot.keeper:
+        return snapshot.taken_as.directory, snapshot.directory
+    name = snapshot.path.split("/")[1]
+    return name, _KEPT + name.removeprefix(".atomtx")
+
+
 def _rename(top: int, name: str, new: str) -> None:
-    with suppress(FileNotFoundError):
-        os.rename(name, new, src_dir_fd=top, dst_dir_fd=top)
+    parent, _, last = new.rpartition("/")
+    if not parent:
+        with suppress(FileNotFoundError):
+            os.rename(name, new, src_dir_fd=top, dst_dir_fd=top)
+        return
+    there = _run_directory(top, parent)
+    try:
+        os.rename(name, last, src_dir_fd=top, dst_dir_fd=there)
+    finally:
+        os.close(there)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from ..errors import EffectError
-from ..intents import TakeSnapshots
+from ..intents import PruneSnapshots, TakeSnapshots
 from ..plan import PlannedVolume, Pool
 from ..records import Volume
 from .kind import Identity
@@ -17,6 +17,9 @@ class Datasets:
 
     def __init__(self, zfs: Zfs) -> None:
         self._zfs = zfs
+
+    def mend(self, volumes: Collection[PlannedVolume]) -> None:
+        """Do nothing: a `zfs` that was killed has done all or nothing."""
 
     def trouble(self, volumes: Collection[PlannedVolume | Volume]) -> str | None:
         """Tell why a pool cannot be asked."""
@@ -30,22 +33,25 @@ class Datasets:
         """
         Find snapshots whose dataset was renamed meanwhile, by guid, createtxg and their own mark.
 
-        The whole pool is searched, which is slow: only where a name is not found.  Raises
-        EffectError where a pool cannot be asked.
+        One that stays, by the first two.  The whole pool is searched, which is slow: only where a
+        name is not found.  Raises EffectError where a pool cannot be asked.
         """
         wanted = {(v.guid, v.createtxg): v.snapshot for v in lost if v.guid}
         if not wanted:
             return {}
         if trouble := self.trouble(lost):
             raise EffectError(trouble)
-        marked = self._zfs.marked({v.pool for v in lost})
-        found = self._zfs.identities([name for name, mark in marked if mark == run])
-        keys = ((identity.guid, identity.createtxg) for identity in found.values())
-        return {
-            wanted[key]: identity
-            for key, identity in zip(keys, found.values(), strict=True)
-            if key in wanted
-        }
+        found = self._marked(run, lost)
+        if stay := {v.pool for v in lost if v.stays}:
+            found += self._zfs.snapshots(stay)
+        keys = ((identity.guid, identity.createtxg) for identity in found)
+        return {wanted[key]: each for key, each in zip(keys, found, strict=True) if key in wanted}
+
+    def _marked(self, run: str, lost: Sequence[Volume]) -> list[Identity]:
+        """Return the snapshots with the run's own mark."""
+        marked = self._zfs.marked({v.pool for v in lost if not v.stays})
+        names = [name for name, mark in marked if mark == run]
+        return list(self._zfs.identities(names).values())
 
     def unreadable(self, volumes: Sequence[PlannedVolume]) -> str | None:
         """Tell whose key is not loaded."""
@@ -56,7 +62,10 @@ class Datasets:
 
     def take(self, intent: TakeSnapshots) -> EffectError | None:
         """Take a pool's snapshots in one transaction group: all or none."""
-        return self._zfs.take(intent.snapshots, run=intent.run)
+        return self._zfs.take(intent.snapshots, run=intent.run, transient=intent.transient)
+
+    def ready(self, volumes: Sequence[PlannedVolume]) -> None:
+        """Do nothing: a snapshot is mounted as it is."""
 
     def hold(self, snapshots: Sequence[str], *, tag: str) -> None:
         """Hold snapshots under *tag*; idempotent."""
@@ -88,7 +97,9 @@ class Datasets:
             yield exc.message
 
 
-def pool_trouble(volumes: Iterable[PlannedVolume | Volume], pools: Iterable[Pool]) -> str | None:
+def pool_trouble(
+    volumes: Iterable[PlannedVolume | Volume | PruneSnapshots], pools: Iterable[Pool]
+) -> str | None:
     """Tell why a pool of *volumes* cannot be asked; "not found" there would not mean "gone"."""
     by_name = {pool.name: pool for pool in pools}
     names = {pool.guid: pool.name for pool in by_name.values()}

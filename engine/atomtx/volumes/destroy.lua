@@ -5,18 +5,25 @@
 args = ...
 argv = args["argv"]
 
+-- is_same and bears are the proof, in the same words in destroy.lua and in prune.lua.
+function is_same(name, guid, txg)
+  return "g" .. tostring(zfs.get_prop(name, "guid")) == guid
+    and "t" .. tostring(zfs.get_prop(name, "createtxg")) == txg
+end
+
+function bears(name, mark, run)
+  value, source = zfs.get_prop(name, mark)
+  return value == run and source == name
+end
+
 function judge(name, run, guid, txg)
   if not zfs.exists(name) then
     return "absent"
   end
-  if "g" .. tostring(zfs.get_prop(name, "guid")) ~= guid then
+  if not is_same(name, guid, txg) then
     return "foreign"
   end
-  if "t" .. tostring(zfs.get_prop(name, "createtxg")) ~= txg then
-    return "foreign"
-  end
-  value, source = zfs.get_prop(name, "atomtx:run")
-  if value ~= run or source ~= name then
+  if not bears(name, "atomtx:run", run) then
     return "unmarked"
   end
   return "ours"
@@ -34,7 +41,9 @@ results = {}
 for i = 3, #argv, 3 do
   name = argv[i]
   verdict = judge(name, argv[2], argv[i + 1], argv[i + 2])
-  if verdict == "ours" then
+  if verdict == "unmarked" and argv[1] == "keep" and bears(name, "atomtx:kept", argv[2]) then
+    verdict = "done"
+  elseif verdict == "ours" then
     if argv[1] == "keep" then
       err = keep(name, argv[2])
     else

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from ..errors import EffectError
 from ..intents import TakeSnapshots
+from ..names import BTRFS, LVM, ZFS
 from ..plan import PlannedVolume
 from ..records import Volume
 
@@ -27,10 +28,47 @@ class Identity:
     createtxg: str  # the transaction in which it was made
     creation_s: int
     mark: str | None  # the run whose mark it bears itself, never inherited
+    flaw: str | None = None  # why it is ours and does not hold the moment; only LVM has such
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A snapshot that may stay: *keeper* is the run whose kept mark it bears itself, or empty."""
+
+    name: str
+    guid: str
+    createtxg: str
+    creation_s: int
+    keeper: str
+    holds: int
+    clones: tuple[str, ...]
+    is_copy: bool = False  # the mark came with it, by `zfs receive`, or says so
+    is_transient: bool = False  # and it bears the transient mark of that run itself
+    subvolume: str = ""  # of btrfs: where that is seen of which it is
+    origin: str = ""  # of LVM: that volume
+
+    @property
+    def kind(self) -> str:
+        """The kind of volume of which it is."""
+        if self.origin:
+            return LVM
+        return BTRFS if self.subvolume else ZFS
+
+    @property
+    def volume(self) -> str:
+        """The dataset, subvolume or logical volume of which it is."""
+        return self.subvolume or self.origin or self.name.partition("@")[0]
 
 
 class Kind(Protocol):
     """A kind of volume.  Volumes and snapshots that are given are all of this kind."""
+
+    def mend(self, volumes: Collection[PlannedVolume]) -> None:
+        """
+        Undo what a command that was killed left, and what would keep us from looking; idempotent.
+
+        To be called by who holds lock F alone.
+        """
 
     def trouble(self, volumes: Collection[PlannedVolume]) -> str | None:
         """Tell why the pools of *volumes* cannot be asked: "not found" would not mean "gone"."""
@@ -50,6 +88,9 @@ class Kind(Protocol):
 
         Returns what went wrong, if anything; only a probe tells what is there.
         """
+
+    def ready(self, volumes: Sequence[PlannedVolume]) -> None:
+        """Make the snapshots ready to be mounted; their destruction undoes it.  Idempotent."""
 
     def hold(self, snapshots: Sequence[str], *, tag: str) -> None:
         """Keep others from destroying the snapshots; idempotent."""

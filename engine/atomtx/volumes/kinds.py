@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeVar
 
+from ..lvmio import Lvm
+from ..names import BTRFS, LVM, PLAIN, ZFS
 from ..plan import PlannedVolume
 from ..records import Volume
 from .btrfs import Subvolumes
 from .datasets import Datasets
 from .kind import Identity, Kind
+from .lvm import LogicalVolumes
+from .plain import Directories
 from .zfs import Zfs
 
 _Any = TypeVar("_Any", PlannedVolume, Volume)
@@ -24,7 +28,14 @@ class Kinds:
     @classmethod
     def real(cls, lock: int | None = None) -> Kinds:
         """Return those of this machine; *lock* is the descriptor of F for the commands."""
-        return cls({"zfs": Datasets(Zfs(lock)), "btrfs": Subvolumes()})
+        return cls(
+            {
+                ZFS: Datasets(Zfs(lock)),
+                BTRFS: Subvolumes(),
+                LVM: LogicalVolumes(Lvm(lock)),
+                PLAIN: Directories(),
+            }
+        )
 
     def of(self, kind: str) -> Kind:
         return self._kinds[kind]
@@ -35,6 +46,16 @@ class Kinds:
             parts.setdefault(volume.kind, []).append(volume)
         for kind, part in parts.items():
             yield self.of(kind), part
+
+    def mend(self, volumes: Iterable[PlannedVolume]) -> None:
+        """Undo what a command that was killed left; the caller holds lock F."""
+        for kind, part in self._parted(volumes):
+            kind.mend(part)
+
+    def ready(self, volumes: Iterable[PlannedVolume]) -> None:
+        """Make the snapshots ready to be mounted."""
+        for kind, part in self._parted(volumes):
+            kind.ready(part)
 
     def trouble(self, volumes: Iterable[PlannedVolume]) -> str | None:
         """Tell why a pool of *volumes* cannot be asked; None where all can."""
