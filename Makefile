@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 # Two at a time, each with a virtual machine of its own; the tests of a file share its states.
 # The files in the order of tests/conftest.py.
-PYTEST_ARGUMENTS ?= --numprocesses 2 --dist loadfile --no-loadscope-reorder
+PYTEST_ARGUMENTS ?= --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 50 --durations-min 5
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 

@@ -6,17 +6,24 @@ A mutant counts as not found when these do not find it, whatever another test mi
 
 from __future__ import annotations
 
+from pathlib import Path
+
 _UNIT = "tests/unit/test_"
 _RECOVERY = (f"{_UNIT}recovery.py",)
 _LOCKS = (f"{_UNIT}locks.py", f"{_UNIT}probing.py")
 _RUNNER = f"{_UNIT}runner.py"
 _EXECUTOR = f"{_UNIT}executor.py"
+_HOOKS = f"{_UNIT}hooks.py"
+_SNAPPING = f"{_UNIT}snapping.py"
+_CATCHUP = f"{_UNIT}catchup.py"
+_FULL_DISK = f"{_UNIT}full_disk.py"
 
 _PROCESS = (
     "(test_runner and not test_lines and not round_trip and not test_log and not test_span"
     " and not overlong)"
 )
 _STOP = "stop or grace or limit or chatty"
+_SHUTDOWN = "shutdown or told or over_its_limit or undone_when or interrupted or not_kept"
 # By module and function, the tests to ask, as pytest's -k has them.
 _FOCUS = {
     "supervisor": {
@@ -46,30 +53,61 @@ _FOCUS = {
         "_unread": "reads_nothing or nothing_read or before_it_read or test_go",
     },
     "executor": {
-        "__init__": "course or inside or no_room or told or waiting or at_go or killed_runner",
-        "advance": "course or kept_waiting or retries or busy or killed_runner or interrupted",
+        "__init__": (
+            "course or inside or no_room or told or waiting or at_go or killed_runner"
+            " or busy or handed_on or cannot_look"
+        ),
+        "advance": "course or no_room",
+        "_advance": f"course or kept_waiting or retries or busy or killed_runner or {_SHUTDOWN}",
+        "_course": "course",
         "_try": "course or interrupted or no_room or overtaken or ours or taken or dead",
+        "_unless_signalled": _SHUTDOWN,
+        "_leave": _SHUTDOWN,
+        "_failed_unstopped": _SHUTDOWN,
+        "_waiting": "retries",
+        "_left": "cannot_be_read or cannot_look",
+        "_is_kept": _SHUTDOWN,
         "give_up": "rolled_back or killed_always or runner_that or no_room or interrupted",
         "resume": "retries or killed or resumed_by or waiting",
+        "_failure": "retries or shutdown or killed",
+        "_prepared": "course",
+        "_intend_hooks": "course",
+        "take_over": "killed",
+        "undo_hooks": "course",
         "record_end": "end_is_known or no_room_at_all or told",
         "_dismiss": "course or runner_that or interrupted",
         "_take": "course or pools or moment or ours or killed or effects or empty",
+        "_check_pools": "ours or pools",
+        "_record_moment": "course or effects or moment or clock",
+        "_tell_skew": "course or pools",
+        "_take_all": "course or pools or ours or effects",
+        "_take_pool": "course or ours or effects",
+        "_hold_kept": "course",
+        "_try_to_hold": "course",
+        "_hold": "course or effects",
+        "_keep": "course",
+        "_keep_all": "course",
+        "_kept": "course",
+        "_record_kept": "course",
+        "_as_taken": "course",
         "_hold_and_mount": "course or effects or tree or pools or on_the_way or empty or limit",
         "_intend_mounts": "course or effects or killed_runner or on_the_way or retries",
-        "_take_pool": "course or ours or effects",
         "_mount_again": "on_the_way",
         "_start": "course or interrupted_at_go or killed",
         "_await_end": (
-            "course or failed or partial or retries or waiting or too_old or interrupted"
-            " or killed_runner or told or no_room or progress or always"
+            "course or failed or partial or retries or waiting or too_old"
+            f" or killed_runner or no_room or progress or always or {_SHUTDOWN}"
         ),
         "_end": "course or told or failed or known",
+        "_told_to_runner": _SHUTDOWN,
         "_after_lost_runner": "killed_runner or always",
         "_again": "retries",
         "_is_kept_waiting": "retries or waiting",
         "mend": "retries or killed_runner or course or known or resumed",
+        "_mended": "retries or killed_runner",
         "_record_end": "course or failed or partial or keep or known or no_room",
         "_record_or_make_room": "course or no_room or told or failed",
+        "_make_room": "no_room",
         "_keep_end": "no_room or told",
     },
     "moment": {
@@ -88,9 +126,51 @@ _FOCUS = {
         "_emptied_words": "empty",
     },
 }
+# What of the executor other files test: asked after its own.
+_ELSEWHERE = {
+    "__init__": (_HOOKS,),
+    "advance": (_HOOKS,),
+    "_advance": (_HOOKS, _SNAPPING),
+    "_course": (_SNAPPING, _CATCHUP),
+    "_try": (_HOOKS, _FULL_DISK),
+    "_leave": (_HOOKS,),
+    "_waiting": (_HOOKS,),
+    "_left": (_HOOKS,),
+    "give_up": (_HOOKS, _FULL_DISK),
+    "resume": (_HOOKS, _CATCHUP),
+    "_failure": (_FULL_DISK,),
+    "_prepared": (_HOOKS,),
+    "_intend_hooks": (_HOOKS,),
+    "take_over": (_HOOKS,),
+    "undo_hooks": (_HOOKS,),
+    "_take": (_HOOKS, _SNAPPING),
+    "_check_pools": (_SNAPPING,),
+    "_record_moment": (_HOOKS, _SNAPPING, _CATCHUP),
+    "_tell_skew": (_CATCHUP,),
+    "_take_all": (_HOOKS,),
+    "_hold_kept": (_CATCHUP, _HOOKS),
+    "_try_to_hold": (_CATCHUP,),
+    "_hold": (_CATCHUP,),
+    "_keep": (_SNAPPING, _HOOKS),
+    "_keep_all": (_SNAPPING,),
+    "_kept": (_SNAPPING,),
+    "_record_kept": (_SNAPPING, _HOOKS),
+    "_as_taken": (_SNAPPING,),
+    "_hold_and_mount": (_HOOKS, _CATCHUP),
+    "_intend_mounts": (_HOOKS,),
+    "_await_end": (_FULL_DISK,),
+    "_record_end": (_HOOKS, _FULL_DISK),
+    "_record_or_make_room": (_FULL_DISK, _CATCHUP),
+    "_make_room": (_FULL_DISK,),
+    "_keep_end": (_FULL_DISK,),
+}
 MODULES = ("recovery", "locks", "supervisor", "runner", "executor", "moment")
 # Their tests start no program of ours anew: mutants can be tried in forks.
-WARM = {"recovery": _RECOVERY, "executor": (_EXECUTOR,), "moment": (_EXECUTOR,)}
+WARM = {
+    "recovery": _RECOVERY,
+    "executor": (_EXECUTOR, _HOOKS, _SNAPPING, _CATCHUP, _FULL_DISK),
+    "moment": (_EXECUTOR,),
+}
 
 
 def tests_of(module: str, function: str) -> tuple[str, ...]:
@@ -100,6 +180,9 @@ def tests_of(module: str, function: str) -> tuple[str, ...]:
     if module == "locks":
         return _LOCKS
     focus = _FOCUS[module].get(function)
+    if module == "executor" and focus and (files := _ELSEWHERE.get(function)):
+        whole = " or ".join(Path(file).stem for file in files)
+        return (_EXECUTOR, *files, "-k", f"({focus} or {whole}) and not anywhere")
     if module in ("executor", "moment"):
         return (_EXECUTOR, "-k", focus) if focus else (_EXECUTOR,)
     return (_RUNNER, _EXECUTOR, "-k", f"{focus or _PROCESS} or environment")

@@ -27,7 +27,7 @@ from .seeded import seeded
 from .survivors import listed
 from .trial import CHECKOUT, Bench, Verdict
 
-_TIMEOUT_S = 600.0  # of one mutant, on a machine that is shared
+_TIMEOUT_S = 420.0  # of one mutant, on a machine that is shared
 _PROOF_S = 3600.0
 _LIKELY = 3  # of the tests that found its neighbours, how many are asked first
 

@@ -12,7 +12,7 @@ import shutil
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
@@ -43,7 +43,7 @@ from atomtx.errors import (
 from atomtx.executor import Tell
 from atomtx.interrupts import Interrupts
 from atomtx.journal import Journal
-from atomtx.mounts import inhabitants, namespace
+from atomtx.mounts import inhabitants, namespace, tree
 from atomtx.records import Run
 from atomtx.recovery import MAX_ATTEMPTS, LeaveAlone, Resume, RollBack, RollForward, Wait
 from atomtx.settling import Patience, Settler
@@ -933,6 +933,30 @@ def _note_front_lock(scene: Scene) -> None:
         enter()
 
     locks.try_acquire, namespace.enter = noting, entering
+
+
+def test_front_lock_is_handed_on_to_mounts(scene: Scene) -> None:
+    """Promise 6: programs that make or remove a tree (FreeBSD) inherit F: recovery waits."""
+    scene.changes.append(lambda: _note_lock_of_mounts(scene))
+    root = str(scene.home / "tree")
+    check_completed(scene, scene.backup(scene.plan(*SETS, root=root, layout="tree")))
+    (folder,) = (scene.state / "runs").iterdir()
+    noted = (scene.home / "inherited").read_text().splitlines()
+    assert noted == [f"{name} {folder}/front.lock" for name in ("make", "remove")]
+
+
+def _note_lock_of_mounts(scene: Scene) -> None:
+    for name in ("make", "remove"):
+        original = getattr(tree, name)
+
+        def noting(
+            *args: Any, lock: int, name: str = name, original: Callable[..., Any] = original
+        ) -> Any:
+            with (scene.home / "inherited").open("a") as file:
+                print(name, os.readlink(f"/proc/self/fd/{lock}"), file=file)
+            return original(*args, lock=lock)
+
+        setattr(tree, name, noting)
 
 
 def test_killed_inside_command(scene: Scene) -> None:
