@@ -18,9 +18,9 @@ from typing import Any, NoReturn
 
 import pytest
 
-from atomtx import locks, sessions, settling, system
+from atomtx import executor, locks, sessions, settling, system
 from atomtx.clients import Facts, Settings
-from atomtx.errors import ExitStatus, UserError, WaitingError
+from atomtx.errors import CredentialError, ExitStatus, JournalError, UserError, WaitingError
 from atomtx.executor import Executor, Tell
 from atomtx.intents import (
     AFTER_FAILURE,
@@ -501,6 +501,41 @@ def _out_of_reach(_: Played, settings: Settings) -> NoReturn:
 
 def _there(_: Played, __: Settings) -> Facts:
     return Facts("1.2", "repo")
+
+
+def test_password_that_is_not_there(scene: Scene) -> None:
+    """A backup whose password is not there keeps its moment, and leaves no hook in force."""
+    made = hooked(scene, *all_hooks(scene))
+    scene.changes.append(lambda: setattr(executor, "environment_of", _no_password))
+    waits = scene.backup(made)
+    assert isinstance(waits.raised, WaitingError), (scene.home / "log").read_text()
+    assert waits.raised.message == f"run {made.run} (tank/a) waits: no password"
+    assert in_force(scene) == []
+    assert did(scene)[-1:] == ["start"]
+    scene.changes.clear()
+    assert outcome(scene.recover()) == ("completed", None)
+    assert in_force(scene) == scene.left() == []
+
+
+def _no_password(_: object) -> NoReturn:
+    raise CredentialError("no password")
+
+
+def test_journal_that_cannot_be_written(scene: Scene) -> None:
+    """What the journal cannot record any more is undone all the same; `recover` goes on."""
+    made = hooked(scene, *all_hooks(scene))
+    scene.changes.append(lambda: setattr(Executor, "_record_end", _out_of_order))
+    ended = scene.backup(made)
+    assert isinstance(ended.raised, JournalError), (scene.home / "log").read_text()
+    assert in_force(scene) == []
+    assert did(scene)[-1:] == ["start"]
+    scene.changes.clear()
+    assert outcome(scene.recover()) == ("completed", None)
+    assert in_force(scene) == scene.left() == []
+
+
+def _out_of_order(*_: object) -> NoReturn:
+    raise JournalError("disk I/O error")
 
 
 def test_end_that_cannot_be_read(scene: Scene) -> None:
