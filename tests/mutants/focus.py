@@ -60,7 +60,10 @@ _FOCUS = {
         "advance": "course or no_room",
         "_advance": f"course or kept_waiting or retries or busy or killed_runner or {_SHUTDOWN}",
         "_course": "course",
-        "_try": "course or interrupted or no_room or overtaken or ours or taken or dead",
+        "_try": (
+            "course or interrupted or no_room or overtaken or ours or taken or dead or cannot_be"
+            " or used_up"
+        ),
         "_unless_signalled": _SHUTDOWN,
         "_leave": _SHUTDOWN,
         "_failed_unstopped": _SHUTDOWN,

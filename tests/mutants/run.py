@@ -34,12 +34,14 @@ _LIKELY = 3  # of the tests that found its neighbours, how many are asked first
 
 def main() -> int:
     options = _options()
+    known = listed()
     wrong: list[str] = []
     rows: list[str] = []
     for group in options.groups or ["seeded", *MODULES]:
         results = Results(group)
         trials = [t for t in _trials(group) if options.match in t.key]
         todo = [t for t in trials if results.of(t) is None]
+        todo.sort(key=lambda t: t.key in known)  # last: each takes all of its tests
         if todo and not options.show:
             _try_all(group, todo, results, options.jobs)
             _prove(group, trials, results)

@@ -637,6 +637,8 @@ def test_used_up(scene: Scene, owner: object, name: str, reason: str) -> None:
     scene.changes.append(lambda: setattr(owner, name, _used_up))
     ended = scene.backup(scene.plan(*SETS))
     check_failed(scene, ended, reason)
+    # How the client ended is told with the run's outcome.
+    assert (reason in ended.said("warn")) == (owner is not supervisor.Supervisor)
     assert "Traceback" not in (scene.home / "log").read_text()
 
 
