@@ -1142,6 +1142,20 @@ def test_kept_when_all_are_told(scene: Scene, processes: str) -> None:
     check_completed(scene, scene.recover(), attempts=2)
 
 
+def test_failure_of_a_shutdown(scene: Scene) -> None:
+    """A client that fails of the signal that the front end got takes none of its attempts away."""
+    once = f"test -e {scene.home}/again || {{ touch {scene.home}/again; "
+    scene.behave(f"{once} trap 'exit 75' TERM; kill -TERM {FRONT_END} $$; sleep 30; }}")
+    made = scene.plan(*SETS, client="played", on_stop="keep", retries=1, grace_s=5)
+    ended = scene.backup(made)
+    assert ended.interrupted == "interrupted by SIGTERM", (scene.home / "log").read_text()
+    assert ended.run
+    assert (ended.run.outcome, ended.run.failures) == (None, 0)
+    scene.write("changed", *SETS)
+    scene.changes.append(lambda: setattr(clients, "load", _inspected))
+    check_completed(scene, scene.recover(), attempts=2)
+
+
 def test_over_its_limit_when_all_are_told(scene: Scene) -> None:
     """A client over its limit has failed, also where a shutdown comes within its grace."""
     told = "trap 'kill -TERM $front $PPID; trap : TERM' TERM"
