@@ -8,7 +8,8 @@ answered: a bare group, a name without a selection.
 
 Faults are the test's wish, in "faults" by command: "refuse" fails and has done nothing, "silent"
 does nothing and says that it did, "half" is an `lvcreate` that was killed, "unplug" has the disk
-of all groups taken away, "all but one" is an `lvremove` that fails at the last volume.
+of all groups taken away, "all but one" is an `lvremove` that fails at the last volume, "removed
+once" a `dmsetup` that fails once for a device that somebody removed while it looked at all.
 """
 
 from __future__ import annotations
@@ -361,6 +362,14 @@ def stored(path: str) -> Path:
 
 
 def _dmsetup(state: State, argv: list[str]) -> int:
+    if state["faults"].get("dmsetup") == "removed once":
+        del state["faults"]["dmsetup"]
+        _answer_dmsetup(state, argv)
+        return _fail("Device does not exist.\nCommand failed.", 1)
+    return _answer_dmsetup(state, argv)
+
+
+def _answer_dmsetup(state: State, argv: list[str]) -> int:
     if argv[0] == "info":
         for name, uuid, minor in state["suspended"]:
             print(f"{name}|{uuid}|254|{minor}|Suspended")

@@ -15,7 +15,8 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Collection, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ _PLAINLY = (
     'report { time_format="%s" list_item_separator="," binary_values_as_numeric=0 '
     'compact_output=0 compact_output_cols="" prefixes=0 }'
 )
+_AGAIN_S = (0.0, 0.1, 0.3, 1.0, 3.0)  # pauses; what is removed in all of them is a flood
 _REPORT = ("--reportformat", "json", "--units", "b", "--nosuffix", "--config", _PLAINLY)
 
 
@@ -125,7 +127,8 @@ class Lvm:
     def suspended(self) -> list[Device]:
         """Return LVM's devices that are suspended: whatever reads or writes them hangs."""
         columns = "name,uuid,major,minor,suspended"
-        done = self.run("dmsetup", "info", "-c", "--noheadings", "--separator", "|", "-o", columns)
+        words = ("info", "-c", "--noheadings", "--separator", "|", "-o", columns)
+        done = _listed(lambda: self.run("dmsetup", *words))
         if not done.ok:
             raise done.error("cannot ask for suspended devices")
         rows = [line.strip().split("|") for line in done.stdout.splitlines() if "|" in line]
@@ -134,6 +137,21 @@ class Lvm:
             for name, uuid, major, minor, state in rows
             if state == "Suspended" and uuid.startswith(PREFIX)
         ]
+
+
+def _listed(ask: Callable[[], process.Completed]) -> process.Completed:
+    """
+    Have dmsetup tell of all devices, again where one of them was removed meanwhile.
+
+    It lists their names first, and then looks at each: that of another one's `lvremove` in between
+    fails the command (seen with 2.03.31).
+    """
+    for pause_s in _AGAIN_S:
+        done = ask()
+        if done.ok or "Device does not exist" not in done.stderr:
+            return done
+        time.sleep(pause_s)
+    return ask()
 
 
 def _rows(done: process.Completed, kind: str, what: str) -> list[dict[str, str]]:
@@ -253,7 +271,7 @@ def failing(names: Collection[str]) -> str | None:
     asked.
     """
     # --noflush: the status of a thin pool is else not told before all of its writes are done.
-    done = process.run(("dmsetup", "status", "--noflush"))
+    done = _listed(lambda: process.run(("dmsetup", "status", "--noflush")))
     if not done.ok:
         raise done.error("cannot ask for the state of the snapshots")
     told = dict(line.split(": ", 1) for line in done.stdout.splitlines() if ": " in line)

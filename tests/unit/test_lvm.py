@@ -595,6 +595,19 @@ def test_failing(stage: Stage) -> None:
     assert "read-only" in (told(data_pool_tpool=failed) or "")
     assert "has failed" in (told(data_thin="thin Fail") or "")
     assert lvmio.failing(["gone"]) == "the device gone is gone"
+    stage.play(dmsetup="removed once")
+    assert told() is None
+    stage.play(dmsetup="refuse")
+    with pytest.raises(EffectError, match="cannot ask for the state of the snapshots"):
+        told()
+
+
+def test_removed_while_it_is_asked(stage: Stage) -> None:
+    """A device of another one that is removed while dmsetup looks at all is no trouble of ours."""
+    volume = stage.volume("data/home")
+    stage.play(dmsetup="removed once")
+    assert stage.kind.trouble([volume]) is None
+    assert len(stage.calls("dmsetup")) == 2
 
 
 def test_lost_mount(stage: Stage) -> None:
