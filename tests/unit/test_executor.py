@@ -648,6 +648,7 @@ def test_end_cannot_be_read(scene: Scene) -> None:
     ended = scene.backup(scene.plan(*SETS, keep_snapshots=True))
     assert isinstance(ended.raised, WaitingError)
     assert "how its client ended cannot be read: [Errno 24]" in ended.raised.message
+    assert ended.raised.hint == "`atomtx recover` goes on with it"
     assert run_of(scene)["state"] == "backing-up"
     again = scene.recover()
     assert isinstance(again.raised, WaitingError), (scene.home / "log").read_text()
@@ -1119,6 +1120,8 @@ def test_kept_at_a_shutdown(scene: Scene, point: str) -> None:
     assert ended.run
     assert ended.run.outcome is None
     assert ended.run.state in ("snapshotted", "mounted", "backing-up")
+    kept = "stopped; the moment is kept: `atomtx recover` goes on with it"
+    assert ended.said("step")[-1] == kept
     assert set(scene.pool["snapshots"]) == {v.snapshot for v in the_plan.volumes}
     assert not [lock for lock in scene.state.glob("runs/*/*.lock") if locks.is_held(lock)]
     scene.write("changed", *SETS)

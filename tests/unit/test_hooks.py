@@ -510,6 +510,8 @@ def test_password_that_is_not_there(scene: Scene) -> None:
     waits = scene.backup(made)
     assert isinstance(waits.raised, WaitingError), (scene.home / "log").read_text()
     assert waits.raised.message == f"run {made.run} (tank/a) waits: no password"
+    hint = "its moment is kept: mend that and run `atomtx recover`, or `recover --rollback`"
+    assert waits.raised.hint == hint
     assert in_force(scene) == []
     assert did(scene)[-1:] == ["start"]
     scene.changes.clear()
