@@ -5,9 +5,9 @@ Tries mutants in forks of one process that has imported everything: that takes m
 
 On standard input a JSON object a line: {"source": the mutated module, "tests": pytest's
 arguments, "timeout_s": ...}; on standard output the answer: {"status": ..., "out": ...}.  The code
-of the functions that differ is put into those that are there, so that every process that is forked
-from this one has it; a program that is started anew has not.  Each trial has a namespace of its
-own for processes and one for mounts, as in trial.py.
+of the functions that differ, and their defaults, are put into those that are there, so that every
+process that is forked from this one has them; a program that is started anew has not.  Each trial
+has a namespace of its own for processes and one for mounts, as in trial.py.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from types import CodeType, FunctionType, ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 _CLONE_NEWNS, _CLONE_NEWPID = 0x00020000, 0x20000000
@@ -92,9 +92,11 @@ def _confined(module: ModuleType, request: dict[str, Any], out: int) -> None:
 def _run(module: ModuleType, request: dict[str, Any]) -> int:
     import pytest
 
-    codes = dict(_codes(compile(request["source"], str(module.__file__), "exec")))
+    mutated = _functions_of(module, request["source"])
     for function in _functions(module):
-        function.__code__ = codes[function.__qualname__]
+        other = mutated[function.__qualname__]
+        function.__code__ = other.__code__
+        function.__defaults__, function.__kwdefaults__ = other.__defaults__, other.__kwdefaults__
     status = 70
     with suppress(BaseException):
         status = int(pytest.main(request["tests"]))
@@ -103,11 +105,12 @@ def _run(module: ModuleType, request: dict[str, Any]) -> int:
     return status
 
 
-def _codes(code: CodeType) -> Iterator[tuple[str, CodeType]]:
-    for const in code.co_consts:
-        if isinstance(const, CodeType):
-            yield const.co_qualname, const
-            yield from _codes(const)
+def _functions_of(module: ModuleType, source: str) -> dict[str, FunctionType]:
+    """Return what *source* defines in the place of *module*, by qualified name."""
+    other = ModuleType(module.__name__)
+    other.__package__, other.__file__ = module.__package__, module.__file__
+    exec(compile(source, str(module.__file__), "exec"), vars(other))
+    return {function.__qualname__: function for function in _functions(other)}
 
 
 def _functions(module: ModuleType) -> Iterator[FunctionType]:
