@@ -49,6 +49,7 @@ from atomtx.recovery import MAX_ATTEMPTS, LeaveAlone, Resume, RollBack, RollForw
 from atomtx.settling import Patience, Settler
 from atomtx.statedir import RunFolder
 from atomtx.volumes import zfs
+from atomtx.volumes.kinds import Kinds
 from tests.scene import NOW, Ended, Scene
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="namespaces need root")
@@ -1031,6 +1032,21 @@ def test_rolled_back(scene: Scene) -> None:
     assert steps(scene)[6] == ("run-client", 1, "failed", "at the user's word")
     assert moves(scene)[2:] == [("unmounting", "at the user's word"), ("destroyed", None)]
     assert scene.left() == []
+
+
+def test_killed_with_half_a_snapshot(scene: Scene) -> None:
+    """What a killed front end took, and is no snapshot that can be used, is taken back."""
+    assert scene.backup(scene.plan(*SETS), "end:zfs snapshot#1", "all").status == -9
+    scene.changes.append(lambda: setattr(Kinds, "ready", _not_whole))
+    ended = scene.recover()
+    assert ended.decisions == [Resume()], (scene.home / "log").read_text()
+    run = run_of(scene)
+    assert (run["outcome"], run["reason"]) == ("rolled-back", "half a snapshot")
+    assert scene.left() == []
+
+
+def _not_whole(*_: object) -> NoReturn:
+    raise EffectError("half a snapshot")
 
 
 def test_resumed_by(scene: Scene) -> None:
