@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from atomtx import journalfile, locks
-from atomtx.cli import recover
+from atomtx.cli import strays
 from atomtx.journal import Journal
 from atomtx.statedir import RunFolder
 from tests.cli.test_steps import DATASET, forked, played, said, scene, status
@@ -132,7 +132,7 @@ def test_beside_another_kind(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> N
 
     def beside() -> None:
         nothing = {"marked": tuple, "keepers": tuple}
-        vars(recover)["btrfs"] = SimpleNamespace(mounted=lambda: ["/srv"], **nothing)
+        vars(strays)["btrfs"] = SimpleNamespace(mounted=lambda: ["/srv"], **nothing)
 
     assert status(forked(scene, "recover", "--scan", change=beside)) == 0
     assert f"run {run}," in said(scene)

@@ -10,38 +10,28 @@ from typing import Any
 import click
 
 from .. import (
-    adoption,
     aside,
     config,
     history,
     journalfile,
-    locks,
-    lvmio,
     outbox,
-    probing,
-    process,
     provenance,
     recovery,
     statedir,
     states,
 )
 from ..config_kinds import near, shown
-from ..convention import Pattern
-from ..errors import BusyError, EffectError, ExitStatus, UserError, WaitingError, worst
+from ..errors import EffectError, ExitStatus, UserError, WaitingError, worst
 from ..executor import Tell
 from ..interrupts import Interrupts
 from ..journal import Journal, NoRunError
 from ..plan import job_key
 from ..records import Run
-from ..settling import Patience, Settled, Settler, abandon, front
-from ..statedir import RunFolder
+from ..settling import Patience, Settled, Settler, abandon
 from ..states import Verb
-from ..volumes import btrfs, lvm
-from ..volumes.zfs import Zfs
-from ..words import creation_time, size
-from . import NAMED, jobs, json_option
+from . import NAMED, jobs, json_option, strays
 from .notifying import Notifier
-from .render import Reporter, age, reporter
+from .render import Reporter, reporter
 from .steps import Commands, tells_itself
 from .summary import result
 
@@ -191,9 +181,10 @@ class _Recover:
             for note in journal.notes():
                 self._show.note(note)
             if self._options["scan"]:
-                return self._scan(journal)
+                return self._strays().scan(journal)
             if self._options["adopt"]:
-                self._adopt(journal, self._options["adopt"])
+                adopted = self._strays().adopt(journal, self._options["adopt"])
+                self._options["prefix"] = adopted
             if self._options["abandoned"]:
                 return self._abandon(journal, self._options["abandoned"])
             return self._settle_all(journal)
@@ -203,7 +194,7 @@ class _Recover:
         for note in aside.notes(state):
             self._show.note(note)
         if self._options["scan"]:
-            return self._scan(None)
+            return self._strays().scan(None)
         if provenance.knows_any(state):
             self._show.note(
                 "the journal that was here is gone; `atomtx recover --scan` lists what its runs "
@@ -211,6 +202,12 @@ class _Recover:
             )
         _chosen([], self._options["prefix"])
         return self._nothing(state / journalfile.NAME)
+
+    def _strays(self) -> strays.Strays:
+        options = self._options
+        return strays.Strays(
+            self._show, options["pattern"], options["config_path"], may_stop=options["stop"]
+        )
 
     # -- open runs -------------------------------------------------------------------------
 
@@ -342,84 +339,6 @@ class _Recover:
         failed = os.environ.get("SERVICE_RESULT", "success") != "success"
         return failed or bool(started and outbox.has_spoken(statedir.find(), started))
 
-    # -- lost journals ---------------------------------------------------------------------
-
-    def _scan(self, journal: Journal | None) -> ExitStatus:
-        strays = self._strays(_zfs(), journal)
-        at_work = probing.at_work([stray.run for stray in strays])
-        for stray in strays:
-            passed = age(creation_time(stray.created_s))
-            when = "of this minute" if passed == "now" else f"{passed} old"
-            self._show.done(f"run {stray.run}, {when}, in no journal here{_of_snap(stray)}:")
-            if found := at_work[stray.run]:
-                self._show.done(f"  at work: {_named(found)}")
-            for snapshot in stray.snapshots:
-                used = stray.sizes.get(snapshot.name)
-                words = "" if used is None else f", {size(used)}"
-                self._show.done(f"  snapshot {snapshot.name}{words}")
-            for mountpoint in stray.mounts:
-                self._show.done(f"  mounted at {mountpoint}")
-            self._warn_of_unlike(stray)
-        if strays:
-            self._show.done("`atomtx recover --adopt ID` takes one into this journal and undoes it")
-        else:
-            self._show.done("nothing carries our marks that is not in the journal")
-        return ExitStatus.COMPLETED
-
-    def _adopt(self, journal: Journal, prefix: str) -> None:
-        zfs = _zfs()
-        stray = adoption.pick(self._strays(zfs, journal), prefix)
-        self._warn_of_unlike(stray)
-        made = adoption.plan_of(stray, zfs.pools() if zfs else ())
-        found = {s.name: (s.guid, s.createtxg) for s in stray.snapshots}
-        # Its folder may have the only record of its client's end: it stays, whatever happens.
-        folder = RunFolder.of(journal.state, made.run).make()
-        with front(folder) as lock:
-            if lock is None:
-                raise BusyError(f"run {made.run} is at work", hint="adopt it when it has ended")
-            self._check_elsewhere(made.run, folder)
-            run = journal.adopt(made, found, adoption.intents_of(stray, made))
-        self._options["prefix"] = run.id
-        self._show.step(f"run {run.id} is in this journal now")
-
-    def _check_elsewhere(self, run: str, folder: RunFolder) -> None:
-        """
-        Refuse a run that is at work for another state directory: lock F here says nothing of it.
-
-        What lives of one that had its runner here is settled as of any run.
-        """
-        hint = "adopt it when it has ended"
-        found = probing.fronts(run)
-        if not (found or folder.was_used() or self._options["stop"]):
-            found = probing.at_work([run])[run]
-            hint += "; if its state directory is lost, --stop ends them"
-        if found:
-            raise BusyError(
-                f"run {run} is at work for another state directory: {_named(found)}", hint=hint
-            )
-
-    def _warn_of_unlike(self, stray: adoption.Stray) -> None:
-        """Once a run is adopted, it is in the journal, and `--scan` tells no more of it."""
-        if stray.unlike:
-            more = f" and {len(stray.unlike) - 1} more" if len(stray.unlike) > 1 else ""
-            bear = "bear" if more else "bears"
-            self._show.warn(
-                f"{stray.unlike[0]}{more} {bear} the mark of run {stray.run} under a name of no "
-                "known pattern, and would stay; if a snap took them, give its --pattern"
-            )
-
-    def _strays(self, zfs: Zfs | None, journal: Journal | None) -> list[adoption.Stray]:
-        given: str | None = self._options["pattern"]
-        patterns = jobs.patterns(self._options["config_path"])
-        on_lvm = lvmio.Lvm()
-        return adoption.scan(
-            zfs,
-            journal.known() if journal else (),
-            (*btrfs.marked(), *lvm.marked(on_lvm)),
-            patterns=(*patterns, *([Pattern.parse(given)] if given else [])),
-            keepers=(*btrfs.keepers(), *lvm.keepers(on_lvm)),
-        )
-
     def _abandon(self, journal: Journal, prefix: str) -> ExitStatus:
         run = _chosen(journal.open_runs(), prefix)[0]
         abandon(journal, run)
@@ -427,23 +346,6 @@ class _Recover:
             f"run {run.id} ({run.label}) is abandoned; nothing on the machine was changed"
         )
         return ExitStatus.COMPLETED
-
-
-def _zfs() -> Zfs | None:
-    """Return ZFS; None on a machine without it, which is none the worse for btrfs and LVM."""
-    others = btrfs.mounted() or lvmio.devices()
-    return Zfs() if process.which("zpool") or not others else None
-
-
-def _named(pids: list[int]) -> str:
-    return ", ".join(str(locks.Process.of(pid)) for pid in pids)
-
-
-def _of_snap(stray: adoption.Stray) -> str:
-    """Say of an interrupted snap's that they are, and what of their moment is none of them."""
-    words = ", of an interrupted snap" if stray.is_of_snap else ""
-    stay = f", {stray.kept} more of its moment are kept, and stay" if stray.kept else ""
-    return words + stay
 
 
 def _chosen(runs: list[Run], prefix: str | None) -> list[Run]:
