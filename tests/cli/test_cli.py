@@ -373,13 +373,15 @@ def test_closed_stderr(tmp_path: Path, atomtx_: Run) -> None:
     assert (done.returncode, done.stdout) == (2, "")
 
 
-@pytest.mark.parametrize("word", ["history", "--help", "--version"])
-def test_full_stdout(atomtx_: Run, word: str) -> None:
+@pytest.mark.parametrize(
+    "words", ["history", "--help", "--version", "backup --help", "journal check --help"]
+)
+def test_full_stdout(atomtx_: Run, words: str) -> None:
     """Standard output on a full disk is one clear line."""
     with open("/dev/full", "w") as full:
-        done = atomtx_(word, capture_output=False, stdout=full, stderr=subprocess.PIPE)
+        done = atomtx_(*words.split(), capture_output=False, stdout=full, stderr=subprocess.PIPE)
     assert done.returncode == 1
-    assert "cannot write to standard output: No space left on device" in done.stderr
+    assert done.stderr == "atomtx: cannot write to standard output: No space left on device\n"
 
 
 def test_closed_stdout(state: State, env: dict[str, str]) -> None:

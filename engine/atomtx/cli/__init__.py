@@ -105,6 +105,10 @@ class LazyGroup(click.Group):
             if _is_read(sys.stdout):
                 raise RuntimeError("a broken pipe, not that of standard output") from exc
             raise _OutputClosed from exc
+        except OSError as exc:
+            if _is_of_help(exc):
+                raise _unwritten(exc) from exc
+            raise
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the static table; click's own would import every command."""
@@ -254,6 +258,14 @@ def _unwritten(exc: OSError) -> Exception:
         return _OutputClosed()
     _discard_stdout()
     return AtomtxError(f"cannot write to standard output: {exc.strerror}")
+
+
+def _is_of_help(exc: OSError) -> bool:
+    """Tell whether click could not print: it does so of a command's `--help` alone."""
+    raised = exc.__traceback__
+    while raised and raised.tb_next:
+        raised = raised.tb_next
+    return raised is not None and raised.tb_frame.f_code.co_filename == click.utils.__file__
 
 
 def _is_read(stream: TextIO) -> bool:
