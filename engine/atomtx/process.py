@@ -305,13 +305,15 @@ def spawn_runner(*, control: int, front: int, stderr: int, env: Mapping[str, str
     return child.pid
 
 
-def spawn_hook(argv: Sequence[str], *, env: Mapping[str, str], cwd: str) -> subprocess.Popen[bytes]:
+def spawn_hook(
+    argv: Sequence[str], *, env: Mapping[str, str], cwd: str, pass_fds: Sequence[int] = ()
+) -> subprocess.Popen[bytes]:
     """
     Start a hook in a session of its own, all that it prints piped to the caller.
 
-    It inherits no lock.
+    It inherits no lock but the descriptors *pass_fds*.
     """
-    return _spawn_piped(argv, env, cwd, stderr=subprocess.STDOUT)
+    return _spawn_piped(argv, env, cwd, stderr=subprocess.STDOUT, pass_fds=pass_fds)
 
 
 def spawn_client(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from .errors import ExitStatus, worst
-from .intents import AFTER, ApplyRetention, Intent, RunClient, RunHook, UndoHook
+from .intents import AFTER, ApplyRetention, Intent, RunClient, RunHook, RunStep, UndoHook
 from .names import PLAIN
 from .plan import Plan
 from .states import FINAL, UNMOUNTING, Outcome, Verb
@@ -63,7 +63,8 @@ class Step:
     @property
     def status(self) -> ExitStatus | None:
         """What the command exited with that a step of a job is; None where it has not ended."""
-        found = _STATUS.match(self.detail or "")
+        # A program of the user's, of which the detail of a hook tells, has statuses of its own.
+        found = _STATUS.match(self.detail or "") if isinstance(self.intent, RunStep) else None
         return ExitStatus(int(found[1])) if found else None
 
     @property

@@ -107,12 +107,19 @@ def uncached(planned: ClientPlan, run: str, folder: Path) -> ClientPlan | None:
 
 
 def restore(
-    planned: ClientPlan, backups: Iterable[Backup], to: Path, interrupts: Interrupts, *, below: str
+    planned: ClientPlan,
+    backups: Iterable[Backup],
+    to: Path,
+    interrupts: Interrupts,
+    *,
+    below: str,
+    lock: int,
 ) -> str | None:
     """
     Restore all of *backups* below *to*; return what is wrong with the first command that fails.
 
-    On a signal the client is stopped with all that it started, and Interrupted is raised.
+    On a signal the client is stopped with all that it started, and Interrupted is raised.  The
+    client inherits *lock*: where this process is killed, nobody removes what it still writes.
     """
     sessions = Sessions(RunFolder(to), interrupts)
     sessions.hold_back()  # for ever: a restore has no log
@@ -127,6 +134,7 @@ def restore(
             stops=True,
             secrets=[name for name, _ in planned.credentials],
             stop_signal=clients.load(planned.name).stop_signal,
+            pass_fds=(lock,),
         )
         if trouble:
             return f"{argv[0]}: {trouble}"
@@ -179,11 +187,12 @@ def temporary_base(state: Path) -> Path:
 
 
 @contextmanager
-def temporary(base: Path, warn: Callable[[str], None]) -> Iterator[Path]:
+def temporary(base: Path, warn: Callable[[str], None]) -> Iterator[tuple[Path, int]]:
     """
     Have a directory that nobody else can enter; removed at the end with all that is in it.
 
-    A client is to restore below it, not to it, and so set its mode.  What cannot be removed is
+    With it the descriptor of its lock, for as long as which it is nobody else's to remove.  A
+    client is to restore below it, not to it, and so set its mode.  What cannot be removed is
     warned of.  UserError where none can be made.
     """
     try:
@@ -193,7 +202,7 @@ def temporary(base: Path, warn: Callable[[str], None]) -> Iterator[Path]:
             f"cannot restore to a directory in {base}: {exc.strerror}", hint="say --target DIR"
         ) from exc
     try:
-        yield ours
+        yield ours, lock
     finally:
         trouble = _remove_marked(ours)
         if trouble:

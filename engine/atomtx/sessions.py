@@ -11,7 +11,7 @@ import os
 import selectors
 import signal
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -69,18 +69,20 @@ class Sessions:
         secrets: Collection[str] = (),
         stop_signal: signal.Signals = signal.SIGTERM,
         grace_s: float | None = None,
+        pass_fds: Sequence[int] = (),
     ) -> str | None:
         """
         Run a step's command to its end; return what is wrong with it, if anything.
 
         With *stops* a signal ends it, and Interrupted is raised.  *secrets* are the names of
-        further variables whose values must not be seen.
+        further variables whose values must not be seen.  It inherits the descriptors *pass_fds*.
         """
         env = {**env, _MARK: self._mark(step)}
         if self._withheld is None:
             self._folder.forget_hook(step)  # of an earlier start of the same step
         try:
-            child = process.spawn_hook(argv, env=env, cwd=cwd if os.path.isdir(cwd) else "/")
+            place = cwd if os.path.isdir(cwd) else "/"
+            child = process.spawn_hook(argv, env=env, cwd=place, pass_fds=pass_fds)
         except (OSError, ValueError) as exc:  # ValueError: a NUL in a word
             return f"cannot start {argv[0]}: {getattr(exc, 'strerror', None) or exc}"
         if self._withheld is None:

@@ -165,6 +165,33 @@ def test_backup(play: Play, code: str, event: str, status: int) -> None:
     assert played.warnings == []
 
 
+@pytest.mark.parametrize(
+    ("said", "outcome", "status"),
+    [("exit status 9", "failed", 1), ("exit status 4: no such table", "completed", 7)],
+)
+def test_status_of_a_hook(play: Play, said: str, outcome: str, status: int) -> None:
+    """What a program of the user's exited with is none of ours: 4 is nothing parked."""
+    code = f"""
+        from atomtx.intents import RunHook
+        def advance(self, run):
+            with self._journal.change(run) as change:
+                hook = RunHook("finally", ("umount", "/mnt"))
+                change.intend(hook)
+            run = self._journal.load(run.id)
+            with self._journal.change(run) as change:
+                (step,) = run.pending(RunHook)
+                change.ended(step, "failed", {said!r})
+            return end(self._journal, self._journal.load(run.id), {outcome!r})
+        Executor.advance = advance
+    """
+    played = play(code)
+    notice = one(played)
+    assert (played.status, played.warnings) == (status, []), played.said
+    assert (notice["OUTCOME"], notice["EXIT_STATUS"]) == (outcome, str(status))
+    assert "parked" not in notice["TEXT"]
+    assert notice["EVENT"] != "parked"
+
+
 def test_completed(play: Play) -> None:
     """A complete backup is told where that was asked for, and not else."""
     assert play("").notices == []

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from atomtx import journalfile, locks
-from atomtx.restoring import PREFIX
+from atomtx.restoring import PREFIX, sweep
 from tests.contract.test_borg import NEW
 from tests.contract.test_clients import program
 from tests.sure import unchanged_stat
@@ -415,15 +415,17 @@ def test_interrupted_comparison(restic: Typed, number: signal.Signals) -> None:
 
 
 def test_killed(restic: Typed) -> None:
-    """What a killed verification left goes with the next, and that is said."""
+    """What a killed verification left goes with the next after its client, and that is said."""
     run, pid = halted(restic)
     with start(restic, run) as child:
         try:
             assert locks.wait_until(lambda: is_there(pid), 60)
         finally:
             child.kill()
-    os.kill(int(pid.read_text()), signal.SIGKILL)
     (left,) = restic.left()
+    assert sweep(Path(left).parent) == []
+    assert restic.left() == [left]
+    os.kill(int(pid.read_text()), signal.SIGKILL)
     pid.unlink()
     with start(restic, run) as child:
         try:

@@ -26,7 +26,7 @@ def test_temporary(tmp_path: Path, error: type[BaseException] | None) -> None:
     """It is ours alone, and goes with all that is in it however the block ends."""
 
     def use() -> None:
-        with restoring.temporary(tmp_path, fail) as ours:
+        with restoring.temporary(tmp_path, fail) as (ours, _):
             assert stat.S_IMODE(ours.stat().st_mode) == 0o700
             (ours / "home").mkdir()
             (ours / "home/file").write_text("mine")
@@ -44,7 +44,7 @@ def test_temporary(tmp_path: Path, error: type[BaseException] | None) -> None:
 def test_unwilling(tmp_path: Path) -> None:
     """A file that was restored as immutable, and a directory that nobody may change, go too."""
     assert os.geteuid() == 0, "chattr needs root"
-    with restoring.temporary(tmp_path, fail) as files:
+    with restoring.temporary(tmp_path, fail) as (files, _):
         (files / "d").mkdir()
         (files / "d/file").write_text("mine")
         subprocess.run(["chattr", "+i", files / "d/file", files / "d"], check=True)
@@ -56,7 +56,7 @@ def test_unreadable(tmp_path: Path) -> None:
     told: list[str] = []
 
     def use() -> None:
-        with restoring.temporary(tmp_path, told.append) as ours:
+        with restoring.temporary(tmp_path, told.append) as (ours, _):
             shutil.rmtree(ours)
             ours.write_text("a file in its place cannot be listed")
             raise RuntimeError
@@ -79,7 +79,7 @@ def killed(base: Path) -> Path:
     """Return what a process leaves that is killed while it restores."""
     pid = os.fork()
     if pid == 0:
-        with restoring.temporary(base, fail) as files:
+        with restoring.temporary(base, fail) as (files, _):
             (files / "restored").mkdir()
             (files / "restored/file").write_text("mine")
             os.kill(os.getpid(), signal.SIGKILL)
@@ -94,7 +94,7 @@ def test_sweep(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir(mode=0o700)
     link = tmp_path / f"{restoring.PREFIX}link"
     link.symlink_to("other")
-    with restoring.temporary(tmp_path, fail) as files:
+    with restoring.temporary(tmp_path, fail) as (files, _):
         (said,) = restoring.sweep(tmp_path)
         assert said == f"{left}, of a verification that was killed, was removed"
         assert files.is_dir()

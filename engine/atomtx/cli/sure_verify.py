@@ -59,13 +59,13 @@ class Verification:
         base = self._base(asked)
         restoring.usable(asked.plan.client, asked.run.id)
         interrupts = Interrupts().install()
-        with self._directories(base) as (to, cache):
+        with self._directories(base) as (to, cache, lock):
             keeps = self._keeps(asked.run.client, to)
             self._tell(asked, keeps)
             client = self._uncached(asked, cache)
             self._show.step(f"restoring run {asked.run.id} with {client.name} to {to}")
             trouble = restoring.restore(
-                client, asked.backups, to, interrupts, below=asked.plan.below
+                client, asked.backups, to, interrupts, below=asked.plan.below, lock=lock
             )
             self._judge(asked, to, trouble)
             with interrupts.at_once():
@@ -242,13 +242,13 @@ class Verification:
         return base
 
     @contextmanager
-    def _directories(self, base: Path) -> Iterator[tuple[Path, Path]]:
-        """Have where to restore to, and where the client's cache is to be."""
+    def _directories(self, base: Path) -> Iterator[tuple[Path, Path, int]]:
+        """Have where to restore to, where the client's cache is to be, and the lock on it."""
         target = self._given["target"]
         place = restoring.temporary_base(self._state) if target else base
-        with restoring.temporary(place, self._show.warn) as ours:
+        with restoring.temporary(place, self._show.warn) as (ours, lock):
             files = restoring.make_target(base if target else ours / "restored")
-            yield files, ours / "cache"
+            yield files, ours / "cache", lock
 
     def _check_room(self, asked: _Asked, base: Path) -> None:
         if self._given["no_space_check"]:
