@@ -67,7 +67,7 @@ class Played(Command):
         return _Reader(moment)
 
     def forgetting(
-        self, settings: Settings, paths: tuple[str, ...], policy: tuple[str, ...]
+        self, settings: Settings, facts: Facts, paths: tuple[str, ...], policy: tuple[str, ...]
     ) -> tuple[tuple[str, ...], ...]:
         forget = Path(settings.command[0]).with_name("forgetting").read_text()
         return ((forget, *policy),) if paths else ()

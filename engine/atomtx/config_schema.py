@@ -242,7 +242,7 @@ class Job:
 
     retention: tuple[str, ...] = key(
         Words(),
-        "After a backup that completed, forget older ones of the job that no rule keeps.",
+        "After a backup that completed, forget older ones of its paths that no rule keeps.",
         (),
         unset="all are kept",
         example=["--keep-daily", "7", "--keep-weekly", "5"],
@@ -361,6 +361,10 @@ _HOOKS = (
 # What cannot be the same for all jobs.
 NOT_IN_DEFAULTS = ("volumes", "all", "read-live")
 _TABLES = ("environment", "credentials")
+_PRINTED_BY = {
+    "BORG_PASSCOMMAND": "BORG_PASSPHRASE",
+    "RESTIC_PASSWORD_COMMAND": "RESTIC_PASSWORD",
+}
 
 
 def merged(defaults: Job, job: Job, said: Collection[str]) -> Job:
@@ -415,10 +419,19 @@ def problems(job: Job) -> Iterator[tuple[Place, str]]:
         yield ("thaw",), "thaw undoes quiesce, which is not there"
     if job.client == "command" and not job.command:
         yield ("client",), 'the client "command" needs a command, such as command = ["my-backup"]'
+    yield from _of_hooks(job)
     yield from _of_snapshots(job)
     yield from _of_retention(job)
     yield from _of_steps(job)
     yield from _secrets(job)
+
+
+def _of_hooks(job: Job) -> Iterator[tuple[Place, str]]:
+    for name in _HOOKS:
+        words = getattr(job, name)
+        if words and words[0].startswith("-"):
+            dashed = name.replace("_", "-")
+            yield (dashed,), f"{dashed}: {shown(words[0])} is an option, and no program"
 
 
 def _of_snapshots(job: Job) -> Iterator[tuple[Place, str]]:
@@ -458,10 +471,12 @@ def _of_steps(job: Job) -> Iterator[tuple[Place, str]]:
 
 def _secrets(job: Job) -> Iterator[tuple[Place, str]]:
     for name in sorted(redact.secret_names(job.environment)):
+        # A file has the secret, not the command that prints it.
+        wanted = _PRINTED_BY.get(name, name)
         yield (
             ("environment", name),
             f"environment.{name} looks like a secret; name a file with it under credentials: "
-            f'{name} = {{ file = "{_FILE}" }}',
+            f'{wanted} = {{ file = "{_FILE}" }}',
         )
     for name, each in job.credentials.items():
         if bool(each.file) == bool(each.credential):

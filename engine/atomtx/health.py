@@ -111,10 +111,13 @@ def _of_age(job: Job, age_s: float | None, limits: Limits, now: datetime) -> _Re
 
 
 def _of_last(job: Job, now: datetime) -> _Reason | None:
-    """Tell of the last run that ended, where it did not complete."""
+    """Tell of the last run that ended, where it did not complete, or a step after it failed."""
     run = job.ended
-    if run is None or run.outcome == "completed":
+    if run is None or (run.outcome == "completed" and not run.failed_after):
         return None
+    if run.failed_after:
+        words = f"a step after the last backup failed {_ago(_moment(run), now)}"
+        return Level.WARNING, f"{words} (`atomtx show {run.id[:8]}`)"
     how = {"partial": "was partial", "rolled-back": "was rolled back"}.get(
         run.outcome or "", "failed"
     )

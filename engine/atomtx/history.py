@@ -60,6 +60,7 @@ class Run:
     backup_ids: tuple[str, ...]
     not_a_moment: tuple[str, ...]  # the mountpoints of what was read live
     parent: str | None = None  # "RUN/N": the run, and its step, that it was made by
+    failed_after: bool = False  # completed, but a step after it failed: a hook, or the retention
 
     @property
     def is_final(self) -> bool:
@@ -211,11 +212,18 @@ _CLIENT = (
 )
 _MAX_INTEGER = 2**63 - 1  # https://www.sqlite.org/datatype3.html
 _LISTS = ("backup_ids", "not_a_moment")
+# The others of a run that completed have not failed.
+_FAILED_AFTER = (
+    "(outcome = 'completed' AND EXISTS (SELECT 1 FROM steps WHERE run = runs.id "
+    "AND steps.outcome = 'failed' AND kind IN ('run-hook', 'undo-hook', 'apply-retention')))"
+)
+_MADE = ("parent", "failed_after")
 _RUN_COLUMNS = ", ".join(
-    [f.name for f in fields(Run) if f.name not in (*_LISTS, "parent")] + [_IDS, _LIVE, _PARENT]
+    [f.name for f in fields(Run) if f.name not in (*_LISTS, *_MADE)]
+    + [_IDS, _LIVE, _PARENT, f"{_FAILED_AFTER} AS failed_after"]
 )
 _NOT_WELL = (
-    "(outcome IN ('failed', 'partial', 'rolled-back') OR cleanup IS NOT NULL "
+    f"(outcome IN ('failed', 'partial', 'rolled-back') OR cleanup IS NOT NULL OR {_FAILED_AFTER} "
     "OR (ended_at IS NOT NULL AND outcome IS NULL))"
 )
 _SAVED = "verb = 'backup' AND outcome IN ('completed', 'partial')"
@@ -263,7 +271,8 @@ def runs(
     """
     Return runs, the newest first: the one that was begun last, whatever the clock was.
 
-    *failed_only*: those that failed, saved only a part, were rolled back or are parked.
+    *failed_only*: those that failed, saved only a part, were rolled back or are parked, and those
+    after which a step failed.
     *saved_only*: backups that completed or are partial.
     *job*: a job's key, or its label.
     """
@@ -597,6 +606,7 @@ def _run(row: sqlite3.Row) -> Run:
     values.pop("n", None)
     for name in _LISTS:
         values[name] = tuple(values[name].split("\n")) if values[name] else ()
+    values["failed_after"] = bool(values["failed_after"])
     return Run(**values)
 
 

@@ -18,12 +18,12 @@ from contextlib import suppress
 from datetime import UTC, datetime
 
 from . import clients
-from .clients import Client, Settings
+from .clients import Client, Facts, Settings
 from .errors import AtomtxError, ClientError, EffectError, Interrupted
 from .intents import AROUND_RUN, AROUND_SNAPSHOT, BEFORE, ApplyRetention, RunHook, UndoHook
 from .interrupts import Interrupts
 from .journal import Change
-from .launching import mended, settings_of
+from .launching import facts_of, mended, settings_of
 from .plan import ClientPlan
 from .records import Run, Step
 from .sessions import Sessions
@@ -215,7 +215,7 @@ class Hooks:
             self._end_what_is_left(step)
             self._mend(run)
         self._started.add(step.id)
-        for argv in _forgetting(client, settings, intent):
+        for argv in _forgetting(client, settings, facts_of(config), intent):
             trouble = self._sessions.run(
                 step.id,
                 argv,
@@ -290,11 +290,11 @@ def environment(run: Run, step: Step) -> dict[str, str]:
 
 
 def _forgetting(
-    client: Client, settings: Settings, intent: ApplyRetention
+    client: Client, settings: Settings, facts: Facts, intent: ApplyRetention
 ) -> tuple[tuple[str, ...], ...]:
     """Ask the client what to start; ClientError for whatever it cannot tell."""
     try:
-        return client.forgetting(settings, intent.paths, intent.policy)
+        return client.forgetting(settings, facts, intent.paths, intent.policy)
     except AtomtxError:
         raise
     # A program's words, read wrongly, would keep the run from its end for ever, and every

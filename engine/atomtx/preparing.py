@@ -176,7 +176,7 @@ def make_plan(
 
 def _client_plan(client: Client, wanted: Settings, facts: Facts) -> ClientPlan:
     environment, secrets = journaled(
-        wanted.env, chosen=wanted.chosen, elsewhere=dict(wanted.credentials)
+        wanted.env, client.name, chosen=wanted.chosen, elsewhere=dict(wanted.credentials)
     )
     return ClientPlan(
         name=client.name,

@@ -64,6 +64,12 @@ _HEADER_TOKEN = re.compile(
 _HEADER_NAME = re.compile(r"(?:^|[,\n])\s*[\"']?[\w-]+:\s+")
 _SCHEME = re.compile(r"[\w-]+\s+(\S+)")
 
+_OF_CLIENTS = {
+    "restic": ("RESTIC_",),
+    "kopia": ("KOPIA_",),
+    "borg": ("BORG_", "BORGSTORE_"),
+    "xfsdump": (),
+}
 _RELEVANT_PREFIX = re.compile(
     r"(RESTIC|KOPIA|BORG|BORGSTORE|RCLONE|AWS|B2|AZURE|GOOGLE|OS|ST)_|(https?|no|all)_proxy$",
     re.IGNORECASE,
@@ -123,16 +129,33 @@ def _is_relevant(name: str) -> bool:
     return name in _RELEVANT or bool(_RELEVANT_PREFIX.match(name))
 
 
+def _of_others(client: str) -> tuple[str, ...]:
+    """Return how the variables begin that other clients read, and this one does not."""
+    if client not in _OF_CLIENTS:
+        return ()
+    return tuple(start for name in _OF_CLIENTS if name != client for start in _OF_CLIENTS[name])
+
+
 def journaled(
-    env: Mapping[str, str], *, chosen: Collection[str] = (), elsewhere: Collection[str] = ()
+    env: Mapping[str, str],
+    client: str = "",
+    *,
+    chosen: Collection[str] = (),
+    elsewhere: Collection[str] = (),
 ) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
     """
     Return what a resume needs of *env*: harmless variables with values, and names of secrets.
 
-    Only variables that a client reads, and those *chosen* for it: a resume must not wait for a
-    secret of something else.  The sources of those *elsewhere* are journaled, not their values.
+    Only variables that the *client* reads, those of any client for a command of the user's, and
+    those *chosen* for it: a resume must not wait for a secret of something else.  The sources of
+    those *elsewhere* are journaled, not their values.
     """
-    names = (name for name in sorted(env) if _is_relevant(name) or name in chosen)
+    others = _of_others(client)
+    names = (
+        name
+        for name in sorted(env)
+        if name in chosen or (_is_relevant(name) and not name.startswith(others))
+    )
     relevant = {name: env[name] for name in names if name not in elsewhere}
     secrets = secret_names(relevant)
     harmless = tuple((name, value) for name, value in relevant.items() if name not in secrets)

@@ -373,6 +373,15 @@ def test_closed_stderr(tmp_path: Path, atomtx_: Run) -> None:
     assert (done.returncode, done.stdout) == (2, "")
 
 
+@pytest.mark.parametrize(("word", "hint"), [("restore", "show RUN"), ("list", "atomtx history")])
+def test_elsewhere(atomtx_: Run, word: str, hint: str) -> None:
+    """Who looks for a command that the client has is told where to look."""
+    done = atomtx_(word, "last")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"atomtx: there is no command {word}\n")
+    assert hint in done.stderr
+
+
 @pytest.mark.parametrize(
     "words", ["history", "--help", "--version", "backup --help", "journal check --help"]
 )

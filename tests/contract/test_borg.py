@@ -456,7 +456,7 @@ def test_stop(version: str, borg: Make, home: Path) -> None:
     assert (again.backups[0].bytes_added or 0) < BIG - ENOUGH // 2
     # A checkpoint's time is the clock's: it is gone with the first backup of a later moment.
     later = back_up(Borg(), settings, replace(moment, at=datetime.now(UTC) + timedelta(1))).end
-    for argv in Borg().forgetting(settings, (str(home),), ("--keep-last=1",)):
+    for argv in Borg().forgetting(settings, Facts("1.4.0", None), (str(home),), ("--keep-last=1",)):
         call(settings, *argv[1:])
     left = archives(settings, "--consider-checkpoints")
     assert [each["name"] for each in left] == [later.backups[0].backup_id]
@@ -560,7 +560,7 @@ def test_retention(version: str, borg: Make, home: Path, srv: Path) -> None:
     call(settings, "create", "::by-hand", str(home))
     stays = {each["name"] for each in archives(settings)}
     policy = client.policy(("--keep-last", "2"))
-    for argv in client.forgetting(settings, (str(home),), policy):
+    for argv in client.forgetting(settings, Facts("1.4.0", None), (str(home),), policy):
         call(settings, *argv[1:])
     left = {each["name"] for each in archives(settings)}
     gone = sorted(stays - left)

@@ -414,9 +414,9 @@ def test_restic_retention(
         assert back_up(client, settings, moment).end.outcome is Outcome.COMPLETED
     back_up(client, replace(settings, extra=("--host=other",)), moment_of(home))
     policy = client.policy(("--keep-last", "2"))
-    for argv in client.forgetting(settings, (str(home),), policy):
+    for argv in client.forgetting(settings, Facts("0.19.0", None), (str(home),), policy):
         call(settings, *argv[1:])
-    assert client.forgetting(settings, (str(home),), policy) == ()
+    assert client.forgetting(settings, Facts("0.19.0", None), (str(home),), policy) == ()
     left = [
         (each["paths"], each["time"][:10], each["hostname"] == "other")
         for each in snapshots(settings)
@@ -891,7 +891,7 @@ def test_kopia_retention(kopia: Settings, home: Path, srv: Path) -> None:
             assert back_up(client, kopia, moment).end.outcome is Outcome.COMPLETED
     spans = ("latest", "hourly", "daily", "weekly", "monthly", "annual")
     policy = client.policy(tuple(f"--keep-{span}={2 * (span == 'latest')}" for span in spans))
-    for argv in client.forgetting(kopia, (str(home),), policy):
+    for argv in client.forgetting(kopia, Facts("0.19.0", None), (str(home),), policy):
         call(kopia, *argv[1:])
     listed = json.loads(call(kopia, "snapshot", "list", "--json", "--all", "--show-identical"))
     left = [each["source"]["path"] for each in listed]

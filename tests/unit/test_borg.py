@@ -324,7 +324,7 @@ def test_policy() -> None:
 def test_forgetting() -> None:
     """Only archives that are named after this host and these paths are pruned."""
     given = settings("--rsh", "ssh -i k", "--comment", "x")
-    prune, compact = Borg().forgetting(given, ("/home",), ("--keep-daily=7",))
+    prune, compact = Borg().forgetting(given, Facts("1.4.0", None), ("/home",), ("--keep-daily=7",))
     glob = f"--glob-archives={archive_prefix(('/home',))}-*"
     assert prune == (
         *("borg", "prune", glob, "--keep-daily=7", "--lock-wait=600", "--rsh=ssh -i k"),

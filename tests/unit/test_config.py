@@ -191,6 +191,11 @@ def test_all_at_once() -> None:
         ('environment.R = "rest:https://me:pw@host/"', "environment.R looks like a secret"),
         ('command = ["restic", "--password=x"]', "command: the argument --password carries"),
         ('arguments = ["RESTIC_PASSWORD=x"]', "arguments: the argument RESTIC_PASSWORD=..."),
+        (
+            'environment.BORG_PASSCOMMAND = "cat /pw"',
+            'under credentials: BORG_PASSPHRASE = { file = "/etc/atomtx/..." }',
+        ),
+        ('quiesce = ["-r"]', "quiesce: -r is an option, and no program"),
         ("all = true", "all and volumes exclude each other"),
         ('root = "/restic"', 'root is of no use without layout = "tree"'),
         ('layout = "tree"', "needs a root"),

@@ -172,6 +172,17 @@ def test_idle(completed: float | None, begun: float, is_idle: bool) -> None:
     assert not judge(job, None, {}, NOW).is_idle
 
 
+def test_step_after() -> None:
+    """A backup stands, but what failed after it is worth a look: a repository may fill up."""
+    run = a_run(3, failed_after=True)
+    verdict = judge(a_job(completed=run), LIMITS, {}, NOW)
+    assert verdict.level is Level.WARNING
+    assert verdict.reasons == (
+        "a step after the last backup failed 3 h ago (`atomtx show 7f3c12ab`)",
+        "completed 3 h ago",
+    )
+
+
 def test_clock_slack() -> None:
     """A clock that the network sets by a second alarms nobody."""
     verdict = judge(a_job(completed=a_run(-CLOCK_SLACK_S / HOUR_S)), LIMITS, {}, NOW)

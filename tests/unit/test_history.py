@@ -85,8 +85,17 @@ def test_failed_only(path: Path, add: Add) -> None:
     add("runs", **a_run(4, outcome="rolled-back"))
     add("runs", **a_run(5, state="unmounting", cleanup="parked"))
     add("runs", **a_run(6, state="mounted", outcome=None))
+    kinds = {7: "run-hook", 8: "apply-retention", 9: "undo-hook"}
+    for number, kind in kinds.items():
+        add("runs", **a_run(number))
+        step = {"attempt": 1, "payload": "{}", "intended_at": T0, "ended_at": T0}
+        add("steps", run=f"{number:016x}", kind="mount-volumes", outcome="failed", **step)
+        add("steps", run=f"{number:016x}", kind=kind, outcome="failed", **step)
+        add("runs", **a_run(number + 3))
+        add("steps", run=f"{number + 3:016x}", kind=kind, outcome="done", **step)
     found = history.runs(path, failed_only=True)
-    assert [run.id[-1] for run in found] == ["5", "4", "3", "2"]
+    assert [run.id[-1] for run in found] == ["9", "8", "7", "5", "4", "3", "2"]
+    assert [run.failed_after for run in found] == [True] * 3 + [False] * 4
 
 
 def test_one_job(path: Path, add: Add) -> None:

@@ -114,6 +114,26 @@ def test_name_of_a_header() -> None:
     assert Redactor({"RCLONE_HEADER": "X-Api-Key: sesame"}).redact("no X-Api-Key") == "no X-Api-Key"
 
 
+@pytest.mark.parametrize(
+    ("client", "names"),
+    [
+        ("restic", ["AWS_SECRET_ACCESS_KEY", "RESTIC_PASSWORD"]),
+        ("kopia", ["AWS_SECRET_ACCESS_KEY", "KOPIA_PASSWORD"]),
+        ("borg", ["AWS_SECRET_ACCESS_KEY", "BORGSTORE_RSH", "BORG_PASSCOMMAND"]),
+        ("xfsdump", ["AWS_SECRET_ACCESS_KEY"]),
+    ],
+)
+def test_journaled_of_a_client(client: str, names: list[str]) -> None:
+    """A resume waits for no secret of another client; what a command reads nobody knows."""
+    env = {"RESTIC_PASSWORD": "1", "KOPIA_PASSWORD": "2", "BORG_PASSCOMMAND": "3"}
+    env |= {"BORGSTORE_RSH": "4", "AWS_SECRET_ACCESS_KEY": "5"}
+    assert journaled(env, client) == ((), tuple(names))
+    assert journaled(env, "command") == ((), tuple(sorted(env)))
+    assert journaled(env, client, chosen=["KOPIA_PASSWORD"])[1] == tuple(
+        sorted({*names, "KOPIA_PASSWORD"})
+    )
+
+
 def test_journaled() -> None:
     """The journal gets the values of harmless variables of clients, and names of their secrets."""
     env = {

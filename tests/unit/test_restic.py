@@ -247,14 +247,16 @@ GROUP = {"host": "h", "paths": ["/home"], "remove": [{"id": "ab"}, {"id": "cd"}]
 FORGOTTEN = json.dumps([GROUP | {"host": "other"}, GROUP | {"paths": ["/home", "/srv"]}, GROUP])
 
 
-def forgetting(folder: Path, said: str) -> tuple[tuple[str, ...], ...]:
+def forgetting(
+    folder: Path, said: str, *extra: str, version: str = "0.12.1"
+) -> tuple[tuple[str, ...], ...]:
     """Return what is to be started where restic, or its wrapper, prints this."""
     (folder / "said").write_text(said)
     wrapper = folder / "wrapper"
     wrapper.write_text(f"#!/bin/sh\ncat {folder}/said\n")
     wrapper.chmod(0o755)
-    made = Settings((str(wrapper),), (), {"RESTIC_HOST": "h"}, "/")
-    return Restic().forgetting(made, ("/home",), ("--keep-last=1",))
+    made = Settings((str(wrapper),), extra, {"RESTIC_HOST": "h"}, "/")
+    return Restic().forgetting(made, Facts(version, None), ("/home",), ("--keep-last=1",))
 
 
 @pytest.mark.parametrize(
@@ -270,6 +272,22 @@ def test_forgetting_of_a_wrapper(before: str, after: str, tmp_path: Path) -> Non
     """What a wrapper prints around restic's answer is not read: the group's backups go."""
     (argv,) = forgetting(tmp_path, f"{before}{FORGOTTEN}\n{after}")
     assert argv[1:] == ("forget", "--prune", "ab", "cd")
+
+
+@pytest.mark.parametrize(
+    ("version", "extra", "options"),
+    [
+        ("0.16.0", (), ("--retry-lock=10m",)),
+        ("0.15.2", (), ()),  # which does not know it
+        ("0.19.0", ("--retry-lock", "1h", "--tag", "x"), ("--retry-lock=1h",)),
+    ],
+)
+def test_forgetting_waits(
+    version: str, extra: tuple[str, ...], options: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Another's lock is waited for as by a backup: forgetting needs the repository for itself."""
+    (argv,) = forgetting(tmp_path, FORGOTTEN, *extra, version=version)
+    assert argv[1:] == ("forget", "--prune", *options, "ab", "cd")
 
 
 @pytest.mark.parametrize("said", ["", "null\n", "[2026-01-01 03:00] restic forget\n", "[]"])

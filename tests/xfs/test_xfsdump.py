@@ -18,7 +18,7 @@ import pytest
 
 import atomtx
 from atomtx import errand, locks
-from atomtx.clients import Backup, End, Moment, Settings
+from atomtx.clients import Backup, End, Facts, Moment, Settings
 from atomtx.clients.dumps import MARK, Destination, Dump, this_host
 from atomtx.clients.xfsdump import Xfsdump
 from atomtx.clients.xfsdump_process import SLACK_S
@@ -353,7 +353,7 @@ def test_retention_killed_at_each_call(tmp_path: Path, call: str, least: int) ->
     settings = Settings(
         (), (f"--destination={store.path}",), {**os.environ, "PYTHONPATH": ENGINE}, "/"
     )
-    (argv,) = Xfsdump().forgetting(settings, ("/home",), ("--keep-chains=1",))
+    (argv,) = Xfsdump().forgetting(settings, Facts("3.1", None), ("/home",), ("--keep-chains=1",))
     whole = tmp_path / "whole"
     shutil.copytree(store.path, whole)
     for n in range(1, 200):
@@ -542,7 +542,9 @@ def test_forget(scene: Scene) -> None:
         ends.append(scene.dump(settings, scene.moment(volume)))
         time.sleep(1)  # no two of them are of one second
     assert [scene.made(end).level for end in ends] == [0, 1, 0, 1, 0]
-    (argv,) = scene.client.forgetting(settings, (str(volume),), ("--keep-chains=2",))
+    (argv,) = scene.client.forgetting(
+        settings, Facts("3.1", None), (str(volume),), ("--keep-chains=2",)
+    )
     subprocess.run(argv, env=dict(settings.env), check=True, timeout=PATIENCE_S)
     assert scene.names() == [scene.made(end).name for end in ends[2:]]
     restored = scene.restore(ends[3].backups[0], elsewhere, settings)

@@ -20,7 +20,7 @@ from typing import Any, NoReturn, TextIO, TypeVar
 import click
 
 from .. import __version__
-from ..errors import AtomtxError, ExitStatus, Interrupted
+from ..errors import AtomtxError, ExitStatus, Interrupted, UserError
 
 # name -> ("module:attribute", short help), in the order in which --help shows them
 COMMANDS = {
@@ -47,6 +47,11 @@ COMMANDS = {
 }
 
 
+_RESTORE = "`atomtx show RUN` prints the command that restores what a run has saved"
+_HISTORY = "`atomtx history` lists the runs; the client lists what is in its repository"
+_ELSEWHERE = {"restore": _RESTORE, "extract": _RESTORE, "list": _HISTORY, "snapshots": _HISTORY}
+
+
 class _Named(click.types.StringParamType):
     """A name that was given: an empty one, as of a variable that is not set, is not none at all."""
 
@@ -56,7 +61,16 @@ class _Named(click.types.StringParamType):
         return super().convert(value, param, ctx)
 
 
+class _Volume(click.types.StringParamType):
+    """A volume, or where it is mounted: `./home`, which is no dataset's name, is made absolute."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        text = super().convert(value, param, ctx)
+        return os.path.abspath(text) if text.split("/")[0] in (".", "..") else text
+
+
 NAMED = _Named()
+VOLUME = _Volume()
 _F = TypeVar("_F", bound=Callable[..., object])
 # click 8.2 raises it where a group is given no command; before that it prints the help itself.
 _NoCommand: type[click.UsageError] | tuple[()] = getattr(click.exceptions, "NoArgsIsHelpError", ())
@@ -109,6 +123,14 @@ class LazyGroup(click.Group):
             if _is_of_help(exc):
                 raise _unwritten(exc) from exc
             raise
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Tell who looks for what has no command of its own where it is."""
+        if args and args[0] in _ELSEWHERE:
+            raise UserError(f"there is no command {args[0]}", hint=_ELSEWHERE[args[0]])
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the static table; click's own would import every command."""

@@ -26,7 +26,7 @@ from ..preparing import choose_client, make_plan, settings
 from ..records import Run
 from ..statedir import RunFolder
 from ..volumes.zfs import Zfs
-from . import NAMED, from_snapshots, hook_options, jobs, json_option, runs
+from . import NAMED, VOLUME, from_snapshots, hook_options, jobs, json_option, runs
 from .from_snapshots import Backlog
 from .notifying import Notifier
 from .render import Reporter, reporter
@@ -45,7 +45,7 @@ class _WithClientOptions(click.Command):
 
 
 @click.command(cls=_WithClientOptions)
-@click.argument("names", nargs=-1, metavar="[JOB | VOLUME...] [-- CLIENT OPTIONS]")
+@click.argument("names", nargs=-1, type=VOLUME, metavar="[JOB | VOLUME...] [-- CLIENT OPTIONS]")
 @click.option(
     "--job", "job_name", type=NAMED, metavar="NAME", help="This job of the configuration."
 )
@@ -58,8 +58,16 @@ class _WithClientOptions(click.Command):
     help="Include what lies below each volume.",
 )
 @click.option("-a", "--all", is_flag=True, default=None, help="All datasets of all ZFS pools.")
-@click.option("--read-live", multiple=True, metavar="DIR", help="Read as it is: not a moment.")
-@click.option("--exclude", multiple=True, metavar="VOLUME", help="Leave out, with what is below.")
+@click.option(
+    "--read-live", multiple=True, type=VOLUME, metavar="DIR", help="Read as it is: not a moment."
+)
+@click.option(
+    "--exclude",
+    multiple=True,
+    type=VOLUME,
+    metavar="VOLUME",
+    help="Leave out, with what is below.",
+)
 @click.option("--client", type=click.Choice(tuple(clients.KNOWN)), help="The backup program.")
 @click.option("-c", "--command", metavar="WORDS", help="Run this, with the paths appended.")
 @click.option("-o", "--options", metavar="WORDS", help="The client's options, as after `--`.")
@@ -121,7 +129,9 @@ class _WithClientOptions(click.Command):
     help="How long a client that was stopped may take to end; then it is killed.",
 )
 @click.option(
-    "--retention", metavar="WORDS", help="Then forget older backups of the job: --keep-daily 7 ..."
+    "--retention",
+    metavar="WORDS",
+    help="Then forget older backups of the paths: --keep-daily 7 ...",
 )
 @hook_options.add
 @click.option("--nice", type=click.IntRange(0, 19), help="Run the client with this niceness.")

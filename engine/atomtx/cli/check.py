@@ -80,8 +80,8 @@ def check(
     \b
     EXIT STATUS (of plug-ins, not those of the other commands)
       0  OK
-      1  WARNING: older than --warn-age, the last run did not complete, a cleanup is parked,
-         an interrupted run is not settled, or a moment is in the future
+      1  WARNING: older than --warn-age, the last run did not complete, a step after it failed,
+         a cleanup is parked, an interrupted run is not settled, or a moment is in the future
       2  CRITICAL: nothing completed within --max-age, or ever
       3  UNKNOWN: no journal, it cannot be read, nothing to check, or wrong usage
     """

@@ -25,7 +25,7 @@ _HEADERS = (
     metavar="N",
     help="Show the N newest runs; 0 shows all.",
 )
-@click.option("--failed", is_flag=True, help="Only those that failed, saved a part, or are parked.")
+@click.option("--failed", is_flag=True, help="Only those that did not end well.")
 @click.option("--job", type=NAMED, metavar="NAME", help="Only the runs of one job.")
 @json_option
 def history(limit: int, failed: bool, job: str | None, as_json: bool) -> ExitStatus:
@@ -82,7 +82,8 @@ def _job(run: Run) -> str:
 def _outcome(run: Run, state: Path) -> str:
     """Return the outcome; for an open run also how it stands."""
     if run.is_final:
-        return (run.outcome or "-") + _live(run)
+        after = ", a step after it failed" if run.failed_after else ""
+        return (run.outcome or "-") + after + _live(run)
     from .status import Life, situation
 
     how = situation(run, Life.of(statedir.RunFolder.of(state, run.id)))

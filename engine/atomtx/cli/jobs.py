@@ -22,7 +22,7 @@ from ..notices import NotifySettings
 from ..plan import Request, job_key
 from ..redact import check_arguments
 from ..volumes.zfs import Zfs
-from . import NAMED
+from . import NAMED, VOLUME
 
 if TYPE_CHECKING:
     from ..config import Config, Problem
@@ -101,7 +101,7 @@ def named(word: str) -> Callable[[_F], _F]:
     """Add the parameters that say what a command is of; *word* is what it works on; see `asked`."""
     help_no_job = f"Take no name for a job: they are {word}s."
     return _all(
-        click.argument("names", nargs=-1, metavar=f"[JOB | {word.upper()}...]"),
+        click.argument("names", nargs=-1, type=VOLUME, metavar=f"[JOB | {word.upper()}...]"),
         click.option(
             "--job", "job_name", type=NAMED, metavar="NAME", help="This job of the configuration."
         ),
@@ -117,7 +117,7 @@ def chosen(word: str) -> Callable[[_F], _F]:
     return _all(
         click.option("-r", "--recursive/--no-recursive", default=None, help=below),
         click.option("-a", "--all", is_flag=True, default=None, help="All datasets of all pools."),
-        click.option("--exclude", multiple=True, metavar=word.upper(), help=left_out),
+        click.option("--exclude", multiple=True, type=VOLUME, metavar=word.upper(), help=left_out),
     )
 
 

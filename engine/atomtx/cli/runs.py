@@ -169,7 +169,8 @@ def settle(
             _settle_one(settler, run, show, told)
         interrupts.stop()
     if others:
-        show.note(f"{others} runs of other jobs are unfinished: `atomtx recover`")
+        runs = "run of another job is" if others == 1 else "runs of other jobs are"
+        show.note(f"{others} {runs} unfinished: `atomtx recover`")
     return found
 
 

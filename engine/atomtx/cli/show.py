@@ -215,7 +215,7 @@ def _object(
 def _page(found: _Found, restores: list[Restore | None], damage: list[str] | None) -> list[str]:
     sections = {
         "": _header(found),
-        "Volumes": _volumes(found.volumes),
+        "Volumes": _volumes(found.volumes, takes=found.run.verb != Verb.PRUNE),
         "Intents and outcomes": _steps(found),
         "Runs of the steps": _children(found.children),
         "States": _moves(found.moves),
@@ -267,11 +267,12 @@ def _live(found: _Found) -> str | None:
     return words
 
 
-def _volumes(volumes: Iterable[history.Volume]) -> list[str]:
+def _volumes(volumes: Iterable[history.Volume], *, takes: bool) -> list[str]:
+    not_known = "not taken" if takes else "-"
     rows = [
         (v.mountpoint, "none: read live, not a moment", v.guid, "-")
         if v.kind == PLAIN
-        else (v.mountpoint, v.snapshot, v.snapshot_guid or "not taken", v.createtxg or "-")
+        else (v.mountpoint, v.snapshot, v.snapshot_guid or not_known, v.createtxg or "-")
         for v in volumes
     ]
     return render.table(("MOUNTPOINT", "SNAPSHOT", "GUID", "CREATETXG"), rows) if rows else []

@@ -198,7 +198,7 @@ class Client(Protocol):
         ...
 
     def forgetting(
-        self, settings: Settings, paths: tuple[str, ...], policy: tuple[str, ...]
+        self, settings: Settings, facts: Facts, paths: tuple[str, ...], policy: tuple[str, ...]
     ) -> tuple[tuple[str, ...], ...]:
         """
         Return the commands that forget backups of this host and of exactly *paths* by *policy*.

@@ -269,7 +269,7 @@ def _unusable(answer: process.Completed, settings: Settings) -> UserError:
     if "DoesNotExist" in text or "InvalidRepository" in text:
         return UserError(
             f"borg: the repository is absent or out of reach: {said}",
-            hint="`borg init` makes a new one",
+            hint="is its disk mounted, its server up? `borg init` makes a new one",
         )
     return UserError(f"borg: the repository cannot be used: {said}")
 
@@ -393,7 +393,7 @@ class Borg:
         return moment.sources
 
     def forgetting(
-        self, settings: Settings, paths: tuple[str, ...], policy: tuple[str, ...]
+        self, settings: Settings, facts: Facts, paths: tuple[str, ...], policy: tuple[str, ...]
     ) -> tuple[tuple[str, ...], ...]:
         """Return `borg prune` of the archives that are named so, then `borg compact`."""
         argv = program(settings, "borg")

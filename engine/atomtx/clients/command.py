@@ -98,7 +98,7 @@ class Command:
         return moment.sources
 
     def forgetting(
-        self, settings: Settings, paths: tuple[str, ...], policy: tuple[str, ...]
+        self, settings: Settings, facts: Facts, paths: tuple[str, ...], policy: tuple[str, ...]
     ) -> tuple[tuple[str, ...], ...]:
         """Return nothing: there is no policy."""
         return ()

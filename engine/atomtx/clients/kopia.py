@@ -439,7 +439,7 @@ class Kopia:
         return moment.sources
 
     def forgetting(
-        self, settings: Settings, paths: tuple[str, ...], policy: tuple[str, ...]
+        self, settings: Settings, facts: Facts, paths: tuple[str, ...], policy: tuple[str, ...]
     ) -> tuple[tuple[str, ...], ...]:
         """Return what sets each source's policy and applies it; kopia keeps it from then on."""
         argv, config = program(settings, "kopia"), _config(_config_file(settings))

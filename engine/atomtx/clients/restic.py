@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import signal
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from .. import process
@@ -244,10 +244,16 @@ def _anchored_variables(settings: Settings) -> dict[str, str]:
     return {name: value for name, value in found.items() if value != env[name]}
 
 
-def _own_options(version: Version, moment: Moment, given: frozenset[str]) -> Iterator[str]:
+def _patience(version: Version, options: Iterable[Option]) -> tuple[str, ...]:
+    """Return how long to wait for another's lock, where the user did not decide."""
+    is_given = any(option.name == "--retry-lock" for option in options)
+    return () if is_given or version < _WITH_GROUP_BY else (f"--retry-lock={_RETRY_LOCK}",)
+
+
+def _own_options(version: Version, moment: Moment, options: Sequence[Option]) -> Iterator[str]:
     """Return the options that atomtx adds where the user did not decide."""
-    if version >= _WITH_GROUP_BY and "--retry-lock" not in given:
-        yield f"--retry-lock={_RETRY_LOCK}"
+    given = {option.name for option in options}
+    yield from _patience(version, options)
     if moment.parent is not None and not given & {"--parent", "--force"}:
         yield f"--parent={moment.parent}"
     # Patterns are matched with the real location, also of a relative argument.
@@ -329,7 +335,7 @@ def _unusable(answer: process.Completed, settings: Settings) -> UserError:
     if answer.status == 10 or "unable to open" in text:
         return UserError(
             f"restic: the repository is absent or out of reach: {said}",
-            hint="`restic init` makes a new one",
+            hint="is its disk mounted, its server up? `restic init` makes a new one",
         )
     return UserError(f"restic: the repository cannot be used: {said}")
 
@@ -412,7 +418,7 @@ class Restic:
         argv = (
             *program(settings, "restic"),
             *("backup", "--json", f"--time={time}"),
-            *_own_options(version, moment, frozenset(option.name for option in options)),
+            *_own_options(version, moment, options),
             *(option.word for option in options),
             *("--", *_targets(moment)),
         )
@@ -441,7 +447,7 @@ class Restic:
         return moment.sources if moment.whole else tuple(below)
 
     def forgetting(
-        self, settings: Settings, paths: tuple[str, ...], policy: tuple[str, ...]
+        self, settings: Settings, facts: Facts, paths: tuple[str, ...], policy: tuple[str, ...]
     ) -> tuple[tuple[str, ...], ...]:
         """
         Return one `restic forget --prune` of single backups, or nothing.
@@ -458,7 +464,8 @@ class Restic:
             said = settings.redact(answer.last_line())
             raise ClientError(f"restic does not tell what there is to forget: {said}")
         ids = _removed(answer.stdout, host, paths)
-        return ((*argv, "--prune", *own, *ids),) if ids else ()
+        patience = _patience(_parse_version(facts.version) or OLDEST, options)
+        return ((*argv, "--prune", *own, *patience, *ids),) if ids else ()
 
     def after_loss(self, settings: Settings, facts: Facts) -> tuple[str, ...]:
         """

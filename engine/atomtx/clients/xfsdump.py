@@ -170,7 +170,7 @@ class Xfsdump:
         return moment.targets
 
     def forgetting(
-        self, settings: Settings, paths: tuple[str, ...], policy: tuple[str, ...]
+        self, settings: Settings, facts: Facts, paths: tuple[str, ...], policy: tuple[str, ...]
     ) -> tuple[tuple[str, ...], ...]:
         """Return what removes the older chains of this host's dumps of *paths*."""
         destination = _destination(settings)
