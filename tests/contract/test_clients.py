@@ -781,6 +781,23 @@ def test_kopia_one_file_system(kopia: Settings, home: Path) -> None:
     Kopia().check(kopia, (str(home),), ())
 
 
+def test_kopia_at_in_a_name(kopia: Settings, tmp_path: Path) -> None:
+    """`@home` is the policy's own path, not a user's name: what is shown makes it so, too."""
+    home = make_tree(tmp_path / "@home")
+    user, host = (json.loads(call(kopia, "repository", "status", "--json"))["clientOptions"][name]
+                  for name in ("username", "hostname"))  # fmt: skip
+    call(kopia, "policy", "set", f"{user}@{host}:{home}", "--one-file-system=true")
+    for excludes, said in (((), "on one file system"), ((str(home / "d0"),), "does not ignore")):
+        with pytest.raises(UserError, match=said) as caught:
+            Kopia().check(kopia, (str(home),), excludes)
+        call(kopia, *shlex.split((caught.value.hint or "").strip("`"))[1:])
+        Kopia().check(kopia, (str(home),), excludes)
+    end = back_up(Kopia(), kopia, moment_of(home, excludes=(str(home / "d0"),))).end
+    assert end.outcome is Outcome.COMPLETED
+    unnamed = replace(end.backups[0], backup_id=None)
+    call(kopia, *Kopia().restore_command(kopia, Facts("0.19.0", None), unnamed, str(tmp_path))[1:])
+
+
 def test_kopia_one_file_system_below(kopia: Settings, home: Path) -> None:
     """The policy of a directory below a target counts: not one beside it, left out, or others'."""
     targets, out = (str(home),), (str(home / "d1"),)

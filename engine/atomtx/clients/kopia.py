@@ -80,6 +80,7 @@ _REFUSED = {
     "--stdin-file": "atomtx backs up the files of snapshots, not a stream",
     "--upload-limit-mb": "the backup would not be whole",
 }
+_SET = ("kopia", "policy", "set")
 _REMEMBERED = ".kopia-password"
 _FILE_OPTIONS = ("--config-file", "--log-dir", "--log-file")
 _NOTES = (
@@ -144,6 +145,11 @@ def _source(path: str, config: Mapping[str, Any]) -> str:
     return f"{user}@{host}:{path}" if user and host else path
 
 
+def _typed(path: str, config: Mapping[str, Any]) -> str:
+    """Return the source as short as kopia understands it: `@home` is a common subvolume."""
+    return _source(path, config) if "@" in path else path
+
+
 def _unusable(answer: process.Completed, settings: Settings) -> UserError:
     """Return the error that tells why the repository cannot be used, in one line."""
     # Judged as it came: a password may be one of the words that are looked for.
@@ -205,12 +211,12 @@ def _is_of(target: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
     return all(not config.get(ours) or target[theirs] == config[ours] for theirs, ours in pairs)
 
 
-def _check_crossing(path: str, files: Mapping[str, Any]) -> None:
+def _check_crossing(path: str, files: Mapping[str, Any], config: Mapping[str, Any]) -> None:
     if files.get("oneFileSystem"):
         raise UserError(
             f"kopia's policy for {path} keeps it on one file system: each snapshot is "
             "one of its own, and those below would be left out without a warning",
-            hint=f"`{_command('kopia', 'policy', 'set', path)} --one-file-system=false`",
+            hint=f"`{_command(*_SET, _typed(path, config))} --one-file-system=false`",
         )
 
 
@@ -260,17 +266,49 @@ def _below(
     return found
 
 
-def _check_negations(path: str, files: Mapping[str, Any], excludes: Iterable[str]) -> None:
+def _check_negations(
+    path: str, files: Mapping[str, Any], excludes: Iterable[str], config: Mapping[str, Any]
+) -> None:
     """Refuse a rule of a lower policy that may take back what one above it ignores."""
     for exclude in excludes:
         for rule in _ignores(files):
             if _may_take_back(rule, exclude, path):
-                words = ("policy", "set", path, "--remove-ignore", rule)
+                words = (*_SET, _typed(path, config), "--remove-ignore", rule)
                 raise UserError(
                     f"the rule {rule} of kopia's policy for {path} may take back that {exclude} is "
                     "ignored, which must stay live while kopia runs",
-                    hint=f"`{_command('kopia', *words)}`",
+                    hint=f"`{_command(*words)}`",
                 )
+
+
+def _check_target(
+    target: str,
+    policy: Mapping[str, Any],
+    excludes: list[str],
+    root: str,
+    config: Mapping[str, Any],
+) -> None:
+    """Refuse a policy that does not ignore what has to be left out of *target*."""
+    rules = _ignores(policy)
+    tagged = policy.get("ignoreCacheDirs", True)
+    missing = [
+        path
+        for path in excludes
+        if not is_ignored(path, target, rules)
+        and not (tagged and _is_tagged(path.removeprefix(root)))
+    ]
+    if not missing:
+        return
+    if target in missing:
+        raise UserError(f"kopia cannot leave out {target}, which it is to back up")
+    # Rules of a target replace those that it inherits: they have to be said again.
+    wanted = [*rules, *(ignore_rule(path, target) for path in missing)]
+    words = [word for rule in wanted for word in ("--add-ignore", rule)]
+    raise UserError(
+        f"kopia's policy for {target} does not ignore {', '.join(missing)}, which must stay "
+        "live while kopia runs, and cannot be told otherwise",
+        hint=f"`{_command(*_SET, _typed(target, config), *words)}`",
+    )
 
 
 def _is_tagged(path: str) -> bool:
@@ -316,16 +354,17 @@ class Kopia:
         and none may keep it from the file systems below a target, where it skips silently.
         The policies of directories below a target count from there on downwards.
         """
-        defined = self._defined(settings)
+        defined, config = self._defined(settings), _config(_config_file(settings))
         for target in targets:
             within = [e for e in excludes if is_within(e, target)]
-            policy = self._policy(settings, target)
+            policy = self._policy(settings, _typed(target, config))
             below = _below(target, policy, defined, within)
             for path, files in ((target, policy), *below.items()):
-                _check_crossing(path, files)
-            self._check_target(target, policy, within, root)
+                _check_crossing(path, files, config)
+            _check_target(target, policy, within, root, config)
             for path, files in below.items():
-                _check_negations(path, files, [e for e in within if is_within(e, path)])
+                inner = [e for e in within if is_within(e, path)]
+                _check_negations(path, files, inner, config)
 
     def _defined(self, settings: Settings) -> dict[str, dict[str, Any]]:
         """
@@ -350,39 +389,15 @@ class Kopia:
         except (KeyError, TypeError) as exc:
             raise UserError(_NO_POLICIES) from exc
 
-    def _policy(self, settings: Settings, target: str) -> dict[str, Any]:
-        """Return the part about files of the policy that is in effect for *target*."""
-        argv = (*program(settings, "kopia"), "policy", "show", "--json", target)
+    def _policy(self, settings: Settings, source: str) -> dict[str, Any]:
+        """Return the part about files of the policy that is in effect for *source*."""
+        argv = (*program(settings, "kopia"), "policy", "show", "--json", source)
         answer = ask((*argv, *_globals(_options(settings))), settings)
         policy = document_of(answer.stdout)
         if not answer.ok or policy is None:
             raise _unusable(answer, settings)
         files = policy.get("files")
         return files if isinstance(files, dict) else {}
-
-    def _check_target(
-        self, target: str, policy: Mapping[str, Any], excludes: list[str], root: str
-    ) -> None:
-        rules = _ignores(policy)
-        tagged = policy.get("ignoreCacheDirs", True)
-        missing = [
-            path
-            for path in excludes
-            if not is_ignored(path, target, rules)
-            and not (tagged and _is_tagged(path.removeprefix(root)))
-        ]
-        if not missing:
-            return
-        if target in missing:
-            raise UserError(f"kopia cannot leave out {target}, which it is to back up")
-        # Rules of a target replace those that it inherits: they have to be said again.
-        wanted = [*rules, *(ignore_rule(path, target) for path in missing)]
-        words = [word for rule in wanted for word in ("--add-ignore", rule)]
-        raise UserError(
-            f"kopia's policy for {target} does not ignore {', '.join(missing)}, which must stay "
-            "live while kopia runs, and cannot be told otherwise",
-            hint=f"`{_command('kopia', 'policy', 'set', target, *words)}`",
-        )
 
     def live_paths(self, settings: Settings) -> tuple[str, ...]:
         """Return the folders of configuration, cache and logs, a local repository, TMPDIR."""
@@ -482,7 +497,8 @@ class Kopia:
         """
         path = backup.paths[0]
         below = os.path.join(to, path.lstrip("/"))
-        words = ("snapshot", "restore", backup.backup_id or path, below)
+        source = _typed(path, _config(_config_file(settings)))
+        words = ("snapshot", "restore", backup.backup_id or source, below)
         return (*program(settings, "kopia"), *words, *_globals(_options(settings)))
 
 
