@@ -156,6 +156,16 @@ class Words(Kind):
         return {"type": "array", "items": {"type": "string", "minLength": 1}}
 
 
+class Program(Words):
+    """The words of a command: a program, and what it is given."""
+
+    def parse(self, value: Any) -> tuple[str, ...]:
+        words = super().parse(value)
+        if words and words[0].startswith("-"):
+            raise ValueError(f"must begin with a program, not with the option {shown(words[0])}")
+        return words
+
+
 class Variables(Kind):
     """Names of variables with their values."""
 

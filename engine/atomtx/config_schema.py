@@ -23,6 +23,7 @@ from .config_kinds import (
     Flag,
     Named,
     Number,
+    Program,
     Span,
     Table,
     Text,
@@ -62,7 +63,7 @@ def _holder(of: str) -> Text:
 
 
 def _hook(what: str, example: list[str]) -> Any:
-    return key(Words(), what, (), unset="none", example=example)
+    return key(Program(), what, (), unset="none", example=example)
 
 
 @dataclass(frozen=True)
@@ -276,7 +277,7 @@ class Job:
     )
     notify_mail_from: str = key(Text(), "The sender of these mails.", NotifySettings.mail_from)
     notify_command: tuple[str, ...] = key(
-        Words(), "Tell this command of trouble.", (), unset="none", example=["/root/tell"]
+        Program(), "Tell this command of trouble.", (), unset="none", example=["/root/tell"]
     )
     notify_on: tuple[str, ...] = key(
         Words(),
@@ -419,19 +420,10 @@ def problems(job: Job) -> Iterator[tuple[Place, str]]:
         yield ("thaw",), "thaw undoes quiesce, which is not there"
     if job.client == "command" and not job.command:
         yield ("client",), 'the client "command" needs a command, such as command = ["my-backup"]'
-    yield from _of_hooks(job)
     yield from _of_snapshots(job)
     yield from _of_retention(job)
     yield from _of_steps(job)
     yield from _secrets(job)
-
-
-def _of_hooks(job: Job) -> Iterator[tuple[Place, str]]:
-    for name in _HOOKS:
-        words = getattr(job, name)
-        if words and words[0].startswith("-"):
-            dashed = name.replace("_", "-")
-            yield (dashed,), f"{dashed}: {shown(words[0])} is an option, and no program"
 
 
 def _of_snapshots(job: Job) -> Iterator[tuple[Place, str]]:

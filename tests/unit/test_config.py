@@ -195,7 +195,7 @@ def test_all_at_once() -> None:
             'environment.BORG_PASSCOMMAND = "cat /pw"',
             'under credentials: BORG_PASSPHRASE = { file = "/etc/atomtx/..." }',
         ),
-        ('quiesce = ["-r"]', "quiesce: -r is an option, and no program"),
+        ('quiesce = ["-r"]', 'quiesce must begin with a program, not with the option "-r"'),
         ("all = true", "all and volumes exclude each other"),
         ('root = "/restic"', 'root is of no use without layout = "tree"'),
         ('layout = "tree"', "needs a root"),
