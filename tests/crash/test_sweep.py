@@ -26,8 +26,8 @@ def _cases(field: Field, level: str, scenario: str) -> list[Case]:
 @pytest.mark.parametrize(
     ("level", "scenario", "count"),
     [
-        *(("P1", "namespace", 9), ("P1", "tree", 4), ("P1", "hooked", 4)),
-        pytest.param("P1", "mixed", 2, marks=pytest.mark.full),
+        ("P1", "namespace", 9),
+        *(pytest.param("P1", s, 4, marks=pytest.mark.full) for s in ("tree", "hooked", "mixed")),
         *(("P2", "namespace", 4), ("P3", "namespace", 6)),
     ],
 )
@@ -55,7 +55,7 @@ def test_recovery_is_disturbed_too(field: Field, scenario: str, count: int) -> N
 
 
 @pytest.mark.parametrize(
-    "scenario", ["namespace", "tree", pytest.param("mixed", marks=pytest.mark.full)]
+    "scenario", ["namespace", *(pytest.param(s, marks=pytest.mark.full) for s in ("tree", "mixed"))]
 )
 def test_points_are_found(field: Field, scenario: str) -> None:
     """Every state of a run, every program and every mount of it has its points."""

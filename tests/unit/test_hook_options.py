@@ -63,7 +63,7 @@ def test_options(words: tuple[str, ...], hooks: tuple[RunHook, ...]) -> None:
         (("-p", "'"), "No closing quotation"),
         (("-q", "  "), "--post-hook is empty; give a command"),
         (("-p", "login --password=x"), "carries a secret"),
-        (("-q", "-r"), "--post-hook must begin with a program, not with the option \"-r\""),
+        (("-q", "-r"), '--post-hook must begin with a program, not with the option "-r"'),
     ],
 )
 def test_refused(words: tuple[str, ...], said: str) -> None:

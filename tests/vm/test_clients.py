@@ -216,7 +216,16 @@ def test_tree_layout(restic: Machine) -> None:
     assert leftovers(vm) == []
 
 
-@pytest.mark.parametrize("state", ["snapshotted", "mounted", "backing-up", "unmounting"])
+@pytest.mark.parametrize(
+    "state",
+    [
+        "mounted",
+        *(
+            pytest.param(s, marks=pytest.mark.full)
+            for s in ("snapshotted", "backing-up", "unmounting")
+        ),
+    ],
+)
 def test_tree_layout_killed(tree: Machine, state: str) -> None:
     """A run in the tree layout that is killed is settled too, its mounts and directories gone."""
     vm = tree

@@ -358,6 +358,7 @@ def test_own_way(pools: Machine) -> None:
     check_copies(vm)
 
 
+@pytest.mark.full
 def test_discard_beside_a_part(pools: Machine) -> None:
     """A copy was written to beside a part of a stream: the rest arrives once that is undone."""
     vm = pools

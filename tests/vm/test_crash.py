@@ -113,7 +113,9 @@ def test_killed_inside_command(filled: Machine, point: str, who: str) -> None:
     assert completed or "snapshot" in point
 
 
-@pytest.mark.parametrize("who", ["front", pytest.param("runner", marks=pytest.mark.full), "all"])
+@pytest.mark.parametrize(
+    "who", ["front", *(pytest.param(who, marks=pytest.mark.full) for who in ("runner", "all"))]
+)
 def test_killed_while_client_reads(filled: Machine, who: str) -> None:
     """Killed while restic uploads: adopted where the runner lives, else resumed; one backup."""
     vm = filled

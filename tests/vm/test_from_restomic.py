@@ -51,6 +51,7 @@ def freebsd_like(prepared: Prepare) -> Machine:
     return prepared("tank", zroot)
 
 
+@pytest.mark.full
 def test_each_command(freebsd_like: Machine) -> None:
     """Every command of the page does what its old one was meant to."""
     vm = freebsd_like

@@ -95,6 +95,7 @@ def test_course(ready: Machine) -> None:
     assert len(backups(vm)) == 3
 
 
+@pytest.mark.full  # tests/cli/test_from_snapshots.py has it, played
 def test_killed(ready: Machine) -> None:
     """Killed anywhere, recover ends that moment, and the next call the others."""
     vm = ready

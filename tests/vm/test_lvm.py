@@ -105,7 +105,7 @@ def test_restored(filled: Machine) -> None:
         pytest.param("snapshotted", "front", marks=pytest.mark.full),
         ("mounted", "runner"),
         pytest.param("backing-up", "all", marks=pytest.mark.full),
-        ("unmounting", "front"),
+        pytest.param("unmounting", "front", marks=pytest.mark.full),
     ],
 )
 def test_killed_in_state(filled: Machine, state: str, who: str) -> None:
@@ -130,7 +130,7 @@ def test_killed_in_state(filled: Machine, state: str, who: str) -> None:
         "start:lvcreate#4",
         pytest.param("end:lvcreate#2", marks=pytest.mark.full),
         pytest.param("start:lvchange#1", marks=pytest.mark.full),
-        "start:lvremove#1",
+        pytest.param("start:lvremove#1", marks=pytest.mark.full),
         pytest.param("end:lvremove#1", marks=pytest.mark.full),
     ],
 )

@@ -39,6 +39,7 @@ def test_load(vm: Machine) -> None:
     assert abs(float(vm.run("date +%s.%N").stdout) - time.time()) < 5
 
 
+@pytest.mark.full
 def test_crash(vm: Machine) -> None:
     """After a crash and a boot what was flushed is there, and the pool can be imported."""
     vm.run("zfs create tank/x && echo kept >/tank/x/file && sync && zpool sync")

@@ -244,6 +244,7 @@ def test_suspended(faulty: Machine, at: str) -> None:
     assert leftovers(vm) == []
 
 
+@pytest.mark.full
 def test_suspended_under_a_client(faulty: Machine) -> None:
     """
     A client that hangs in a suspended pool hears no signal: recover waits for the pool, not for it.
