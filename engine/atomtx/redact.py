@@ -6,6 +6,7 @@ Promise 11: a secret never reaches the journal, a log, an error message or a pro
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from urllib.parse import unquote
@@ -13,6 +14,8 @@ from urllib.parse import unquote
 from .errors import UserError
 
 HIDDEN = "***"
+# encoding/json of Go, HTMLEscape
+_OF_GO = str.maketrans({"&": "\\u0026", "<": "\\u003c", ">": "\\u003e"})
 _SHORTEST = 4  # hiding shorter values would make any text unreadable and hide nothing
 
 # Names that the pattern below does not find: our own, and from the clients' lists of variables.
@@ -46,7 +49,9 @@ _HARMLESS = frozenset(
 # A header of rclone's may let in by any name: RCLONE_HEADER_UPLOAD, RCLONE_WEBDAV_HEADERS.
 _HEADERS = r"^RCLONE_(?:.*_)?HEADER"
 _SECRET_NAME = re.compile(
-    rf"PASS|SECRET|TOKEN|KEY|SAS|CREDENTIAL|^RCLONE_CONFIG_|{_HEADERS}", re.IGNORECASE
+    r"PASS|SECRET|TOKEN|KEY|SAS|CREDENTIAL|CONNECTION_STRING|GRANT|COOKIE|AUTHORIZATION"
+    rf"|^RCLONE_CONFIG_|{_HEADERS}",
+    re.IGNORECASE,
 )
 _POINTER_NAME = re.compile(
     r"_(FILE|FILE2|FD|DIR|DIRECTORY|PATH|SOCK)$|^RCLONE_CONFIG_.*_(TYPE|PROVIDER|REGION)$",
@@ -54,6 +59,16 @@ _POINTER_NAME = re.compile(
 )
 # `scheme://user:password@host`, and borg 2's `s3:key:secret@...`.
 _URL_PASSWORD = re.compile(r"((?:://|\b(?:s3|b2):)[^/\s:@]*:)([^/\s]+)@")
+# What is assigned within a value: a connection string of rclone's (`:s3,secret_access_key=...:`)
+# or of Azure's, and options that another program is given.  What a shell puts in is none.
+_ASSIGNED = re.compile(
+    r"(?:(?:^|[\s,;:'\"-])[\w.-]*(?:secret|token|pass(?:word|wd|phrase)?|sas"
+    r"|(?:access|account|storage|application|shared)[_-]?key)|[,;]key)"
+    r"=('(?!\$)[^']+'|\"(?!\$)[^\"]+\"|(?![$'\"])[^\s,;:]+)",
+    re.IGNORECASE,
+)
+# sshpass(1)
+_SSHPASS = re.compile(r"\bsshpass\s+-p\s*(?!\$)(\S+)")
 # `Authorization: Bearer TOKEN`; in rclone's lists of headers a comma stands for the colon.
 _AUTHORIZATION = re.compile(r"\bauthorization[\"']?\s*[:,=]|\bbearer\s+\S", re.IGNORECASE)
 _HEADER_TOKEN = re.compile(
@@ -99,11 +114,11 @@ _SECRET_FLAG = re.compile(
 )
 # Elsewhere `-p` and `--key` commonly name a file.
 _SECRET_KOPIA_FLAG = re.compile(r"--key|--key-id|--client-cert|-p.*")
-_ASSIGNMENT = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)=(.+)", re.DOTALL)
+_ASSIGNMENT = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)=(?![\"']?\$)(.+)", re.DOTALL)
 
 
 def _is_secret(name: str, value: str) -> bool:
-    if _URL_PASSWORD.search(value) or _AUTHORIZATION.search(value):
+    if _URL_PASSWORD.search(value) or _AUTHORIZATION.search(value) or _assigned(value):
         return True
     if name in _HARMLESS or _POINTER_NAME.search(name):
         return False
@@ -162,6 +177,12 @@ def journaled(
     return harmless, tuple(sorted(secrets))
 
 
+def _assigned(text: str) -> set[str]:
+    """Return the secrets that are assigned within a text."""
+    found = (*_ASSIGNED.findall(text), *_SSHPASS.findall(text))
+    return {value.strip("'\"") for value in found}
+
+
 def _without_url_passwords(text: str) -> str:
     return _URL_PASSWORD.sub(rf"\1{HIDDEN}@", text)
 
@@ -187,9 +208,11 @@ def _secret_parts(name: str, value: str) -> set[str]:
     """
     Return what to hide of a secret's *value*: of a URL only the password, as is and decoded.
 
+    Of what assigns secrets to names only these.
+
     Of a header also its value alone, and by what it lets in.
     """
-    passwords = {match[2] for match in _URL_PASSWORD.finditer(value)}
+    passwords = {match[2] for match in _URL_PASSWORD.finditer(value)} | _assigned(value)
     of_headers = {*_tokens(value)}
     if re.match(_HEADERS, name, re.IGNORECASE):
         of_headers |= _header_values(value)
@@ -203,12 +226,24 @@ def _secret_parts(name: str, value: str) -> set[str]:
     }
 
 
+def _spellings(secret: str) -> set[str]:
+    """Return how a log may spell it: in JSON, as Go writes it too, and where it is not UTF-8."""
+    if secret.isascii() and not set(secret) & set('"\\\t&<>'):
+        return set()
+    import json  # 8 ms that most need not pay
+
+    texts = {json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1]}
+    texts |= {text.translate(_OF_GO) for text in texts}
+    return {*texts, os.fsencode(secret).decode("utf-8", "replace")}
+
+
 class Redactor:
     """Replaces the secrets of one environment in any text; *also* names some of them."""
 
     def __init__(self, env: Mapping[str, str], also: Collection[str] = ()) -> None:
         names = secret_names(env) | {name for name in also if name in env}
         parts = {part for name in names for part in _secret_parts(name, env[name])}
+        parts |= {spelt for part in parts for spelt in _spellings(part)}
         words = sorted((word for word in parts if len(word) >= _SHORTEST), key=len, reverse=True)
         # The longest first: one secret may be a part of another.
         self._pattern = re.compile("|".join(map(re.escape, words))) if words else None
@@ -233,6 +268,10 @@ def _secret_of(word: str, *, for_kopia: bool) -> str | None:
     # A shell puts a variable's value in only where it runs the word.
     if any(not token.startswith("$") for token in _tokens(word)):
         return "Authorization: ..."
+    if found := _ASSIGNED.search(word):
+        return f"{found[0][: found.start(1) - found.start()].strip()}..."
+    if _SSHPASS.search(word):
+        return "sshpass -p ..."
     return _without_url_passwords(word) if _URL_PASSWORD.search(word) else None
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -90,6 +93,61 @@ def test_authorization(value: str) -> None:
     assert secret_names(env) == {"RCLONE_MADE_UP"}
     assert journaled(env) == ((), ("RCLONE_MADE_UP",))
     assert "sesame" not in Redactor(env).redact(f"sent {value}; got 403 for sesame")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("RESTIC_REPOSITORY", "rclone::s3,access_key_id=AK,secret_access_key=sesame:bucket"),
+        ("RESTIC_REPOSITORY", "rclone::webdav,url='https://x',pass=sesame:"),
+        ("RESTIC_REPOSITORY", "rclone::b2,account=a,key='sesame':bucket"),
+        ("MADE_UP", "https;AccountName=x;AccountKey=sesame"),
+        ("MADE_UP", "serve restic --stdio --webdav-pass=sesame"),
+        ("MADE_UP", "sshpass -p sesame ssh"),
+    ],
+)
+def test_assigned(name: str, value: str) -> None:
+    """What assigns a secret within a value is one; of it that alone is hidden."""
+    env = {name: value}
+    assert secret_names(env) == {name}
+    assert "sesame" not in Redactor(env).redact(f"cannot open {value}: 403 for sesame")
+    assert Redactor(env).redact("account AK of x") == "account AK of x"
+    with pytest.raises(UserError, match="carries a secret") as caught:
+        check_arguments(["--repo", value])
+    assert "sesame" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "--option=s3.access_key_file=/etc/key",
+        "--password-file=/etc/pw",
+        "--key=2",
+        "PGPASSWORD=$(cat /etc/pw) pg_dump",
+        'PGPASSWORD="$PW" pg_dump',
+        "ssh -o PasswordAuthentication=no",
+        "sshpass -f /etc/pw ssh",
+        "sshpass -p $PW ssh",
+    ],
+)
+def test_assigned_elsewhere(word: str) -> None:
+    """A pointer to a secret is none, nor what a shell puts in."""
+    check_arguments(["sh", "-c", word])
+    assert secret_names({"MADE_UP": word}) == frozenset()
+
+
+@pytest.mark.parametrize(
+    "secret", ['corr"ect&horse<x', "back\\slash", "caf\udce9 au lait", "käse &"]
+)
+def test_spellings(secret: str) -> None:
+    """A client prints it in JSON, as Go does too, or in bytes that are no UTF-8."""
+    redact = Redactor({"RESTIC_PASSWORD": secret}).redact
+    go = {"&": "\\u0026", "<": "\\u003c", ">": "\\u003e"}
+    for text in (json.dumps(secret), json.dumps(secret, ensure_ascii=False)):
+        spelt = text[1:-1]
+        of_go = "".join(go.get(each, each) for each in spelt)
+        assert redact(f'{{"m":"{spelt}","n":"{of_go}"}}') == '{"m":"***","n":"***"}'
+    assert redact(os.fsencode(secret).decode("utf-8", "replace")) == "***"
 
 
 @pytest.mark.parametrize("name", ["RCLONE_HEADER", "RCLONE_HTTP_HEADERS"])
