@@ -394,6 +394,17 @@ def test_destroyed(stage: Stage) -> None:
     assert len(stage.calls("lvremove")) == 1
 
 
+def test_many_destroyed(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many the proof of all is more than a word of a command can have: a hundred at once."""
+    monkeypatch.setattr(lvm, "_AT_ONCE", 2)
+    identities = stage.taken(*(stage.volume("data/home", n) for n in range(5)))
+    assert set(stage.kind.destroy(identities, run=RUN).values()) == {"done"}
+    assert list(stage.state["volumes"]) == list(stage.origins)
+    names = [[word for word in call if "/atomtx-" in word] for call in stage.calls("lvremove")]
+    assert [len(each) for each in names] == [2, 2, 1]
+    assert [name for each in names for name in each] == [each.name for each in identities]
+
+
 def test_not_destroyed(stage: Stage) -> None:
     """What has another UUID, or lost our tag, stays: nothing is asked of LVM for it."""
     volumes = stage.volume("data/home"), stage.volume("data/thin", 1)

@@ -721,7 +721,7 @@ def test_interrupted(scene: SnapScene, three: list[Plan]) -> None:
     choice = scene.chosen()
 
     def before() -> None:
-        lvm._PRUNED_AT_ONCE = 1
+        lvm._AT_ONCE = 1
         real = lvm.LogicalVolumes._change
 
         def change(*args: Any, **options: Any) -> dict[str, str]:

@@ -7,6 +7,7 @@ It prints what OpenZFS 2.3.9 printed on Linux 6.12.
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -385,6 +386,22 @@ def test_too_many(fake: Fake) -> None:
     with pytest.raises(EffectError, match="too many for one"):
         Zfs().take([f"tank/{'a' * 200}{n}@{TOKEN}" for n in range(9000)], run=RUN)
     assert fake.argvs == []
+
+
+def test_as_many_as_were_taken(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one command could take is looked at, held and destroyed by as many as it needs."""
+    names = [f"tank/{'a' * 200}{n}@{TOKEN}" for n in range(4000)]
+    monkeypatch.setattr(os, "sysconf", lambda name: (1 << 20) + (1 << 17))  # of 4 MiB of stack
+    assert Zfs().take(names, run=RUN) is None
+    Zfs().hold(names, tag=TOKEN)
+    known = [Identity(name, str(2**63 + n), "7", 0, RUN) for n, name in enumerate(names)]
+    answers = {str(n): "done" for n in range(1, len(names) + 1)}
+    fake.answer((json.dumps({"return": answers}), "", 0))
+    assert Zfs().destroy(known, run=RUN) == dict.fromkeys(names, "done")
+    assert [argv[:2] for argv in fake.argvs] == [["zfs", "program"]] * 2
+    words = [word for argv in fake.argvs for word in argv if "@" in word]
+    assert words == names
+    assert max(sum(len(word) + 9 for word in argv) for argv in fake.argvs) < (1 << 20) + 1000
 
 
 HELD = f"{A}\t{TOKEN}\tFri Jul  3 12:00 2026\n{A}\tother\tFri Jul  3 12:00 2026\n"

@@ -39,7 +39,7 @@ from .kind import Identity, Kept
 _TAG = "atomtx"
 _MARK, _KEPT = OURS
 _TRANSIENT = "atomtx.transient="
-_PRUNED_AT_ONCE = 100  # names and proofs are well below what a command line can hold
+_AT_ONCE = 100  # names, and a proof of each: one word of a command has 128 KiB at most
 _REMOVE = ("lvremove", "--yes")
 # lvs(8), lv_attr: classic snapshots are on it, or thin volumes of which it is the external origin.
 # An `lvremove --yes` destroys them with it (lv_remove_with_dependencies in LVM's lv_manip.c).
@@ -252,9 +252,10 @@ class LogicalVolumes:
                 lvmio.is_of(device, groups.get(_group(each), ""), each.guid) for device in active
             )
         ]
-        if there:
-            proof = _proof(there, {each.name: () for each in there})
-            names = [each.name for each in there]
+        for start in range(0, len(there), _AT_ONCE):
+            part = there[start : start + _AT_ONCE]
+            proof = _proof(part, {each.name: () for each in part})
+            names = [each.name for each in part]
             self._lvm.run("lvchange", "--yes", "--activate", "n", "--select", proof, *names)
 
     def prune(self, snapshots: Sequence[Kept]) -> Iterator[dict[str, str]]:
@@ -265,8 +266,8 @@ class LogicalVolumes:
         that is transient by that tag as well.  Yields verdicts by name as they are known, those
         of `destroy`.  Idempotent.
         """
-        for start in range(0, len(snapshots), _PRUNED_AT_ONCE):
-            part = snapshots[start : start + _PRUNED_AT_ONCE]
+        for start in range(0, len(snapshots), _AT_ONCE):
+            part = snapshots[start : start + _AT_ONCE]
             yield self._change(
                 [_as_identity(each) for each in part],
                 {each.name: _marks_of(each) for each in part},
@@ -285,7 +286,9 @@ class LogicalVolumes:
         is_kept: bool = False,
     ) -> dict[str, str]:
         """
-        Run *command* on those that are still these, one a group; *is_left* tells what it left.
+        Run *command* on those that are still these, one a group or, of many, a hundred.
+
+        *is_left* tells what it left.
 
         Each must have its *tags*, and one that *is_kept* be read-only.  LVM compares UUID and tags
         once more, under its lock, and of what is removed whether it is an origin: nothing can come
@@ -302,10 +305,12 @@ class LogicalVolumes:
         failed: dict[str, process.Completed] = {}
         for group in sorted({_group(each) for each in proven}):
             of_group = [each for each in proven if _group(each) == group]
-            names = [each.name for each in of_group]
-            done = self._lvm.run(*command, "--select", proof(of_group), *names)
-            if not done.ok:
-                failed[group] = done
+            for start in range(0, len(of_group), _AT_ONCE):
+                part = of_group[start : start + _AT_ONCE]
+                names = [each.name for each in part]
+                done = self._lvm.run(*command, "--select", proof(part), *names)
+                if not done.ok:
+                    failed[group] = done
         after = self._lvm.volumes() if proven else []
         left = {(volume.group_uuid, volume.uuid) for volume in after if is_left(volume)}
         seen = {volume.group for volume in after}

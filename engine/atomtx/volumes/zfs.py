@@ -1,7 +1,8 @@
 """
 ZFS: find datasets; take, prove, hold, release, keep and destroy snapshots.
 
-Each function starts one `zfs` process, whatever the number of datasets.  Each effect is
+Each function starts one `zfs` process, whatever the number of datasets, and more where a command
+cannot hold all of their names; only what is one moment must be one command.  Each effect is
 idempotent, and none is believed for its exit status: whoever calls it probes what is there.
 The commands inherit lock F, so that a recovery waits for those of a killed front end.
 
@@ -11,8 +12,10 @@ Sources: zfs-snapshot(8), zfs-hold(8), zfs-program(8); what OpenZFS 2.3.9 printe
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from .. import process, system
 from ..errors import EffectError
@@ -33,6 +36,8 @@ _EBUSY, _EEXIST = 16, 17
 _POOL_COLUMNS = 3
 _MARK_COLUMNS = 2
 _FACTS = 6  # columns of a dataset beside its name
+_ROOM_BESIDE = 1 << 17  # bytes of a command that are not names: options and the environment
+_T = TypeVar("_T")
 
 
 class Zfs:
@@ -71,8 +76,12 @@ class Zfs:
 
     def identities(self, snapshots: Collection[str]) -> dict[str, Identity]:
         """Return what each snapshot is; one that is absent is absent from the answer."""
-        if not snapshots:
-            return {}
+        found: dict[str, Identity] = {}
+        for part in _parted(snapshots):
+            found |= self._identities(part)
+        return found
+
+    def _identities(self, snapshots: Collection[str]) -> dict[str, Identity]:
         done = self._run(
             "zfs", "get", "-Hp", "-o", "name,property,value,source", _PROVING, *snapshots
         )
@@ -101,10 +110,9 @@ class Zfs:
 
     def sizes(self, snapshots: Collection[str]) -> dict[str, int]:
         """Return the bytes that the destruction of each alone would free; none of an absent one."""
-        if not snapshots:
-            return {}
-        done = self._look("sizes", "zfs", "get", "-Hp", "-o", "name,value", "used", *snapshots)
-        pairs = (line.split("\t") for line in lines_of(done.stdout))
+        used = ("sizes", "zfs", "get", "-Hp", "-o", "name,value", "used")
+        done = [self._look(*used, *part) for part in _parted(snapshots)]
+        pairs = (line.split("\t") for each in done for line in lines_of(each.stdout))
         return {name: int(value) for name, value in pairs}
 
     def snapshots(self, pools: Collection[str]) -> list[Identity]:
@@ -125,8 +133,9 @@ class Zfs:
 
         A dataset that is gone meanwhile has none.
         """
-        if not datasets:
-            return []
+        return [each for part in _parted(datasets) for each in self._kept_of(part)]
+
+    def _kept_of(self, datasets: Collection[str]) -> list[Kept]:
         properties = f"guid,createtxg,creation,userrefs,clones,{KEPT_MARK},{TRANSIENT_MARK}"
         done = self._run(
             "zfs", "get", "-Hp", "-d", "1", "-t", "snapshot", "-o", "name,property,value,source",
@@ -138,26 +147,29 @@ class Zfs:
 
     def locked(self, datasets: Collection[str]) -> list[str]:
         """Return those datasets whose key is not loaded."""
-        done = self._run("zfs", "get", "-Hp", "-o", "name,value", "keystatus", *datasets)
-        if not done.ok:
-            raise done.error("cannot look at the keys")
-        pairs = (line.split("\t") for line in lines_of(done.stdout))
-        return [name for name, value in pairs if value == "unavailable"]
+        found = []
+        for part in _parted(datasets):
+            done = self._run("zfs", "get", "-Hp", "-o", "name,value", "keystatus", *part)
+            if not done.ok:
+                raise done.error("cannot look at the keys")
+            pairs = (line.split("\t") for line in lines_of(done.stdout))
+            found += [name for name, value in pairs if value == "unavailable"]
+        return found
 
     def holders(self, snapshots: Collection[str]) -> dict[str, list[str]]:
         """Return the tags of the holds on each snapshot; one that is absent has none."""
-        if not snapshots:  # `zfs holds` without a name is refused with its usage
-            return {}
-        done = self._look("holds", "zfs", "holds", "-H", *snapshots)
+        done = [self._look("holds", "zfs", "holds", "-H", *part) for part in _parted(snapshots)]
+        lines = (line for each in done for line in lines_of(each.stdout) if "\t" in line)
         tags: dict[str, list[str]] = {}
-        for name, tag, *_ in (line.split("\t") for line in lines_of(done.stdout) if "\t" in line):
+        for name, tag, *_ in (line.split("\t") for line in lines):
             tags.setdefault(name, []).append(tag)
         return tags
 
     def clones(self, snapshots: Collection[str]) -> dict[str, list[str]]:
         """Return the clones of each snapshot that has some; one that is absent has none."""
-        done = self._look("clones", "zfs", "get", "-Hp", "-o", "name,value", "clones", *snapshots)
-        pairs = (line.split("\t") for line in lines_of(done.stdout))
+        of_each = ("clones", "zfs", "get", "-Hp", "-o", "name,value", "clones")
+        done = [self._look(*of_each, *part) for part in _parted(snapshots)]
+        pairs = (line.split("\t") for each in done for line in lines_of(each.stdout))
         return {name: value.split(",") for name, value in pairs if value not in ("", "-")}
 
     def _look(self, what: str, *argv: str) -> process.Completed:
@@ -214,16 +226,18 @@ class Zfs:
         """
         left = list(snapshots)
         for last in (False, True):
-            if not left or (done := self._run("zfs", verb, tag, *left)).ok:
+            done = [self._run("zfs", verb, tag, *part) for part in _parted(left)]
+            failed = next((each for each in done if not each.ok), None)
+            if failed is None:
                 return
             held = self.holders(snapshots)
             left = [name for name in left if (tag in held.get(name, ())) is not wanted]
             if left and last:
-                raise done.error(f"cannot {verb} {left[0]}")
+                raise failed.error(f"cannot {verb} {left[0]}")
 
     def destroy(self, identities: Sequence[Identity], *, run: str) -> dict[str, str]:
         """
-        Destroy the snapshots that are still these, of one pool, in one transaction group.
+        Destroy the snapshots that are still these, of one pool, in one transaction group or few.
 
         The channel program compares guid, createtxg and mark in the same transaction, so nothing
         can come in between.  Returns a verdict a name: "done", "absent", "foreign" (another
@@ -246,8 +260,18 @@ class Zfs:
         run: str,
         one: Callable[[Identity, str], str],
     ) -> dict[str, str]:
-        if not identities:
-            return {}
+        verdicts: dict[str, str] = {}
+        for part in _parted_by(identities, _arguments):
+            verdicts |= self._judge_part(verb, part, run, one)
+        return verdicts
+
+    def _judge_part(
+        self,
+        verb: str,
+        identities: Sequence[Identity],
+        run: str,
+        one: Callable[[Identity, str], str],
+    ) -> dict[str, str]:
         pool = pool_of(identities[0].name)
         arguments = [word for each in identities for word in _arguments(each)]
         done = self._run(
@@ -463,10 +487,34 @@ def says_absent(line: str) -> bool:
     return any(text in line for text in _ABSENT)
 
 
+def _parted(names: Iterable[str]) -> Iterator[list[str]]:
+    """Part *names* so that each part fits into one command; none of nothing."""
+    return _parted_by(names, lambda name: (name,))
+
+
+def _parted_by(things: Iterable[_T], words_of: Callable[[_T], Iterable[str]]) -> Iterator[list[_T]]:
+    """
+    Part *things* so that the words of each part fit into one command.
+
+    execve(2): a quarter of the stack's limit has room for all words and variables.
+    """
+    room = min(system.here.MAX_ARGUMENT_BYTES, os.sysconf("SC_ARG_MAX") - _ROOM_BESIDE)
+    part: list[_T] = []
+    size = 0
+    for thing in things:
+        needed = sum(len(os.fsencode(word)) + 9 for word in words_of(thing))  # a NUL, a pointer
+        if part and size + needed > room:
+            yield part
+            part, size = [], 0
+        part.append(thing)
+        size += needed
+    if part:
+        yield part
+
+
 def _check_length(snapshots: Sequence[str]) -> None:
     # One command must hold every name of a pool, or the snapshots would not be of one moment.
-    size = sum(len(name.encode()) + 9 for name in snapshots)
-    if size > system.here.MAX_ARGUMENT_BYTES:
+    if len(list(_parted(snapshots))) > 1:
         raise EffectError(
             f"{len(snapshots)} datasets are too many for one `zfs snapshot` command, "
             "and two commands would not be one moment",
