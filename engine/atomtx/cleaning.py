@@ -118,17 +118,21 @@ class Cleaner:
         """
         Release what was found, then keep or destroy it; return a verdict for each snapshot.
 
-        One that stays was not made by the run, and nothing more is done about it.
+        One that stays was not made by the run, and nothing more is done about it.  Nor about one
+        that was given a name without our token: whoever did so wants it.
         """
         self._release(run, found)
         kept = {n for step in run.pending(KeepSnapshots) for n in _names(step)}
-        now: dict[str, str] = {}
+        named = {n for n, i in found.items() if n not in kept and _token(i.name) != _token(n)}
+        for name in sorted(named):
+            self._warn(f"{found[name].name} was renamed by somebody, from {name}: it stays")
+        now: dict[str, str] = {found[name].name: "renamed" for name in named}
         there = [v for v in run.frozen if v.snapshot in found]
         for kind, pool in sorted({(v.kind, v.pool) for v in run.frozen}):
             of_pool = {
                 v.snapshot: found[v.snapshot]
                 for v in there
-                if (v.kind, v.pool) == (kind, pool) and not v.stays
+                if (v.kind, v.pool) == (kind, pool) and not v.stays and v.snapshot not in named
             }
             of_kind = self._kinds.of(kind)
             now |= of_kind.keep([i for n, i in of_pool.items() if n in kept], run=run.id)
@@ -260,6 +264,11 @@ class Cleaner:
             self._warn(f"{why}: make room and run `atomtx recover`")
             return replace(run, cleanup="parked", reason=run.reason or why)
         return self._journal.load(run.id)
+
+
+def _token(snapshot: str) -> str:
+    """Return what of a snapshot's name is its own; the rest is its dataset's, or its group's."""
+    return snapshot.rpartition("@" if "@" in snapshot else "/")[2]
 
 
 def _of_this_boot(intent: MountVolumes, run: Run) -> MountVolumes:

@@ -1000,6 +1000,25 @@ def test_end_is_known(scene: Scene) -> None:
     assert steps(scene)[6][2:] == ("done", None)
 
 
+def test_renamed_to_keep_it(scene: Scene) -> None:
+    """Promise 2: a name without our token is somebody's, who wants it; our hold is released."""
+    made = scene.plan("tank/a", "tank/b")
+    assert scene.backup(made, at="journal:unmounting#1", who="all").status == -signal.SIGKILL
+    there = scene.pool["snapshots"]
+    mine = there.pop(made.volumes[0].snapshot)
+    assert mine["holds"]
+    scene.play(snapshots=there | {"tank/a@before-the-upgrade": mine})
+    ended = scene.recover()
+    (left,) = scene.pool["snapshots"].items()
+    assert left == ("tank/a@before-the-upgrade", mine | {"holds": []})
+    assert ended.said("warn") == [
+        f"tank/a@before-the-upgrade was renamed by somebody, from {made.volumes[0].snapshot}: it "
+        "stays"
+    ]
+    (run,) = scene.rows("SELECT state, outcome FROM runs")
+    assert (run["state"], run["outcome"]) == ("destroyed", "completed")
+
+
 def test_killed_runner(scene: Scene) -> None:
     """A killed runner costs an attempt: its client is ended, another reads the same moment."""
     script = "test $(wc -l < $home/calls) -gt 1 || { kill -KILL $PPID; sleep 1000; }"
