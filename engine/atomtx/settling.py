@@ -190,6 +190,8 @@ class Settler:
                 if lock is None:
                     return recovery.decide(run, Probes(front_alive=True), self._wish())
                 return self._decide(run, folder, Kinds.real(lock))
+        except EffectError as exc:
+            return recovery.Wait(exc.message)
         except OSError as exc:
             return recovery.Wait(str(exc))
 
@@ -250,20 +252,17 @@ class Settler:
         executor = Executor(
             self._journal, folder, front=lock, interrupts=self._interrupts, tell=self._tell
         )
-        Kinds.real(lock).mend(run.plan.volumes)
+        with self._looking(run, folder, executor):
+            Kinds.real(lock).mend(run.plan.volumes)
         while not run.is_final:
             if run.verb is Verb.RUN and (left := self._settle_children(run)):
                 return left
-            try:
+            with self._looking(run, folder, executor):
                 decision, probes = self._look(run, folder, Kinds.real(lock))
                 if self._wants_client(run, decision):
                     # What a hook has stopped does not wait for a repository out of reach.
                     run = executor.take_over(run)
                     decision = self._ask(run, probes, Kinds.real(lock))
-            except OSError:
-                if not locks.is_held(folder.runner_lock):  # else its client is at work
-                    executor.take_over(run)
-                raise
             if isinstance(decision, recovery.Adopt):
                 if self._patience is Patience.LEAVE:
                     return Settled(run, decision)
@@ -289,6 +288,22 @@ class Settler:
                 run = self._act(executor.take_over(run), decision, executor)
                 return Settled(run, decision, executor.interrupted)
         return Settled(run, recovery.RollForward())
+
+    @contextmanager
+    def _looking(self, run: Run, folder: RunFolder, executor: Executor) -> Iterator[None]:
+        """
+        Undo the hooks of a run that cannot be looked at now, but where its client is at work.
+
+        Raises WaitingError for what a command refuses to tell: it may tell it later.
+        """
+        try:
+            yield
+        except (AtomtxError, OSError) as exc:
+            if not locks.is_held(folder.runner_lock):
+                executor.take_over(run)
+            if isinstance(exc, EffectError):
+                raise self._waiting(run, recovery.Wait(exc.message)) from exc
+            raise
 
     def _settle_children(self, run: Run) -> Settled | None:
         """

@@ -20,7 +20,14 @@ import pytest
 
 from atomtx import executor, locks, sessions, settling, system
 from atomtx.clients import Facts, Settings
-from atomtx.errors import CredentialError, ExitStatus, JournalError, UserError, WaitingError
+from atomtx.errors import (
+    CredentialError,
+    EffectError,
+    ExitStatus,
+    JournalError,
+    UserError,
+    WaitingError,
+)
 from atomtx.executor import Executor, Tell
 from atomtx.intents import (
     AFTER_FAILURE,
@@ -33,6 +40,7 @@ from atomtx.intents import (
 from atomtx.plan import Plan
 from atomtx.settling import status_of
 from atomtx.statedir import RunFolder
+from atomtx.volumes.kinds import Kinds
 from tests.extent import some
 from tests.scene import Ended, Played, Scene
 
@@ -581,6 +589,49 @@ def test_machine_that_cannot_be_looked_at(scene: Scene, owner: object, name: str
 
 def _used_up(*_: object, **__: object) -> NoReturn:
     raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("zpool", "cannot list the pools: The ZFS modules are not loaded."),
+        ("get", "cannot look at the snapshots: cannot get: out of luck"),
+    ],
+)
+def test_command_that_refuses(scene: Scene, fault: str, said: str) -> None:
+    """Where a command tells nothing of a run, that waits, and is not in the hook's hands."""
+    made = hooked(scene, *all_hooks(scene))
+    killed = scene.backup(made, at="journal:backing-up#1", who="all")
+    assert killed.status == -signal.SIGKILL
+    scene.play(faults={fault: "refuse"})
+    _check_waits(scene, made, said)
+    scene.play(faults={})
+    assert outcome(scene.recover()) == ("completed", None)
+    assert in_force(scene) == scene.left() == []
+
+
+def test_machine_that_cannot_be_mended(scene: Scene) -> None:
+    """So it is where what a killed command left cannot be undone before the first look."""
+    made = hooked(scene, *all_hooks(scene))
+    killed = scene.backup(made, at="journal:backing-up#1", who="all")
+    assert killed.status == -signal.SIGKILL
+    scene.changes.append(lambda: setattr(Kinds, "mend", _refuse))
+    _check_waits(scene, made, "cannot ask for suspended devices")
+    scene.changes.clear()
+    assert outcome(scene.recover()) == ("completed", None)
+    assert in_force(scene) == scene.left() == []
+
+
+def _check_waits(scene: Scene, made: Plan, said: str) -> None:
+    waits = scene.recover()
+    assert isinstance(waits.raised, WaitingError), (scene.home / "log").read_text()
+    assert waits.raised.message == f"run {made.run} (tank/a) waits: {said}"
+    assert in_force(scene) == []
+    assert did(scene)[-1:] == ["start"]
+
+
+def _refuse(*_: object) -> NoReturn:
+    raise EffectError("cannot ask for suspended devices")
 
 
 def test_repeated_at_once(scene: Scene) -> None:
