@@ -28,6 +28,7 @@ from atomtx import (
     history,
     locks,
     moment,
+    process,
     runner,
     settling,
     supervisor,
@@ -38,6 +39,7 @@ from atomtx.errors import (
     EffectError,
     JournalFullError,
     StaleRunError,
+    UserError,
     WaitingError,
 )
 from atomtx.executor import Tell
@@ -673,6 +675,23 @@ def test_unread_is_not_abandoned(scene: Scene, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_cleanup_cannot_look(scene: Scene) -> None:
+def test_abandoned_without_zfs(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where ZFS itself is gone, its pools are: a run is not kept from being abandoned by that."""
+    assert scene.backup(scene.plan(*SETS), "journal:unmounting#1", who="all").status == -9
+    path = f"{scene.home}/bin:{process.BASE_ENVIRONMENT['PATH']}"
+    for name, value in (("PATH", path), ("FAKE_ZFS", str(scene.home))):
+        monkeypatch.setitem(process.BASE_ENVIRONMENT, name, value)
+    with Journal.open(scene.state) as journal:
+        (run,) = journal.open_runs()
+        with pytest.raises(UserError, match="are imported"):
+            settling.abandon(journal, run)
+        scene.play(faults={"zpool": "refuse"})
+        why = "cannot list the pools: The ZFS modules are not loaded."
+        assert Settler(journal, Interrupts(), Tell()).decide(run) == Wait(why)
+        settling.abandon(journal, run)
+        assert not journal.open_runs()
+
+
     """A backup that completed stands where the cleanup cannot look at the machine: it is parked."""
     scene.changes.append(lambda: setattr(cleaning, "end_survivors", _used_up))
     ended = scene.backup(scene.plan(*SETS))

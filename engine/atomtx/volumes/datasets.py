@@ -22,8 +22,11 @@ class Datasets:
         """Do nothing: a `zfs` that was killed has done all or nothing."""
 
     def trouble(self, volumes: Collection[PlannedVolume | Volume]) -> str | None:
-        """Tell why a pool cannot be asked."""
-        return pool_trouble(volumes, self._zfs.pools())
+        """Tell why a pool cannot be asked, as where the module is not loaded."""
+        try:
+            return pool_trouble(volumes, self._zfs.pools())
+        except EffectError as exc:
+            return exc.message
 
     def identities(self, volumes: Sequence[PlannedVolume]) -> dict[str, Identity]:
         """Return what each volume's snapshot is; one that is absent is absent from the answer."""
