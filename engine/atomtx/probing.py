@@ -32,10 +32,15 @@ def probe(run: Run, folder: RunFolder, kinds: Kinds) -> tuple[Probes, dict[str, 
     if run.verb in (Verb.PRUNE, Verb.CLONE, Verb.RUN):
         return Probes(), {}
     found = kinds.identities(run.plan.volumes)
+    snapshots = {v.snapshot: presence(run, v, found.get(v.snapshot)) for v in run.frozen}
+    # A pool that was exported between the two questions: "not found" is not "gone" (promise 2).
+    is_absent = Presence.ABSENT in snapshots.values()
+    if is_absent and (trouble := kinds.trouble(run.plan.volumes)):
+        return Probes(ended=_ended(run, folder), trouble=trouble), {}
     return (
         Probes(
             ended=_ended(run, folder),
-            snapshots={v.snapshot: presence(run, v, found.get(v.snapshot)) for v in run.frozen},
+            snapshots=snapshots,
             equal_createtxg=same_moment(run.volumes, found),
         ),
         found,

@@ -51,6 +51,7 @@ from atomtx.recovery import MAX_ATTEMPTS, LeaveAlone, Resume, RollBack, RollForw
 from atomtx.settling import Patience, Settler
 from atomtx.statedir import RunFolder
 from atomtx.volumes import zfs
+from atomtx.volumes.kind import Identity
 from atomtx.volumes.kinds import Kinds
 from tests.scene import NOW, Ended, Scene
 
@@ -674,7 +675,6 @@ def test_unread_is_not_abandoned(scene: Scene, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.undo()
 
 
-def test_cleanup_cannot_look(scene: Scene) -> None:
 def test_abandoned_without_zfs(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where ZFS itself is gone, its pools are: a run is not kept from being abandoned by that."""
     assert scene.backup(scene.plan(*SETS), "journal:unmounting#1", who="all").status == -9
@@ -692,6 +692,7 @@ def test_abandoned_without_zfs(scene: Scene, monkeypatch: pytest.MonkeyPatch) ->
         assert not journal.open_runs()
 
 
+def test_cleanup_cannot_look(scene: Scene) -> None:
     """A backup that completed stands where the cleanup cannot look at the machine: it is parked."""
     scene.changes.append(lambda: setattr(cleaning, "end_survivors", _used_up))
     ended = scene.backup(scene.plan(*SETS))
@@ -1070,6 +1071,26 @@ def test_rolled_back(scene: Scene) -> None:
     assert steps(scene)[6] == ("run-client", 1, "failed", "at the user's word")
     assert moves(scene)[2:] == [("unmounting", "at the user's word"), ("destroyed", None)]
     assert scene.left() == []
+
+
+def test_exported_in_a_look(scene: Scene) -> None:
+    """Promise 2: a pool that is exported while a run is looked at costs no moment."""
+    made = scene.plan(*SETS)
+    assert scene.backup(made, "journal:backing-up#1", who="all").status == -9
+    there = {name: scene.pool[name] for name in ("pools", "snapshots")}
+    identities = Kinds.identities
+
+    def exported(self: Kinds, volumes: Any) -> dict[str, Identity]:
+        scene.play(pools={}, snapshots={})
+        return identities(self, volumes)
+
+    scene.changes.append(lambda: setattr(Kinds, "identities", exported))
+    waits = scene.recover()
+    assert isinstance(waits.raised, WaitingError), (scene.home / "log").read_text()
+    assert waits.raised.message.endswith(" waits: pool tank is not imported")
+    scene.changes.clear()
+    scene.play(**there)
+    check_completed(scene, scene.recover(), attempts=2)
 
 
 def test_killed_with_half_a_snapshot(scene: Scene) -> None:

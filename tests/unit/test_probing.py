@@ -187,7 +187,15 @@ def write_end(folder: RunFolder, *, attempt: int, stopped: int | None = None) ->
 
 
 def test_probe(folder: RunFolder) -> None:
-    """A run that died alone is seen with its snapshots, each judged, and two questions asked."""
+    """A run that died alone is seen with its snapshots, each judged; two questions are asked."""
+    machine = Machine([TANK], identities())
+    probes, _ = look(folder, machine)
+    assert probes == Probes(snapshots=dict.fromkeys(identities(), Presence.OURS))
+    assert machine.asked == ["pools", "identities"]
+
+
+def test_probe_of_one_that_is_gone(folder: RunFolder) -> None:
+    """Before one is said to be gone it is asked once more whether its pool is there."""
     found = identities()
     first, second = found
     machine = Machine([TANK], {first: found[first]})
@@ -196,7 +204,7 @@ def test_probe(folder: RunFolder) -> None:
         snapshots={first: Presence.OURS, second: Presence.ABSENT}, equal_createtxg=True
     )
     assert seen == {first: found[first]}
-    assert machine.asked == ["pools", "identities"]
+    assert machine.asked == ["pools", "identities", "pools"]
 
 
 def test_probe_of_two_moments(folder: RunFolder) -> None:
@@ -216,6 +224,22 @@ def test_probe_of_an_exported_pool(folder: RunFolder) -> None:
     assert probes.trouble == "pool tank is not imported"
     assert probes.ended is not None
     assert machine.asked == ["pools"]
+
+
+def test_probe_of_a_pool_that_goes_away(folder: RunFolder) -> None:
+    """Promise 2: what is not found since its pool was exported a moment ago is not gone."""
+
+    class Exported(Machine):
+        def identities(self, names: Collection[str]) -> dict[str, Identity]:
+            self._pools, self._found = [], {}
+            return super().identities(names)
+
+    write_end(folder, attempt=2)
+    probes, seen = look(folder, Exported([TANK], identities()))
+    assert probes.trouble == "pool tank is not imported"
+    assert probes.ended is not None
+    assert not probes.snapshots
+    assert not seen
 
 
 @pytest.mark.parametrize(
