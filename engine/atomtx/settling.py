@@ -23,6 +23,7 @@ from .errors import (
     EffectError,
     ExitStatus,
     Interrupted,
+    JournalError,
     JournalFullError,
     UserError,
     WaitingError,
@@ -316,7 +317,9 @@ class Settler:
                 continue
             try:
                 settled = self.settle(child)
-            except (WaitingError, EffectError) as exc:
+            except (JournalError, Interrupted):
+                raise
+            except AtomtxError as exc:
                 raise _step_waits(run, exc.message, exc.hint) from exc
             if isinstance(settled.decision, recovery.LeaveAlone):
                 if self._may_resume:

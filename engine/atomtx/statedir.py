@@ -141,11 +141,15 @@ def _unusable(path: Path, why: str | None) -> UserError:
 
 def _not_written(path: Path, cause: OSError) -> AtomtxError:
     if cause.errno in _FULL:
-        return EffectError(f"no space left in {path}", hint="make room on its disk")
+        return _full(path)
     return UserError(
         f"the state directory {path} cannot be written: {cause.strerror}",
         hint=ELSEWHERE,
     )
+
+
+def _full(path: Path) -> EffectError:
+    return EffectError(f"no space left in {path}", hint="make room on its disk")
 
 
 def file_system(path: Path) -> str:
@@ -196,7 +200,7 @@ class RunFolder:
         """
         Make the folder and its lock files, durable; idempotent.
 
-        Raises EffectError where the disk is full.
+        Raises EffectError where it cannot be had: what is wrong with it says nothing of others'.
         """
         try:
             for directory in (self.path, self.marker, self.temporary):
@@ -206,7 +210,13 @@ class RunFolder:
             sync_directory(self.path)
             sync_directory(self.path.parent)
         except OSError as exc:
-            raise _not_written(self.path, exc) from exc
+            if exc.errno in _FULL:
+                raise _full(self.path) from exc
+            where = exc.filename or self.path
+            raise EffectError(
+                f"cannot use {where} of run {self.path.name}: {exc.strerror}",
+                hint="mend it, or its disk",
+            ) from exc
         return self
 
     def was_used(self) -> bool:

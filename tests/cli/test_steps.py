@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +27,7 @@ from atomtx.journal import Change, Journal
 from atomtx.mounts import mountinfo
 from atomtx.names import RunId
 from atomtx.records import Run
+from atomtx.statedir import RunFolder
 from atomtx.states import Verb
 from tests.cli.conftest import SOURCE
 from tests.cli.test_from_snapshots import _PROGRAM
@@ -735,6 +737,44 @@ def test_step_waits(scene: Scene) -> None:
     scene.play(pools={"tank": "guid of tank"})
     assert status(forked(scene, "recover", "--run", parent(scene)["id"])) == 0
     assert outcomes(scene) == ["done"] * 2
+
+
+@pytest.mark.parametrize("name", ["client.lock", "tmp"])
+def test_one_cannot_be_settled(scene: Scene, typed: Typed, name: str) -> None:
+    """A run whose folder cannot be used is told, and the others are settled."""
+    plans = [replace(scene.plan(DATASET), job=job) for job in ("first", "second")]
+    for each in plans:
+        killed = scene.backup(each, at="journal:unmounting#1", who="all")
+        assert killed.status == -9
+    bad = RunFolder.of(scene.state, plans[0].run).path / name
+    if bad.is_dir():
+        bad.rmdir()
+        bad.touch()
+    else:
+        bad.unlink()
+        bad.mkdir()
+    looked = typed("recover", "--dry-run")
+    assert looked.returncode == 1, looked.stderr
+    assert f"run {plans[1].run} (tank/a), unmounting: would be cleaned up" in looked.stderr
+    done = typed("recover")
+    assert done.returncode == 1, done.stderr
+    assert f"cannot use {bad} of run {plans[0].run}: " in done.stderr
+    assert "ATOMTX_STATE_DIR" not in done.stderr
+    assert [row["id"] for row in open_runs(scene)] == [plans[0].run]
+
+
+def test_folder_of_a_step(scene: Scene, typed: Typed) -> None:
+    """A step's run whose folder cannot be used is what its run of steps waits for."""
+    interrupted(scene, "snap", "backup --from-snapshots", at="journal:backing-up#1")
+    whole = parent(scene)
+    (step,) = (run for run in open_runs(scene) if run["id"] != whole["id"])
+    lock = RunFolder.of(scene.state, step["id"]).client_lock
+    lock.unlink()
+    lock.mkdir()
+    done = typed("recover", "--run", whole["id"])
+    assert done.returncode == 6, done.stderr
+    words = f"the run of its step waits: cannot use {lock} of run {step['id']}: Is a directory"
+    assert words in done.stderr
 
 
 def test_journal_is_full(scene: Scene) -> None:

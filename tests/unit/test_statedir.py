@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from atomtx import statedir, system
-from atomtx.errors import UserError
+from atomtx.errors import EffectError, UserError
 from atomtx.mounts import mountinfo
 from atomtx.statedir import END_RECORD_BYTES, RunFolder, prepare
 
@@ -235,7 +236,7 @@ _READ_ONLY = """
     import os, sys
     from pathlib import Path
     from atomtx import statedir
-    from atomtx.errors import UserError
+    from atomtx.errors import EffectError, UserError
     from atomtx.mounts import namespace as ns
 
     where, made = sys.argv[1:]
@@ -282,6 +283,24 @@ def test_make(tmp_path: Path) -> None:
     for path in folder.path.iterdir():
         mode = 0o600 if path.is_file() and path != folder.log else 0o700
         assert path == folder.log or stat.S_IMODE(path.stat().st_mode) == mode
+
+
+def test_make_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is wrong with one run's folder is no fault of the state directory, nor of the user."""
+    folder = RunFolder.of(prepare(tmp_path / "state"), "0123")
+    folder.path.mkdir()
+    folder.front_lock.mkdir()
+    with pytest.raises(EffectError, match=r"front.lock of run 0123: Is a directory") as refused:
+        folder.make()
+    assert refused.value.hint == "mend it, or its disk"
+    folder.front_lock.rmdir()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(statedir, "sync_directory", full)
+    with pytest.raises(EffectError, match=r"no space left in .*0123"):
+        folder.make()
 
 
 def test_progress(folder: RunFolder) -> None:

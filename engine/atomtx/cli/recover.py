@@ -21,7 +21,7 @@ from .. import (
     states,
 )
 from ..config_kinds import near, shown
-from ..errors import EffectError, ExitStatus, UserError, WaitingError, worst
+from ..errors import AtomtxError, ExitStatus, Interrupted, JournalError, UserError, worst
 from ..executor import Tell
 from ..interrupts import Interrupts
 from ..journal import Journal, NoRunError
@@ -46,8 +46,11 @@ _NOT_WITH_SCAN = {
     "abandoned": "--abandon",
 }
 # What a state that nobody thought of raises: of one run alone, and no reason to leave the mounts
-# and holds of the others where they are.  What the machine or the journal refuses is of all runs.
+# and holds of the others where they are.
 _BUGS = (AssertionError, AttributeError, LookupError, StopIteration, TypeError, ValueError)
+
+# What the journal refuses, or a signal ends, is of all runs; any other error is of one alone.
+_OF_ALL = (JournalError, Interrupted)
 
 
 @click.command()
@@ -285,7 +288,9 @@ class _Recover:
         """Say what would be done with a run; one that cannot be asked about is warned of."""
         try:
             would = _would(run, settler.decide(run))
-        except (WaitingError, EffectError) as exc:
+        except _OF_ALL:
+            raise
+        except AtomtxError as exc:
             self._show.warn(f"run {run.id} ({run.label}): {exc}")
             return exc.exit_status
         self._show.done(f"run {run.id} ({run.label}), {run.state}: {would}")
@@ -294,14 +299,16 @@ class _Recover:
     def _settle(self, settler: Settler, journal: Journal, run: Run) -> ExitStatus:
         try:
             settled = settler.settle(run)
-        except (WaitingError, EffectError) as exc:
+        except NoRunError:  # ended, and forgotten at its --keep-history, since we looked
+            return ExitStatus.COMPLETED
+        except _OF_ALL:
+            raise
+        except AtomtxError as exc:
             # One run that must wait, or cannot be settled, does not keep the others from their end.
             self._show.warn(str(exc))
             if not (self._is_told_by_service() or self._is_told_by_steps(run)):
                 self._notifier.unsettled(run, exc)
             return exc.exit_status
-        except NoRunError:  # ended, and forgotten at its --keep-history, since we looked
-            return ExitStatus.COMPLETED
         self._show.result(result(journal.path, settled.run))
         self._show.done(_told(settled))
         self._tell(run, settled)

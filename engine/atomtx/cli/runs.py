@@ -342,6 +342,6 @@ def executed(
 def _make(folder: RunFolder) -> RunFolder:
     try:
         return folder.make()
-    except EffectError:  # the disk is full
+    except EffectError:  # such as a full disk
         shutil.rmtree(folder.path, ignore_errors=True)
         raise
