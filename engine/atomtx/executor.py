@@ -96,6 +96,7 @@ class Executor:
         )
         self._errand: errand.Errand | None = None
         self._unwritten: dict[str, Any] | None = None  # the end record that found no room
+        self._is_resumed = False
         self._taken = False  # the snapshots of a planned run are there already
         self._found: dict[str, Identity] = {}  # by this process, since it took them
         self.interrupted: Interrupted | None = None
@@ -109,7 +110,8 @@ class Executor:
 
         Whatever fails before the client's end is a reason to give up and clean up; a signal as
         well, and it is then found in :attr:`interrupted`.  But for a credential that is not there
-        the moment is kept: WaitingError.  Where the journal can no longer be written, the hooks
+        the moment is kept, and within `--keep-for` for whatever keeps back a run that was resumed:
+        WaitingError.  Where the journal can no longer be written, the hooks
         are undone all the same.
         """
         try:
@@ -167,15 +169,27 @@ class Executor:
                 raise  # the client's work is not given up for that: `recover` goes on
             return self.give_up(self._journal.load(run.id), Outcome.FAILED, exc.message)
         except CredentialError as exc:
-            raise self._waiting(run, exc) from exc
+            raise self._waiting(run, exc.message) from exc
         except OSError as exc:
             if run.state == states.BACKING_UP:
                 raise self._left(run, exc) from exc
-            self._tell.warn(str(exc))
-            return self.give_up(self._journal.load(run.id), Outcome.FAILED, str(exc))
+            return self._after_failure(run, exc)
         except (EffectError, ClientError, UserError) as exc:
-            self._tell.warn(str(exc))
-            return self.give_up(self._journal.load(run.id), Outcome.FAILED, str(exc))
+            return self._after_failure(run, exc)
+
+    def _after_failure(self, run: Run, exc: Exception) -> Run:
+        """Give the run up; but what keeps back a moment that is kept may be over in a minute."""
+        if self._is_taken_up(run):
+            raise self._waiting(run, str(exc), reason=str(exc)) from exc
+        self._tell.warn(str(exc))
+        return self.give_up(self._journal.load(run.id), Outcome.FAILED, str(exc))
+
+    def _is_taken_up(self, run: Run) -> bool:
+        """Tell whether a moment is taken up again, before its client, within its `--keep-for`."""
+        # The time alone counts: by its failures a run that no client has failed waits for ever.
+        is_patient = within_patience(run, now_us(), failures=run.plan.retries + 1)
+        is_early = run.state in (states.SNAPSHOTTED, states.MOUNTED)
+        return self._is_resumed and is_early and is_patient
 
     def _unless_signalled(self, step: Callable[[Run], Run], run: Run) -> Run:
         """
@@ -209,14 +223,15 @@ class Executor:
         is_unstopped = stopped != signal.SIGTERM and not end.overdue
         return end.outcome is Outcome.FAILED and is_unstopped
 
-    def _waiting(self, run: Run, exc: CredentialError) -> WaitingError:
+    def _waiting(self, run: Run, message: str, *, reason: str | None = None) -> WaitingError:
         """Keep the moment for `recover`: a password that is not there now may be in a minute."""
+        self._dismiss()
         try:
-            self.resume(self._journal.load(run.id))
+            self.resume(self._journal.load(run.id), reason=reason)
         finally:  # also where a mount is in use
             self.undo_hooks(self._journal.load(run.id))
         return WaitingError(
-            f"run {run.id} ({run.label}) waits: {exc.message}",
+            f"run {run.id} ({run.label}) waits: {message}",
             hint="its moment is kept: mend that and run `atomtx recover`, or `recover --rollback`",
         )
 
@@ -258,6 +273,7 @@ class Executor:
         front end that cannot be used were never whole: a power cut within LVM's command leaves
         such.
         """
+        self._is_resumed = True
         if run.state == states.PLANNED:
             try:
                 self._kinds.ready(run.plan.volumes)
@@ -277,6 +293,7 @@ class Executor:
                         step, "done" if kind is UnmountVolumes else "not-needed", "resumed"
                     )
             change.set(boot_id=locks.boot_id(), pid=os.getpid(), reason=reason)
+            self._hooks.record(change, run)
             for hook in self._hooks.missing(run):
                 change.intend(hook)
             if run.state != states.SNAPSHOTTED:

@@ -43,6 +43,7 @@ from atomtx.errors import (
     WaitingError,
 )
 from atomtx.executor import Tell
+from atomtx.intents import AROUND_RUN, RunHook
 from atomtx.interrupts import Interrupts
 from atomtx.journal import Journal
 from atomtx.mounts import inhabitants, namespace, tree
@@ -865,6 +866,73 @@ def test_kept_waiting(scene: Scene) -> None:
     again = scene.recover()
     check_completed(scene, again, attempts=3)
     assert again.decisions == [Resume()]
+
+
+def _kept(scene: Scene, **values: Any) -> list[str]:
+    """Leave a moment that is kept for a day, and a client that would be ready; return its names."""
+    scene.behave("exit 75")
+    scene.play(now=_now())
+    kept = scene.backup(scene.plan(*SETS, client="played", keep_for_s=86400, **values))
+    assert kept.run, (scene.home / "log").read_text()
+    assert (kept.run.state, kept.run.reason) == ("snapshotted", "status 75")
+    scene.behave("true")
+    scene.changes.append(lambda: setattr(clients, "load", _inspected))
+    return sorted(scene.pool["snapshots"])
+
+
+def _check_still_kept(scene: Scene, ended: Ended, snapshots: list[str], words: str) -> None:
+    assert isinstance(ended.raised, WaitingError), (scene.home / "log").read_text()
+    assert words in ended.raised.message
+    run = run_of(scene)
+    assert (run["state"], run["outcome"]) == ("snapshotted", None)
+    assert words in run["reason"]
+    assert sorted(scene.pool["snapshots"]) == snapshots
+    pending = scene.rows("SELECT kind FROM steps WHERE outcome IS NULL")
+    assert {row["kind"] for row in pending} == {"destroy-snapshots", "release-snapshots"}
+
+
+def test_kept_moment_and_a_tree_in_use(scene: Scene) -> None:
+    """Promise 14: what is mounted where a kept moment belongs is waited for."""
+    root = scene.home / "below" / "tree"
+    root.parent.mkdir()
+    snapshots = _kept(scene, root=str(root), layout="tree")
+    place = Path(f"{root}{scene.live(SETS[0])}")
+    place.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "other", place], check=True)
+    try:
+        _check_still_kept(scene, scene.recover(), snapshots, str(place))
+    finally:
+        subprocess.run(["umount", place], check=True)
+    ended = scene.recover()
+    assert (ended.run and ended.run.outcome, scene.left()) == ("completed", [])
+
+
+def test_kept_moment_that_fails_again(scene: Scene) -> None:
+    """A kept moment waits for what its first hook needs, as long as it is kept, and no longer."""
+    needed = scene.home / "network"
+    needed.touch()
+    hook = RunHook(AROUND_RUN, ("test", "-e", str(needed)))
+    snapshots = _kept(scene, hooks=(hook,))
+    needed.unlink()
+    for _ in range(MAX_ATTEMPTS + 1):
+        _check_still_kept(scene, scene.recover(), snapshots, "exit status 1")
+    needed.touch()
+    check_completed(scene, scene.recover(), attempts=2)
+
+
+@pytest.mark.parametrize("at", ["journal:snapshotted#1", "journal:mounted#1"])
+@pytest.mark.parametrize("keep_for_s", [0, 3600])
+def test_moment_that_is_not_kept(scene: Scene, at: str, keep_for_s: int) -> None:
+    """Without `--keep-for`, and after it, a run that is resumed and fails is given up."""
+    needed = scene.home / "network"
+    needed.touch()
+    hook = RunHook(AROUND_RUN, ("test", "-e", str(needed)))
+    made = scene.plan(*SETS, hooks=(hook,), keep_for_s=keep_for_s)
+    assert scene.backup(made, at, who="all").status == -9
+    needed.unlink()
+    ended = scene.recover()
+    assert ended.run, (scene.home / "log").read_text()
+    assert (ended.run.outcome, scene.left()) == ("failed", [])
 
 
 def _now() -> int:
