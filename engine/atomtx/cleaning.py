@@ -22,7 +22,6 @@ from .intents import (
     EndClient,
     KeepSnapshots,
     Mount,
-    MountVolumes,
     ReleaseSnapshots,
     RunClient,
     UnmountVolumes,
@@ -193,19 +192,24 @@ class Cleaner:
         return verdicts
 
     def unmount(self, run: Run) -> None:
-        """See that no process of the run lives and none of its mounts is left; idempotent."""
+        """
+        See that no process of the run lives and none of its mounts is left; idempotent.
+
+        An attempt whose undo is recorded has left nothing: what is there now is somebody else's.
+        """
         if not locks.wait_until(lambda: errand.runner_pid(self._folder) is None, _RUNNER_END_S):
             raise EffectError(
                 f"the runner of run {run.id} does not end", hint="see `atomtx status`"
             )
         end_survivors(run, self._folder, self._warn)
-        for step in run.steps:
-            if isinstance(step.intent, MountVolumes) and step.intent.root:
+        for step in run.pending(UnmountVolumes):
+            assert isinstance(step.intent, UnmountVolumes)
+            if step.intent.root:
                 self._remove_tree(_of_this_boot(step.intent, run))
 
-    def _remove_tree(self, intent: MountVolumes) -> None:
+    def _remove_tree(self, intent: UnmountVolumes) -> None:
         for pause in (*PAUSES_S, None):
-            busy = tree.remove(intent.mounts, intent.to_remove, lock=self._front)
+            busy = tree.remove(intent.mounts, intent.directories, lock=self._front)
             if not busy:
                 return
             if pause is None:
@@ -271,7 +275,7 @@ def _token(snapshot: str) -> str:
     return snapshot.rpartition("@" if "@" in snapshot else "/")[2]
 
 
-def _of_this_boot(intent: MountVolumes, run: Run) -> MountVolumes:
+def _of_this_boot(intent: UnmountVolumes, run: Run) -> UnmountVolumes:
     """Leave out live directories after a reboot: their mounts bear no mark, and ours are gone."""
     if run.boot_id == locks.boot_id():
         return intent

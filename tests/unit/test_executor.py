@@ -907,6 +907,32 @@ def test_kept_moment_and_a_tree_in_use(scene: Scene) -> None:
     assert (ended.run and ended.run.outcome, scene.left()) == ("completed", [])
 
 
+def test_directory_at_the_place_of_a_tree(scene: Scene) -> None:
+    """Promise 2: what somebody makes where an attempt had its tree, which is undone, stays."""
+    root = scene.home / "tree"
+    _kept(scene, root=str(root), layout="tree")
+    assert not root.exists()
+    undone = scene.rows("SELECT outcome FROM steps WHERE kind = 'unmount-volumes'")
+    assert [row["outcome"] for row in undone] == ["done"]
+    root.mkdir()
+    inode = root.stat().st_ino
+    ended = scene.recover()
+    assert (ended.run and ended.run.outcome, scene.left()) == ("completed", [])
+    assert root.stat().st_ino == inode
+    assert list(root.iterdir()) == []
+
+
+@pytest.mark.parametrize("at", ["end:make tree#1", "journal:mounted#1", "journal:snapshotted#1"])
+def test_tree_of_a_recovery_that_is_killed(scene: Scene, at: str) -> None:
+    """Promise 5: killed before its undo is recorded, the tree of any attempt is removed later."""
+    root = scene.home / "tree"
+    made = scene.plan(*SETS, root=str(root), layout="tree")
+    assert scene.backup(made, "journal:mounted#1", "all").status == -9
+    assert scene.recover(at, "all").status == -9
+    check_completed(scene, scene.recover(), attempts=2 if "snapshotted" in at else 3)
+    assert not root.exists()
+
+
 def test_kept_moment_that_fails_again(scene: Scene) -> None:
     """A kept moment waits for what its first hook needs, as long as it is kept, and no longer."""
     needed = scene.home / "network"

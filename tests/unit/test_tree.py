@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -266,6 +267,25 @@ def test_mounted_twice(tmp_path: Path) -> None:
         assert seen() == []
         """,
     )
+
+
+def test_removal_is_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut brings no directory back; where that cannot be had it is told."""
+    root = tmp_path / "root"
+    directories = (str(root), f"{root}/usr")
+    (root / "usr").mkdir(parents=True)
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda n: synced.append(os.readlink(f"/proc/self/fd/{n}")))
+    assert tree.remove([], directories) == []
+    assert synced == [str(tmp_path)]
+    assert list(tmp_path.iterdir()) == []
+
+    def refuse(_: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(EffectError, match=f"cannot sync .*: {os.strerror(errno.EIO)}"):
+        tree.remove([], directories)
 
 
 @as_root

@@ -23,6 +23,8 @@ from .namespace import mount_live, mount_snapshot, unmount
 
 # rmdir(2), of a directory that is gone, or in which somebody has put something meanwhile.
 _NOT_OURS_ALONE = (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY, errno.ENOTDIR)
+# fsync(2), of one that is gone as well, or on a file system that has no sync of directories.
+_NOT_SYNCED = (errno.ENOENT, errno.ENOTDIR, errno.EINVAL)
 
 
 def directories_to_make(root: str, targets: Sequence[str]) -> tuple[str, ...]:
@@ -112,7 +114,8 @@ def remove(
     """
     Unmount what is ours, children first, and remove the directories that were made.
 
-    Idempotent.  Returns the mounts that are busy, or covered by another's; a directory with
+    Idempotent, and durable where nothing is busy, because what is recorded as undone is not looked
+    for again.  Returns the mounts that are busy, or covered by another's; a directory with
     something in it stays.
     Programs that are started for it inherit *lock*.  Raises EffectError where the machine
     refuses.
@@ -121,6 +124,8 @@ def remove(
     if not busy:
         for directory in reversed(directories):
             _remove_directory(directory)
+        for parent in {os.path.dirname(directory) for directory in directories}:
+            _sync(parent)
     return busy
 
 
@@ -130,6 +135,18 @@ def _remove_directory(directory: str) -> None:
     except OSError as exc:
         if exc.errno not in _NOT_OURS_ALONE:
             raise EffectError(f"cannot remove {directory}: {exc.strerror}") from exc
+
+
+def _sync(directory: str) -> None:
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as exc:
+        if exc.errno not in _NOT_SYNCED:
+            raise EffectError(f"cannot sync {directory}: {exc.strerror}") from exc
 
 
 def _unmount_all(mounts: Sequence[Mount], lock: int | None) -> list[Mount]:
