@@ -190,7 +190,10 @@ class Settler:
             with front(folder) as lock:
                 if lock is None:
                     return recovery.decide(run, Probes(front_alive=True), self._wish())
-                return self._decide(run, folder, Kinds.real(lock))
+                decision, probes = self._look(run, folder, Kinds.real(lock))
+            # Without lock F, which says that somebody is at work: that may take minutes.
+            is_asked = self._wants_client(run, decision)
+            return self._ask(run, probes, Kinds.real()) if is_asked else decision
         except EffectError as exc:
             return recovery.Wait(exc.message)
         except OSError as exc:
@@ -198,10 +201,6 @@ class Settler:
 
     def _wish(self) -> Wish:
         return Wish(rollback=self._rollback, now_us=time.time_ns() // 1000)
-
-    def _decide(self, run: Run, folder: RunFolder, kinds: Kinds) -> Decision:
-        decision, probes = self._look(run, folder, kinds)
-        return self._ask(run, probes, kinds) if self._wants_client(run, decision) else decision
 
     def _look(self, run: Run, folder: RunFolder, kinds: Kinds) -> tuple[Decision, Probes]:
         """Decide by what the machine says, without the client: it counts if no client is wanted."""

@@ -676,12 +676,42 @@ def test_unread_is_not_abandoned(scene: Scene, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.undo()
 
 
-def test_abandoned_without_zfs(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where ZFS itself is gone, its pools are: a run is not kept from being abandoned by that."""
-    assert scene.backup(scene.plan(*SETS), "journal:unmounting#1", who="all").status == -9
+def _play_here(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have this process start the programs of the scene."""
     path = f"{scene.home}/bin:{process.BASE_ENVIRONMENT['PATH']}"
     for name, value in (("PATH", path), ("FAKE_ZFS", str(scene.home))):
         monkeypatch.setitem(process.BASE_ENVIRONMENT, name, value)
+
+
+def test_who_only_asks_is_not_at_work(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dry run holds lock F while it looks, and not while it asks a repository, for minutes."""
+    made = scene.plan(*SETS, client="played")
+    assert scene.backup(made, "journal:snapshotted#1", who="all").status == -9
+    _play_here(scene, monkeypatch)
+    lock = RunFolder.of(scene.state, made.run).front_lock
+    held = []
+    look, ask = Settler._look, Settler._ask
+
+    def noted(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            held.append(locks.is_held(lock))
+            return real(*args)
+
+        return call
+
+    monkeypatch.setattr(clients, "load", _inspected)
+    monkeypatch.setattr(Settler, "_look", noted(look))
+    monkeypatch.setattr(Settler, "_ask", noted(ask))
+    with Journal.open(scene.state) as journal:
+        (run,) = journal.open_runs()
+        assert Settler(journal, Interrupts(), Tell()).decide(run) == Resume()
+    assert held == [True, False]
+
+
+def test_abandoned_without_zfs(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where ZFS itself is gone, its pools are: a run is not kept from being abandoned by that."""
+    assert scene.backup(scene.plan(*SETS), "journal:unmounting#1", who="all").status == -9
+    _play_here(scene, monkeypatch)
     with Journal.open(scene.state) as journal:
         (run,) = journal.open_runs()
         with pytest.raises(UserError, match="are imported"):
