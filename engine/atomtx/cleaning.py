@@ -13,8 +13,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
-from . import errand, locks, states
-from .errors import AtomtxError, EffectError, JournalFullError
+from . import locks, states
+from .errors import AtomtxError, EffectError, JournalFullError, WaitingError
 from .hooks import Hooks
 from .intents import (
     Beside,
@@ -78,7 +78,7 @@ class Cleaner:
             verdicts = self.remove_traces(run)
             left = [name for name, verdict in verdicts.items() if verdict == "busy"]
             trouble = self._why_busy(run, left) if left else self._remove_parts(run)
-        except (EffectError, OSError) as exc:
+        except (EffectError, WaitingError, OSError) as exc:
             verdicts, trouble = {}, str(exc)
         self._hooks.at_end(run)
         return self._park(run, trouble) if trouble else self._finish(run, verdicts)
@@ -87,7 +87,7 @@ class Cleaner:
         """
         Make every undo, record none; return a verdict for each snapshot.
 
-        Idempotent.  Raises EffectError for what cannot be undone now.
+        Idempotent.  Raises EffectError for what cannot be undone now, and as `unmount` does.
         """
         self.unmount(run)
         held, self.held = self.held, {}  # released below: from then on only a probe proves
@@ -196,8 +196,10 @@ class Cleaner:
         See that no process of the run lives and none of its mounts is left; idempotent.
 
         An attempt whose undo is recorded has left nothing: what is there now is somebody else's.
+        Raises WaitingError where one lives that cannot be seen.
         """
-        if not locks.wait_until(lambda: errand.runner_pid(self._folder) is None, _RUNNER_END_S):
+        lock = self._folder.runner_lock
+        if not locks.wait_until(lambda: not locks.is_held(lock), _RUNNER_END_S):
             raise EffectError(
                 f"the runner of run {run.id} does not end", hint="see `atomtx status`"
             )

@@ -7,13 +7,14 @@ import os
 import select
 import signal
 import socket
+import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from typing import Any
 
 from . import locks, process, system
 from .clients import End, Progress
-from .errors import EffectError, Interrupted
+from .errors import EffectError, Interrupted, WaitingError
 from .interrupts import Interrupts
 from .records import Content
 from .statedir import RunFolder
@@ -21,6 +22,11 @@ from .task import Task, end_from_json
 
 _MOUNT_S = 600.0  # a thousand mounts on a slow machine take a minute
 _LOOK_S = 0.5
+_UNSEEN_S = 5.0  # who ends closes its files an instant before they are unlocked
+UNSEEN = (
+    "run `atomtx recover` where it runs, such as in its container, and with CAP_SYS_PTRACE; or end "
+    "it there first"
+)
 
 
 class RunnerKilledError(EffectError):
@@ -118,7 +124,11 @@ def _open_log(folder: RunFolder) -> int:
 
 
 def runner_pid(folder: RunFolder, *, likely: int | None = None) -> int | None:
-    """Return the process that holds R, or None; looking at the *likely* one first is faster."""
+    """
+    Return the process that holds R, or None, also for one that cannot be seen.
+
+    Looking at the *likely* one first is faster.
+    """
     if not locks.is_held(folder.runner_lock):
         return None
     if likely is not None and locks.holds(likely, folder.runner_lock):
@@ -147,10 +157,11 @@ def wait(
     """
     Wait until the runner of a run, *likely* a child of this process, has ended, showing progress.
 
-    On a signal raises Interrupted, after the client was stopped in order if *stop_on_signal*.
+    On a signal raises Interrupted, after the client was stopped in order if *stop_on_signal*;
+    WaitingError where nobody who can be seen holds R.
     """
     interruption: Interrupted | None = None
-    while (pid := runner_pid(folder, likely=likely)) is not None:
+    while (pid := _seen(folder, likely)) is not None:
         descriptor = _open(pid)
         if descriptor is None:
             continue
@@ -168,6 +179,21 @@ def wait(
         _reap(pid)
     if interruption:
         raise interruption
+
+
+def _seen(folder: RunFolder, likely: int | None) -> int | None:
+    """Return the process that holds R, None once nobody does; WaitingError for an unseen one."""
+    end = time.monotonic() + _UNSEEN_S
+    while (pid := runner_pid(folder, likely=likely)) is None:
+        if not locks.is_held(folder.runner_lock):
+            return None
+        if time.monotonic() >= end:
+            raise WaitingError(
+                f"run {folder.path.name} waits: its runner lives, and cannot be seen from here",
+                hint=UNSEEN,
+            )
+        time.sleep(_LOOK_S)
+    return pid
 
 
 def _open(pid: int) -> int | None:

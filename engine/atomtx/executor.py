@@ -628,7 +628,11 @@ class Executor:
         return exc if self._is_kept(run, exc) else None
 
     def _after_lost_runner(self, run: Run) -> Run:
-        end_survivors(run, self._folder, self._tell.warn)
+        try:
+            end_survivors(run, self._folder, self._tell.warn)
+        except WaitingError:
+            self.undo_hooks(run)
+            raise
         if run.attempts >= MAX_ATTEMPTS + run.plan.retries:
             return self.give_up(run, Outcome.FAILED, "the runner was killed again and again")
         self._tell.warn("the runner was killed; the client starts again on the same snapshots")
@@ -704,7 +708,7 @@ class Executor:
         """Undo everything; JournalFullError where it cannot be: what is busy has failed no run."""
         try:
             self._cleaner.remove_traces(run)
-        except (EffectError, OSError) as exc:
+        except (EffectError, WaitingError, OSError) as exc:
             raise JournalFullError(f"{full.message}; {exc}", hint=full.hint) from exc
         finally:
             self._keep_end()

@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable, Collection, Iterable, Mapping
 
 from . import errand, locks, system
-from .errors import EffectError
+from .errors import EffectError, WaitingError
 from .mounts import inhabitants
 from .names import ZFS, RunId
 from .records import Run, Volume
@@ -24,7 +24,7 @@ def probe(run: Run, folder: RunFolder, kinds: Kinds) -> tuple[Probes, dict[str, 
     """Look at everything that the decision about *run* needs; the caller holds lock F."""
     if locks.is_held(folder.runner_lock):
         return Probes(runner_alive=True), {}
-    if survivors(run, folder):
+    if client_lives(run, folder):
         return Probes(client_alive=True), {}
     if trouble := kinds.trouble(run.plan.volumes):
         return Probes(ended=_ended(run, folder), trouble=trouble), {}
@@ -91,12 +91,23 @@ def survivors(run: Run, folder: RunFolder) -> list[int]:
     Return the processes of the run that live without its runner.
 
     A wrapper may close inherited descriptors and drop its environment; it cannot leave the
-    run's mount namespace unseen, so the mount tables are asked as well as lock C.
+    run's mount namespace unseen, so the mount tables are asked as well as lock C.  Those that
+    nobody here can see are missing: `client_lives` knows of them.
     """
     found = set(inhabitants.of(RunId(run.id).token))
     if locks.is_held(folder.client_lock):
         found |= {p.pid for p in locks.holders(folder.client_lock)}
     return sorted(found - {os.getpid()})
+
+
+def client_lives(run: Run, folder: RunFolder) -> bool:
+    """
+    Tell whether a process of the run lives without its runner, seen or not.
+
+    proc(5), ptrace(2): what a process of another user has open is hidden without CAP_SYS_PTRACE,
+    and all of one in another PID namespace that shares the state directory.  Lock C is not.
+    """
+    return locks.is_held(folder.client_lock) or bool(survivors(run, folder))
 
 
 def fronts(run: str) -> list[int]:
@@ -131,7 +142,11 @@ def _others(pids: Iterable[int]) -> list[int]:
 
 
 def end_survivors(run: Run, folder: RunFolder, tell: Callable[[str], None]) -> None:
-    """End what lives of a run whose runner is gone: SIGTERM, then SIGKILL; each proven first."""
+    """
+    End what lives of a run whose runner is gone: SIGTERM, then SIGKILL; each proven first.
+
+    Raises EffectError where one does not end, WaitingError where one cannot be seen.
+    """
 
     def still(pid: int) -> bool:
         return pid in survivors(run, folder)
@@ -139,13 +154,19 @@ def end_survivors(run: Run, folder: RunFolder, tell: Callable[[str], None]) -> N
     for number in (signal.SIGTERM, signal.SIGKILL):
         for pid in (alive := survivors(run, folder)):
             locks.send(pid, number, if_still=still)
-        if not alive:
+        if not alive and not locks.is_held(folder.client_lock):
             return
-        names = ", ".join(str(locks.Process.of(pid)) for pid in alive)
-        tell(f"ending what the interrupted run left behind: {names}")
-        if locks.wait_until(lambda: not survivors(run, folder), _END_S, step_s=0.2):
+        if alive:
+            names = ", ".join(str(locks.Process.of(pid)) for pid in alive)
+            tell(f"ending what the interrupted run left behind: {names}")
+        if locks.wait_until(lambda: not client_lives(run, folder), _END_S, step_s=0.2):
             return
-    raise EffectError(
-        f"processes of run {run.id} cannot be ended: {survivors(run, folder)}",
-        hint="end them, then run `atomtx recover`",
+    if alive := survivors(run, folder):
+        raise EffectError(
+            f"processes of run {run.id} cannot be ended: {alive}",
+            hint="end them, then run `atomtx recover`",
+        )
+    raise WaitingError(
+        f"run {run.id} ({run.label}) waits: its client lives, and cannot be seen from here",
+        hint=errand.UNSEEN,
     )

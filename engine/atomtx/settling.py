@@ -32,7 +32,7 @@ from .executor import Executor, Tell
 from .interrupts import Interrupts
 from .journal import Change, Journal, NoRunError
 from .launching import settings_of
-from .probing import end_survivors, probe, survivors
+from .probing import client_lives, end_survivors, probe
 from .pruning import Pruner
 from .records import Run
 from .records import status_of as status_of
@@ -485,7 +485,7 @@ def abandon(journal: Journal, run: Run) -> None:
     """
     folder = RunFolder.of(journal.state, run.id).make()
     with _seen(run), front(folder) as lock:
-        if lock is None or locks.is_held(folder.runner_lock) or survivors(run, folder):
+        if lock is None or locks.is_held(folder.runner_lock) or client_lives(run, folder):
             raise BusyError(f"run {run.id} is at work", hint="see `atomtx status`")
         run = journal.load(run.id)
         if run.verb is Verb.PRUNE:

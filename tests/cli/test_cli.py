@@ -613,6 +613,18 @@ def test_doctor(env: dict[str, str], atomtx_: Run) -> None:
     assert "docker" in lines.stdout
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="a user has no capability to lose")
+def test_doctor_without_ptrace(env: dict[str, str]) -> None:
+    """`doctor` warns where processes of other users cannot be seen, and says what that means."""
+    argv = ("setpriv", "--bounding-set=-sys_ptrace", sys.executable, "-m", "atomtx", "doctor")
+    done = subprocess.run((*argv, "--json"), env=env, capture_output=True, text=True, check=False)
+    checks = {each["name"]: each for each in json.loads(done.stdout)["checks"]}
+    found = checks["CAP_SYS_PTRACE"]
+    assert (found["status"], found["detail"]) == ("warning", "not held")
+    assert "cannot be seen" in found["hint"]
+    assert checks["CAP_SYS_ADMIN"]["status"] == "ok"
+
+
 def _state_check(done: subprocess.CompletedProcess[str]) -> tuple[str, str, str | None]:
     checks = json.loads(done.stdout)["checks"]
     (found,) = (each for each in checks if each["name"] == "state directory")

@@ -11,7 +11,7 @@ from typing import cast
 
 import pytest
 
-from atomtx import cleaning, plan, states
+from atomtx import cleaning, locks, plan, probing, states
 from atomtx.cleaning import Cleaner
 from atomtx.clients.dumps import MARK
 from atomtx.errors import EffectError
@@ -135,6 +135,21 @@ def test_pool_that_goes_away(journal: Journal) -> None:
     run = clean(journal, machine)
     assert (run.state, run.cleanup) == (states.UNMOUNTING, "parked")
     assert len(machine.there) == len(NAMES)
+
+
+@pytest.mark.parametrize("lock", ["runner_lock", "client_lock"])
+def test_unseen_process(journal: Journal, monkeypatch: pytest.MonkeyPatch, lock: str) -> None:
+    """Promise 6: while R or C is held nothing goes, though nobody who holds it can be seen."""
+    monkeypatch.setattr(cleaning, "_RUNNER_END_S", 0.0)
+    monkeypatch.setattr(probing, "_END_S", 0.0)
+    given_up(journal)
+    machine = Machine()
+    folder = RunFolder.of(journal.state, RUN).make()
+    with locks.acquired(getattr(folder, lock)):  # we are not looked at
+        run = clean(journal, machine)
+    assert (run.state, run.cleanup) == (states.UNMOUNTING, "parked")
+    assert machine.effects == []
+    assert clean(journal, machine).state == states.DESTROYED
 
 
 def test_busy_and_unseen(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:

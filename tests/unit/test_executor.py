@@ -6,11 +6,13 @@ The pools are played (`tests/fakezfs.py`): what ZFS itself does is tested in the
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -29,6 +31,7 @@ from atomtx import (
     locks,
     moment,
     process,
+    probing,
     runner,
     settling,
     supervisor,
@@ -1173,6 +1176,65 @@ def test_killed_runner(scene: Scene) -> None:
     assert first.startswith("ending what the interrupted run left behind: ")
     assert second == "the runner was killed; the client starts again on the same snapshots"
     assert f"mended repo with {scene.client}" in ended.said("step")
+
+
+_CAP_SYS_PTRACE = 19  # linux/capability.h
+_FOREIGN = "exec setpriv --reuid=65534 --clear-groups sleep 1000"
+
+
+def _without_ptrace() -> None:
+    """Be as in `docker run --cap-add SYS_ADMIN`: capset(2), version 3."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header, data = struct.pack("Ii", 0x20080522, 0), ctypes.create_string_buffer(24)
+    assert libc.capget(header, data) == 0
+    words = list(struct.unpack("6I", data.raw))
+    words[:2] = [word & ~(1 << _CAP_SYS_PTRACE) for word in words[:2]]
+    assert libc.capset(header, struct.pack("6I", *words)) == 0
+
+
+def _hurry() -> None:
+    probing._END_S = errand._UNSEEN_S = 0.5
+
+
+def test_unseen_client_of_killed(scene: Scene) -> None:
+    """Promises 6 and 14: a client that we cannot see keeps its repository and its moment."""
+    script = "test $(wc -l < $home/calls) -gt 1 || "
+    scene.behave(f"{script}{{ kill -KILL {FRONT_END} $PPID; {_FOREIGN}; }}")
+    assert scene.backup(scene.plan(*SETS)).status == -9
+    scene.changes += [_without_ptrace, _hurry]
+    ended = scene.recover()
+    assert isinstance(ended.raised, WaitingError)
+    assert "its client lives, and cannot be seen from here" in ended.raised.message
+    assert len(scene.pool["snapshots"]) == 2
+    assert run_of(scene)["outcome"] is None
+    assert ended.said("step") == []
+    scene.changes.clear()
+    check_completed(scene, scene.recover(), attempts=2)
+
+
+def test_unseen_client_of_killed_runner(scene: Scene) -> None:
+    """The same while the front end lives: the run waits, and is not given up."""
+    scene.behave(f"kill -KILL $PPID; {_FOREIGN}")
+    scene.changes += [_without_ptrace, _hurry]
+    ended = scene.backup(scene.plan(*SETS))
+    assert isinstance(ended.raised, WaitingError)
+    assert (run_of(scene)["state"], run_of(scene)["outcome"]) == ("backing-up", None)
+    assert len(scene.pool["snapshots"]) == 2
+
+
+@pytest.mark.parametrize("patience", [Patience.WAIT, Patience.STOP])
+def test_unseen_runner(scene: Scene, patience: Patience) -> None:
+    """A runner that we cannot see is not waited for without end, and nothing is done."""
+    assert scene.backup(scene.plan(*SETS), "journal:unmounting#1", "all").status == -9
+    folder = RunFolder.of(scene.state, run_of(scene)["id"])
+    scene.changes += [_hurry, lambda: setattr(system.here, "openers", lambda path, locked: [])]
+    with locks.acquired(folder.runner_lock):
+        ended = scene.recover(patience=patience)
+    assert isinstance(ended.raised, WaitingError)
+    assert "its runner lives, and cannot be seen from here" in ended.raised.message
+    assert len(scene.pool["snapshots"]) == 2
+    scene.changes.clear()
+    check_completed(scene, scene.recover())
 
 
 @pytest.mark.parametrize("retries", [0, 2])

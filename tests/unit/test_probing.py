@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +17,12 @@ import pytest
 
 from atomtx import locks, system
 from atomtx.clients import End
-from atomtx.errors import EffectError
+from atomtx.errors import EffectError, WaitingError
 from atomtx.names import RunId
 from atomtx.plan import Pool
 from atomtx.probing import (
     at_work,
+    client_lives,
     end_survivors,
     presence,
     probe,
@@ -410,6 +412,54 @@ def test_at_work(tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch) 
         **{run: [] for run in nobody},
     }
     assert len(looks) == once
+
+
+def test_unseen(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Promise 6: C is held by nobody who can be seen: it lives, and nobody here can end it."""
+    monkeypatch.setattr("atomtx.probing._END_S", 0.0)
+    told: list[str] = []
+    with locks.acquired(folder.client_lock):  # we are not looked at
+        assert survivors(a_run(), folder) == []
+        machine = Machine([TANK], {})
+        assert look(folder, machine) == (Probes(client_alive=True), {})
+        with pytest.raises(WaitingError, match="its client lives, and cannot be seen") as caught:
+            end_survivors(a_run(), folder, told.append)
+    assert caught.value.hint
+    assert told == machine.asked == []
+    assert not client_lives(a_run(), folder)
+
+
+def test_unseen_for_an_instant(folder: RunFolder) -> None:
+    """Who ends is not seen any more an instant before C is free: that is waited for."""
+    held = locks.try_acquire(folder.client_lock)
+    assert held is not None
+    threading.Timer(0.5, os.close, [held]).start()
+    end_survivors(a_run(), folder, lambda _: None)
+    assert not client_lives(a_run(), folder)
+
+
+_ELSEWHERE = """
+    import sys
+    from pathlib import Path
+    from atomtx.probing import client_lives, survivors
+    from atomtx.statedir import RunFolder
+    from tests.runs import RUN, a_run
+
+    run = a_run()
+    folder = RunFolder.of(Path(sys.argv[1]), sys.argv[2])
+    print(client_lives(run, folder), survivors(run, folder))
+"""
+
+
+@as_root
+def test_another_pid_namespace(folder: RunFolder) -> None:
+    """Promise 6: a container with pids of its own and the same state directory is told the lock."""
+    python = (sys.executable, "-c", textwrap.dedent(_ELSEWHERE))
+    argv = ("unshare", "--pid", "--fork", "--mount-proc", *python, folder.path.parent.parent, RUN)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with locks.acquired(folder.client_lock):
+        done = subprocess.run(argv, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == "True []\n"
 
 
 def test_cannot_be_ended(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:

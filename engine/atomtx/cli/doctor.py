@@ -30,7 +30,7 @@ from . import echo, json_option, render
 from .jobs import problems_of
 
 _ASK_S = 20.0
-_CAP_SYS_ADMIN = 21  # linux/capability.h
+_CAP_SYS_PTRACE, _CAP_SYS_ADMIN = 19, 21  # linux/capability.h
 _CLONE_NEWNS = 0x00020000  # linux/sched.h
 _NAMESPACE_TEST = f"""
 import ctypes, os, sys
@@ -209,6 +209,11 @@ def _rights(_: Path) -> Iterator[Check]:
         return
     held = _has_capability(_CAP_SYS_ADMIN)
     yield Check("CAP_SYS_ADMIN", "ok" if held else "missing", "held" if held else "not held")
+    if _has_capability(_CAP_SYS_PTRACE):
+        yield Check("CAP_SYS_PTRACE", "ok", "held")
+    else:
+        hint = "a client of another user that outlives its runner cannot be seen: `recover` waits"
+        yield Check("CAP_SYS_PTRACE", "warning", "not held", hint)
     problem = _namespace_problem()
     if problem:
         hint = "in a container, allow mounts; `--layout tree` needs no namespace"
