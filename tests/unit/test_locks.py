@@ -11,6 +11,7 @@ import textwrap
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -205,6 +206,27 @@ def test_same_name_elsewhere(lock: Path, tmp_path: Path) -> None:
     with locks.acquired(lock):
         assert not locks.is_held(other)
         assert not locks.has_lock_open(os.getpid(), other)
+
+
+def test_foreign_files_are_not_asked(
+    lock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No file of anybody's is asked for its status: on a server that is gone, stat(2) hangs."""
+    monkeypatch.setattr(system.here, "pids", lambda: [os.getpid()])
+    asked: list[str] = []
+    real = os.stat
+
+    def stat(path: Any, **options: Any) -> os.stat_result:
+        if str(path).startswith("/proc/"):
+            asked.append(os.readlink(path))
+        return real(path, **options)
+
+    monkeypatch.setattr(os, "stat", stat)
+    with (tmp_path / "on a dead server").open("w"), lock.open():
+        assert locks.has_lock_open(os.getpid(), lock)
+        assert locks.holders(lock) == []
+    assert str(lock) in asked
+    assert str(tmp_path / "on a dead server") not in asked
 
 
 def test_unproven_process(children: list[subprocess.Popen[str]]) -> None:

@@ -56,23 +56,26 @@ def openers(path: Path, *, locked: bool) -> list[int]:
         target = os.stat(path)
     except FileNotFoundError:
         return []
-    return [pid for pid in pids() if _has_open(pid, target, locked=locked)]
+    return [pid for pid in pids() if _has_open(pid, path.name, target, locked=locked)]
 
 
 def has_open(pid: int, path: Path, *, locked: bool) -> bool:
     try:
-        return _has_open(pid, os.stat(path), locked=locked)
+        return _has_open(pid, path.name, os.stat(path), locked=locked)
     except FileNotFoundError:
         return False
 
 
-def _has_open(pid: int, target: os.stat_result, *, locked: bool) -> bool:
+def _has_open(pid: int, called: str, target: os.stat_result, *, locked: bool) -> bool:
     try:
         names = os.listdir(f"/proc/{pid}/fd")
     except OSError:  # gone, or another user's
         return False
     for name in names:
         with suppress(OSError):  # closed in between
+            # stat(2) of what lies on a server that is gone hangs, readlink(2) here never.
+            if os.path.basename(os.readlink(f"/proc/{pid}/fd/{name}")) != called:
+                continue
             info = os.stat(f"/proc/{pid}/fd/{name}")
             same = (info.st_dev, info.st_ino) == (target.st_dev, target.st_ino)
             if same and (not locked or _is_locked(pid, name)):
