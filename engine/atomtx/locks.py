@@ -35,6 +35,7 @@ COMMANDS = frozenset(
     )
 )
 _GLANCE_S = 0.1  # `is_held` takes the lock, shared, for an instant: not to be taken for a holder
+_LOOKER_S = 5.0  # who looks may be stopped meanwhile, or not be given the processor
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,26 @@ def try_acquire(path: Path) -> int | None:
     """
     Take the lock, hardly waiting: a descriptor that holds it, close-on-exec, or None if held.
 
-    The file must exist; close the descriptor to release.
+    Where nobody holds it, and somebody looks at it, that is waited for, some seconds.  The file
+    must exist; close the descriptor to release.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     if wait_until(lambda: try_lock(descriptor, fcntl.LOCK_EX), _GLANCE_S, step_s=0.01):
         return descriptor
+    if _outlast_lookers(path, descriptor):
+        return descriptor
     os.close(descriptor)
     return None
+
+
+def _outlast_lookers(path: Path, descriptor: int) -> bool:
+    """Take a lock as soon as nobody looks at it; False where somebody holds it, or looks on."""
+    end = time.monotonic() + _LOOKER_S
+    while not is_held(path) and time.monotonic() < end:
+        if try_lock(descriptor, fcntl.LOCK_EX):
+            return True
+        time.sleep(_GLANCE_S)
+    return False
 
 
 def try_lock(descriptor: int, kind: int) -> bool:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,49 @@ def test_look_is_not_a_holder(lock: Path) -> None:
         done.set()
         for looker in lookers:
             looker.join()
+
+
+def looked_at(lock: Path) -> int:
+    """Look at a lock without an end, as one does that is stopped meanwhile."""
+    descriptor = os.open(lock, os.O_RDONLY)
+    assert locks.try_lock(descriptor, fcntl.LOCK_SH)
+    return descriptor
+
+
+def test_slow_look(lock: Path) -> None:
+    """One who looks, and is not given the processor, keeps nobody from taking the lock."""
+    threading.Timer(1.0, os.close, [looked_at(lock)]).start()
+    held = locks.try_acquire(lock)
+    assert held is not None
+    assert locks.is_held(lock)
+    os.close(held)
+
+
+def test_look_without_end(lock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One who looks for ever is not waited for as long."""
+    monkeypatch.setattr(locks, "_LOOKER_S", 0.3)
+    looker = looked_at(lock)
+    assert locks.try_acquire(lock) is None
+    os.close(looker)
+    with locks.acquired(lock) as held:
+        assert held is not None
+
+
+def test_held_is_told_soon(lock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That a lock is held is told at once, also where that comes while a look is waited for."""
+    monkeypatch.setattr(locks, "_LOOKER_S", PATIENCE_S)
+    with locks.acquired(lock):
+        assert locks.try_acquire(lock) is None
+    looker, late = looked_at(lock), os.open(lock, os.O_RDWR)
+
+    def take() -> None:
+        fcntl.flock(looker, fcntl.LOCK_UN)
+        fcntl.flock(late, fcntl.LOCK_EX)
+
+    monkeypatch.setattr(time, "sleep", lambda _: take())
+    assert locks.try_acquire(lock) is None
+    os.close(looker)
+    os.close(late)
 
 
 def test_looks_do_not_see_each_other(lock: Path) -> None:
