@@ -23,15 +23,35 @@ from . import system
 from .errors import JournalError, JournalOlderError
 
 _UUID = re.compile(r"[0-9a-f-]{36}")
+_NAMELESS = (b"", b"uninitialized")  # machine-id(5): of an image that has not been booted yet
 _COUNTERS = 2**32  # SQLite's counter begins again at 0 after so many
 
 
 def machine_id() -> str:
     """Return a hash of what names this machine; empty where nothing does."""
+    return next((_hash(name) for name in _names() if name not in _NAMELESS), "")
+
+
+def _names() -> list[bytes]:
+    found = []
     for source in system.here.MACHINE_IDS:
         with suppress(OSError):
-            return hashlib.sha256(b"atomtx" + Path(source).read_bytes().strip()).hexdigest()
-    return ""
+            found.append(Path(source).read_bytes().strip())
+    return found
+
+
+def _hash(name: bytes) -> str:
+    return hashlib.sha256(b"atomtx" + name).hexdigest()
+
+
+def _is_here(machine: str) -> bool:
+    """
+    Tell whether a journal's *machine* is this one.
+
+    Older journals have the hash of the first file that is there, also where it names none.
+    """
+    nameless = [name for name in _names()[:1] if name in _NAMELESS]
+    return machine in (machine_id(), *map(_hash, nameless))
 
 
 def run_directory(env: Mapping[str, str] = os.environ) -> Path | None:
@@ -47,7 +67,7 @@ def prove(path: Path, uuid: str, machine: str, counter: int) -> Watermark:
 
     *counter* must be that of a commit: read while no other process can write.
     """
-    if machine != machine_id():
+    if not _is_here(machine):
         raise JournalError(
             f"the journal {path} was written on another machine",
             hint=f"move {path.parent} away to begin a new one here",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import sqlite3
@@ -183,6 +184,48 @@ def test_lost(state: Path) -> None:
     assert "a new journal was begun" in note
     with Journal.open(state) as journal:
         assert journal.notes() == []
+
+
+# -- which machine ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files that name the machine, the best one first; none is there."""
+    found = [tmp_path / "machine-id", tmp_path / "hostid"]
+    monkeypatch.setattr(system.here, "MACHINE_IDS", tuple(map(str, found)))
+    return found
+
+
+@pytest.mark.parametrize("nameless", ["", "\n", "uninitialized\n"])
+def test_no_machine_id(ids: list[Path], nameless: str) -> None:
+    """machine-id(5): an image's file is empty, or "uninitialized": it names no machine."""
+    ids[0].write_text(nameless)
+    assert provenance.machine_id() == ""
+    ids[1].write_bytes(b"\x01\x02\x03\x04")
+    by_host = provenance.machine_id()
+    assert by_host
+    ids[0].unlink()
+    assert provenance.machine_id() == by_host
+    ids[0].write_text("the one\n")
+    assert provenance.machine_id() not in ("", by_host)
+
+
+@pytest.mark.parametrize("nameless", ["", "uninitialized\n"])
+def test_journal_of_no_machine(
+    ids: list[Path], state: Path, monkeypatch: pytest.MonkeyPatch, nameless: str
+) -> None:
+    """A journal with the hash of such a file, as older ones have it, goes on where that is so."""
+    older = hashlib.sha256(b"atomtx" + nameless.strip().encode()).hexdigest()
+    with monkeypatch.context() as patched:
+        patched.setattr(provenance, "machine_id", lambda: older)
+        work(state)
+    ids[0].write_text(nameless)
+    ids[1].write_bytes(b"\x01\x02\x03\x04")
+    work(state)
+    ids[0].write_text("another one\n")
+    with pytest.raises(JournalError, match="another machine"):
+        Journal.open(state)
 
 
 # -- no false alarm --------------------------------------------------------------------------
