@@ -43,6 +43,9 @@ REMOTE_FILE_SYSTEMS = frozenset(
         "fusefs.sshfs",
     ]
 )
+# Used all the same: somebody may want it so, and what is there is undone after any other crash.
+_IN_MEMORY = ("tmpfs", "ramfs")
+LOST = "a power cut takes the journal with it, and what its runs have left stays"
 _SWEEP_AFTER_S = 3600.0  # long after any front end would have written its row
 END_RECORD_BYTES = 262_144  # reserved before the client starts: its end must find room
 
@@ -162,6 +165,19 @@ def file_system(path: Path) -> str:
         return ""
     entry = mountinfo.containing(table, os.path.realpath(path))
     return entry.fstype if entry else ""
+
+
+def is_in_memory(fstype: str) -> bool:
+    """Tell whether a type of file systems keeps nothing of what was made durable on it."""
+    return fstype in _IN_MEMORY
+
+
+def notes(path: Path) -> list[str]:
+    """Return what the user should know about where the state directory is."""
+    fstype = file_system(path)
+    if not is_in_memory(fstype):
+        return []
+    return [f"the state directory {path} is in memory ({fstype}): {LOST}; {ELSEWHERE}"]
 
 
 class RunFolder:

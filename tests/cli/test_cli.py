@@ -662,6 +662,26 @@ def test_doctor_of_a_foreign_state_directory(env: dict[str, str], atomtx_: Run) 
     assert f"`chown root: {path}`" in (hint or "")
 
 
+def _in_memory(env: dict[str, str], *args: str) -> subprocess.CompletedProcess[str]:
+    """Run `atomtx` with its state directory on a tmpfs that nobody else sees."""
+    Path(env["ATOMTX_STATE_DIR"]).mkdir(mode=0o700, exist_ok=True)
+    mounted = 'mount -t tmpfs none "$ATOMTX_STATE_DIR" && chmod 700 "$ATOMTX_STATE_DIR" && "$@"'
+    argv = ("unshare", "--mount", "sh", "-c", mounted, "sh", sys.executable, "-m", "atomtx", *args)
+    return subprocess.run(argv, env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts")
+def test_state_in_memory(env: dict[str, str]) -> None:
+    """A state directory that a power cut empties: `doctor` warns, `backup` says so, once."""
+    path = env["ATOMTX_STATE_DIR"]
+    status, detail, hint = _state_check(_in_memory(env, "doctor", "--json"))
+    assert (status, detail) == ("warning", f"{path} (tmpfs)")
+    assert "a power cut" in (hint or "")
+    done = _in_memory(env, "backup", "--command", "true", "no-such-pool/home")
+    (line,) = [line for line in done.stderr.splitlines() if "in memory" in line]
+    assert line.startswith(f"note: the state directory {path} is in memory (tmpfs): a power cut")
+
+
 @pytest.mark.parametrize("command", ["history", "status"])
 def test_state_directory_is_a_file(env: dict[str, str], atomtx_: Run, command: str) -> None:
     """Where the state directory is a file, a reader says so, and what to do."""

@@ -222,6 +222,22 @@ def test_remote_over_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         prepare(tmp_path / "state")
 
 
+@pytest.mark.parametrize(
+    ("fstype", "notes"), [("tmpfs", 1), ("ramfs", 1), ("ext4", 0), ("zfs", 0), ("overlay", 0)]
+)
+def test_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fstype: str, notes: int
+) -> None:
+    """Promise 10: in memory no commit survives a power cut; it is used all the same, and told."""
+    line = f"30 1 0:30 / {tmp_path} rw - {fstype} none rw\n"
+    table = mountinfo.parse(b"1 1 8:1 / / rw - ext4 /dev/sda1 rw\n" + line.encode())
+    monkeypatch.setattr(mountinfo, "read", lambda: table)
+    state = prepare(tmp_path / "state")
+    told = statedir.notes(state)
+    assert len(told) == notes
+    assert all(f"{state} is in memory ({fstype}): a power cut" in line for line in told)
+
+
 def test_without_proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A system without /proc cannot tell, and is trusted."""
 

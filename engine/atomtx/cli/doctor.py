@@ -252,7 +252,12 @@ def _state_directory(state: Path) -> Iterator[Check]:
         yield Check("state directory", "missing", exc.message, exc.hint)
         return
     kind = statedir.file_system(state)
-    yield Check("state directory", "ok", f"{state} ({kind or 'unknown file system'})")
+    where = f"{state} ({kind or 'unknown file system'})"
+    if statedir.is_in_memory(kind):
+        hint = f"it is in memory: {statedir.LOST}; {journalfile.ELSEWHERE}"
+        yield Check("state directory", "warning", where, hint)
+    else:
+        yield Check("state directory", "ok", where)
     if kind == "zfs":
         yield from _zfs_settings(state)
 

@@ -63,8 +63,10 @@ def in_journal(
 ) -> ExitStatus:
     """Do *work* on the journal, which is made where there is none; forget old runs after it."""
     interrupts.install()
-    with Journal.open(statedir.prepare(statedir.find())) as journal:
-        for note in journal.notes():
+    state = statedir.prepare(statedir.find())
+    of_state = [] if within() else statedir.notes(state)  # else it was said of all the steps
+    with Journal.open(state) as journal:
+        for note in (*of_state, *journal.notes()):
             show.note(note)
         status = work(journal)
         try:
