@@ -193,7 +193,9 @@ class Cleaner:
 
     def unmount(self, run: Run) -> None:
         """
-        See that no process of the run lives and none of its mounts is left; idempotent.
+        See that no process of the run lives, and nothing of its mounts and clients is left.
+
+        Idempotent.
 
         An attempt whose undo is recorded has left nothing: what is there now is somebody else's.
         Raises WaitingError where one lives that cannot be seen.
@@ -204,6 +206,7 @@ class Cleaner:
                 f"the runner of run {run.id} does not end", hint="see `atomtx status`"
             )
         end_survivors(run, self._folder, self._warn)
+        self._folder.empty_temporary()
         for step in run.pending(UnmountVolumes):
             assert isinstance(step.intent, UnmountVolumes)
             if step.intent.root:

@@ -258,6 +258,15 @@ class RunFolder:
         """Note the process of a step's hook."""
         (self.path / f"hook-{step}.json").write_text(json.dumps(identity))
 
+    def empty_temporary(self) -> None:
+        """Remove what a client left where it was given to write; idempotent."""
+        for path in self.temporary.iterdir() if self.temporary.is_dir() else ():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with suppress(OSError):  # what it made immutable goes with the folder, if at all
+                    path.unlink()
+
     def forget_hook(self, step: int) -> None:
         """Remove the note of a step's process; idempotent."""
         with suppress(OSError):

@@ -30,8 +30,8 @@ from atomtx import (
     history,
     locks,
     moment,
-    process,
     probing,
+    process,
     runner,
     settling,
     supervisor,
@@ -1145,6 +1145,19 @@ def test_end_is_known(scene: Scene) -> None:
     assert ended.decisions == [RollForward()]
     assert len(scene.calls()) == 1
     assert steps(scene)[6][2:] == ("done", None)
+
+
+@pytest.mark.parametrize("last", ["kill -KILL $$", "true"])
+def test_temporary_files(scene: Scene, last: str) -> None:
+    """What a client leaves in the folder that it was given goes with the run, not a year later."""
+    made = scene.plan("tank/a", env=(("TMPDIR", str(scene.live("tank/a"))),))
+    scene.behave(
+        f'mkdir "$TMPDIR/d"; echo x | tee "$TMPDIR/d/x" >"$TMPDIR/x"; ln -s / "$TMPDIR/l"; {last}\n'
+    )
+    ended = scene.backup(made)
+    assert ended.run
+    assert ended.run.state == "destroyed"
+    assert list(RunFolder.of(scene.state, made.run).temporary.iterdir()) == []
 
 
 def test_renamed_to_keep_it(scene: Scene) -> None:
