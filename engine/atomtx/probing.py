@@ -166,7 +166,8 @@ def end_survivors(run: Run, folder: RunFolder, tell: Callable[[str], None]) -> N
             f"processes of run {run.id} cannot be ended: {alive}",
             hint="end them, then run `atomtx recover`",
         )
-    raise WaitingError(
-        f"run {run.id} ({run.label}) waits: its client lives, and cannot be seen from here",
-        hint=errand.UNSEEN,
-    )
+    if locks.is_held(folder.client_lock):
+        raise WaitingError(
+            f"run {run.id} ({run.label}) waits: its client lives, and cannot be seen from here",
+            hint=errand.UNSEEN,
+        )

@@ -6,7 +6,6 @@ Promise 11: a secret never reaches the journal, a log, an error message or a pro
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from urllib.parse import unquote
@@ -234,7 +233,7 @@ def _spellings(secret: str) -> set[str]:
 
     texts = {json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1]}
     texts |= {text.translate(_OF_GO) for text in texts}
-    return {*texts, os.fsencode(secret).decode("utf-8", "replace")}
+    return {*texts, secret.encode("utf-8", "surrogateescape").decode("utf-8", "replace")}
 
 
 class Redactor:

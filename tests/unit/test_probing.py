@@ -438,6 +438,22 @@ def test_unseen_for_an_instant(folder: RunFolder) -> None:
     assert not client_lives(a_run(), folder)
 
 
+def test_unseen_until_the_last_look(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who ends when nobody waits for him any more has ended all the same."""
+    held = locks.try_acquire(folder.client_lock)
+    assert held is not None
+    after_wait: Iterator[list[int]] = iter([[], [held]])
+
+    def wait_until(*_: object, **__: object) -> bool:
+        for descriptor in next(after_wait):
+            os.close(descriptor)
+        return False
+
+    monkeypatch.setattr(locks, "wait_until", wait_until)
+    end_survivors(a_run(), folder, lambda _: None)
+    assert list(after_wait) == []
+
+
 _ELSEWHERE = """
     import sys
     from pathlib import Path
