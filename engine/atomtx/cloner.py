@@ -190,7 +190,7 @@ class Cloner:
         theirs = {n for p in pairs for n in replica.last_of(p.source, p.copy)}
         # A copy that has nothing in common may be another's, and the hold there as well.
         known = [p for p in pairs if replica.common(p.source, p.copy)]
-        absent = [p for p in pairs if not p.copy.exists]
+        absent = [p for p in pairs if not (p.copy.exists or p.may_be_elsewhere)]
         with self._only_told():
             _hold(there, sorted(theirs), TAG)
             _release(there, [p.copy for p in known], theirs, TAG)

@@ -49,6 +49,7 @@ class Pair:
     token: Token | None = None  # of what the copy was cut off in
     transfers: tuple[Transfer, ...] = ()
     trouble: EffectError | None = None
+    may_be_elsewhere: bool = False  # what the copy lies in is not there: renamed, for example
 
 
 # -- the plan ----------------------------------------------------------------------------------
@@ -259,12 +260,14 @@ def look(intent: CopySnapshots, here: End, there: End) -> list[Pair]:
         known = copies.get(copy, Copy(copy))
         pair = Pair(source, known, tokens.read(known.token) if known.token else None)
         parent = ends.parent_of(copy)
+        if parent and parent not in made:
+            missing = EffectError(
+                f"there is no dataset {there.shown(parent)}",
+                hint=f"make it: zfs create -o canmount=off {parent}",
+            )
+            pairs.append(replace(pair, trouble=missing, may_be_elsewhere=True))
+            continue
         try:
-            if parent and parent not in made:
-                raise EffectError(
-                    f"there is no dataset {there.shown(parent)}",
-                    hint=f"make it: zfs create -o canmount=off {parent}",
-                )
             pairs.append(_judged(pair, snapshot, guid))
             made.add(copy)
         except EffectError as exc:

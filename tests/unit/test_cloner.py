@@ -388,6 +388,51 @@ def test_parent_is_absent(field: Field) -> None:
     assert ended.raised or status_of(ended.run) is ExitStatus.FAILED  # type: ignore[arg-type]
 
 
+def move(field: Field, old: str, new: str) -> None:
+    """Rename a dataset, with what is below it."""
+
+    def moved(pool: dict[str, Any]) -> None:
+        for part in (pool["datasets"], pool["facts"], pool["snapshots"]):
+            for name in [n for n in part if n == old or n.startswith(f"{old}/")]:
+                part[new + name.removeprefix(old)] = part.pop(name)
+
+    field.change(moved)
+
+
+def test_target_was_renamed(field: Field) -> None:
+    """What the target lacks while it has another name is not gone: all holds stay."""
+    field.snap()
+    field.clone()
+    held = field.holds()
+    move(field, HERE, "backup/moved")
+    field.snap()
+    ended = field.clone()
+    assert ended.run
+    assert status_of(ended.run) is ExitStatus.FAILED
+    assert ended.run.reason == f"there is no dataset {HERE}"
+    move(field, "backup/moved", HERE)
+    assert field.holds() == held
+    assert field.clone().said("warn") == []
+    field.check_copies()
+
+
+def test_rows_that_cannot_be_read(field: Field) -> None:
+    """A copy whose line of `zfs list` has more columns is not taken for one that is gone."""
+    field.snap()
+    field.clone(NAS)
+    held, there = field.holds(), field.pool(NAS)["facts"]
+    field.snap()
+    field.play_far(facts={copy_of("tank/a"): {"token": "a\ttab"}})
+    ended = field.clone(NAS)
+    assert ended.run
+    assert status_of(ended.run) is ExitStatus.FAILED
+    assert str(ended.run.reason).startswith("cannot read the snapshots of root@nas: ")
+    assert field.holds() == held
+    field.play_far(facts=there)
+    assert field.clone(NAS).said("warn") == []
+    field.check_copies(NAS)
+
+
 def unmarked(pool: dict[str, Any], name: str) -> None:
     pool["snapshots"][name]["kept"] = None
 

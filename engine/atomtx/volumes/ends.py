@@ -129,13 +129,25 @@ class End(Zfs):
         }
 
     def _list(self, types: str, columns: str, datasets: Collection[str]) -> list[list[str]]:
-        """Return lines of columns; what else a login shell prints is none."""
+        """
+        Return lines of columns; what else a login shell prints is none.
+
+        Raises EffectError for a line of one of *datasets* that has other columns: what is not
+        read is not absent.
+        """
         count = columns.count(",") + 1
         lines = [
             line.split("\t")
             for part in portions(sorted(datasets))
             for line in lines_of(self._list_some(types, columns, part))
         ]
+        for name, *rest in lines:
+            if rest and len(rest) != count - 1 and _dataset_of(name) in datasets:
+                raise EffectError(
+                    f"cannot read the snapshots{self._of}: what zfs prints of {name!r} is no line "
+                    "of them",
+                    hint=f"does its {KEPT_MARK} hold a tab, or the end of a line?",
+                )
         return [line for line in lines if len(line) == count]
 
     def _list_some(self, types: str, columns: str, datasets: Sequence[str]) -> str:
@@ -216,6 +228,11 @@ class End(Zfs):
         left = self.copies([copy]).get(copy)
         if left and left.token:
             raise done.error(f"cannot throw away what {copy} has of a stream")
+
+
+def _dataset_of(name: str) -> str:
+    """Return the dataset of a snapshot or a bookmark; a dataset is its own."""
+    return name.partition("@")[0].partition("#")[0]
 
 
 def _point(line: Sequence[str], sign: str, keepers: Mapping[str, str]) -> Point:
