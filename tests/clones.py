@@ -129,7 +129,7 @@ class Field:
             made, steps = cloning.make(
                 Request(options.get("datasets", SETS)),
                 targets or (HERE,),
-                pattern=PATTERN,
+                pattern=options.get("pattern", PATTERN),
                 terms=options.get("terms", Terms(compress=False)),
                 here=End(),
             )

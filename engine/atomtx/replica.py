@@ -99,7 +99,7 @@ def transfers(
     Return what brings *copy* to the snapshot *last* of *source*, in order; nothing where it is.
 
     *token* is what the copy's own token asks for.  Raises EffectError where the copy has gone its
-    own way: nothing of it is rolled back, or thrown away.
+    own way: nothing of it is rolled back, or thrown away; and where it went past *last* without it.
     """
     if any(point.guid == last.guid for point in copy.snapshots) and not copy.token:
         return ()
@@ -108,7 +108,14 @@ def transfers(
         resumed = Resume(_resumed(source, copy, base, token), copy.token)
         return (resumed, *_sends(source, resumed.to, last))
     if base:
-        return tuple(_sends(source, base, last))
+        sends = tuple(_sends(source, base, last))
+        if not sends:
+            raise EffectError(
+                f"{last.name} is older than {base.short}, which {copy.dataset} has, and cannot be "
+                "sent any more",
+                hint="a target for each pattern, or one pattern for both",
+            )
+        return sends
     first = next(point for point in source.snapshots if point.wanted)
     return (Send(first), *_sends(source, first, last))
 

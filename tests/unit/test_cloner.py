@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from atomtx.cloning import Terms
+from atomtx.convention import Pattern
 from atomtx.errors import EffectError, ExitStatus, JournalFullError, WaitingError
 from atomtx.executor import Tell
 from atomtx.interrupts import Interrupts
@@ -386,6 +387,26 @@ def test_parent_is_absent(field: Field) -> None:
     assert field.is_whole("tank/enc")
     ended = field.clone("backup/nope/deep")
     assert ended.raised or status_of(ended.run) is ExitStatus.FAILED  # type: ignore[arg-type]
+
+
+def test_two_patterns_of_one_copy(field: Field) -> None:
+    """What is older than what another job has sent to the same copy never arrives: it is told."""
+    field.snap()
+    older = field.newest("tank/a")
+    field.snap()
+    name = field.newest("tank/a")
+    field.change(lambda pool: renamed(pool, name))
+    mine = Pattern.parse("mine-%Y%m%d%H%M%S")
+    one: dict[str, Any] = {"datasets": ("tank/a",)}
+    assert field.clone(pattern=mine, **one).said("warn") == []
+    held = field.holds()
+    ended = field.clone(**one)
+    assert ended.run
+    assert status_of(ended.run) is ExitStatus.FAILED
+    newer = name.replace("tank/a@s-", "@mine-")
+    words = f"{older} is older than {newer}, which {HERE}/a has, and cannot be sent any more"
+    assert ended.run.reason == words
+    assert field.holds() == held
 
 
 def move(field: Field, old: str, new: str) -> None:

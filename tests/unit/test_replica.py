@@ -104,6 +104,13 @@ def test_own_way(there: Copy, words: str) -> None:
         replica.transfers(ONE_TO_FOUR, there, snapshot(4))
 
 
+def test_older_than_what_is_there() -> None:
+    """What the copy went past, as by a job with another pattern, is not said to be there."""
+    later = source(snapshot(1), snapshot(2), snapshot(3, wanted=False))
+    with pytest.raises(EffectError, match="tank/a@2 is older than @3, which backup/a has"):
+        replica.transfers(later, copy(1, 3), snapshot(2))
+
+
 # -- going on with what was cut off ----------------------------------------------------------
 
 REST = Token("tank/a", "guid 3", "guid 2", is_raw=False)
