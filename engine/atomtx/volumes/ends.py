@@ -32,8 +32,9 @@ _COPY = ("-o", "readonly=on", "-x", "com.sun:auto-snapshot")
 _PLAIN = ("-x", "encryption")  # else a plain one could not be kept below one that is encrypted
 _FILES = ("-o", "canmount=noauto", "-x", "mountpoint", "-x", "sharenfs", "-x", "sharesmb")
 # A copy may keep more snapshots than its source, and they count: beyond a quota it would take none
-# (psy0rz/zfs_autobackup#92).  A refquota is of the files alone, which the copy has as they are.
-_QUOTA = ("-x", "quota")  # no property of a volume
+# (psy0rz/zfs_autobackup#92).  A refquota of today may be less than an older snapshot refers to, and
+# then it is not received: EDQUOT (dsl_dataset_clone_swap_check_impl in dsl_dataset.c of OpenZFS).
+_QUOTA = ("-x", "quota", "-x", "refquota")  # no properties of a volume
 _ROOM = ("-x", "reservation", "-x", "refreservation")  # else it is taken at the target besides
 _ARGUMENT_BYTES = 100_000  # of 131,072: execve(2), MAX_ARG_STRLEN
 _QUOTES = 3
