@@ -7,6 +7,7 @@ the first three, and the far command hears of its end by its standard input alon
 
     "refuse"        nobody is there
     "noise"         the far shell has something to say first, on both outputs
+    "title"         the same, without an end of line
     "cut DATASET"   the line dies at half of a stream into it, and is dead until "dead" is removed
     "blink DATASET" the same, but it is there again at once
 """
@@ -34,6 +35,8 @@ def main(argv: list[str]) -> int:
         return 255
     if fault == "noise":
         command = f"echo Welcome; echo 'All you do is seen' >&2; {command}"
+    if fault == "title":
+        command = f"printf 'a title'; printf 'seen' >&2; {command}"
     kind, _, dataset = fault.partition(" ")
     is_cut = kind in ("cut", "blink") and command.endswith((f" {dataset}", f" '{dataset}'"))
     far = subprocess.Popen(

@@ -855,9 +855,10 @@ def test_release_here_is_refused(field: Field) -> None:
     assert held not in field.holds()
 
 
-def test_noise(field: Field) -> None:
-    """What the far shell has to say on its way changes nothing."""
-    field.play(faults={"ssh": "noise"})
+@pytest.mark.parametrize("kind", ["noise", "title"])
+def test_noise(field: Field, kind: str) -> None:
+    """What the far shell has to say on its way changes nothing, whether or not it ends its line."""
+    field.play(faults={"ssh": kind})
     for _ in range(2):
         field.snap()
         ended = field.clone(NAS)

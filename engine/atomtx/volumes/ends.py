@@ -27,6 +27,9 @@ SSH = (
     "-o", "ControlMaster=no", "-o", "ControlPath=none",
 )  # fmt: skip
 _SSH_FAILED = 255
+# What a login shell prints first, such as a terminal's title, may have no end of line.  In the
+# words of sh, whatever that shell is: csh takes `>&2` for a file.
+_ON_A_NEW_LINE = ("sh", "-c", 'echo; echo >&2; exec "$@"', "sh")
 # A copy is never mounted over the files of this machine, shared, or written to.
 _COPY = ("-o", "readonly=on", "-x", "com.sun:auto-snapshot")
 _PLAIN = ("-x", "encryption")  # else a plain one could not be kept below one that is encrypted
@@ -61,7 +64,9 @@ class End(Zfs):
         if not self.host:
             return super()._run(*argv)
         done = process.run(
-            remote(self.host, argv), env=process.users_environment(), pass_fds=self._locks
+            remote(self.host, (*_ON_A_NEW_LINE, *argv)),
+            env=process.users_environment(),
+            pass_fds=self._locks,
         )
         if done.status == _SSH_FAILED:
             raise UnreachableError(
