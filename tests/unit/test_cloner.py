@@ -885,6 +885,17 @@ def test_not_as_zfs_prints(field: Field, createtxg: str) -> None:
     field.check_copies(NAS)
 
 
+@pytest.mark.parametrize("guid", ["", "\udce9"])
+def test_guid_that_is_none(field: Field, guid: str) -> None:
+    """Nor does what it prints for the guid of its pool; nothing is begun."""
+    field.snap()
+    field.play_far(pools={"backup": guid})
+    ended = field.clone(NAS)
+    assert isinstance(ended.raised, UnreachableError)
+    assert ended.raised.message == "the pool root@nas:backup has no guid"
+    assert field.scene.rows("SELECT * FROM runs") == []
+
+
 # -- no room ---------------------------------------------------------------------------------
 
 

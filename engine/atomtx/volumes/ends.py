@@ -97,6 +97,8 @@ class End(Zfs):
         guid = next((each.guid for each in self.pools() if each.name == pool), None)
         if guid is None:
             raise UnreachableError(f"there is no pool {self.shown(pool)}", hint="is it imported?")
+        if not guid or not guid.isascii():  # the `zpool` of another machine may be anybody's
+            raise UnreachableError(f"the pool {self.shown(pool)} has no guid", hint=self._hint)
         return guid
 
     def sources(self, datasets: Collection[str], kept: Iterable[Kept]) -> dict[str, Source]:
