@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from atomtx import plan, pruning, wanted
+from atomtx import names, plan, pruning, wanted
 from atomtx.cli.prune import _closing_line
 from atomtx.convention import Pattern
 from atomtx.errors import EffectError, ExitStatus, UserError
@@ -26,6 +26,7 @@ from atomtx.interrupts import Interrupts
 from atomtx.journal import Journal
 from atomtx.names import RunId
 from atomtx.plan import DatasetFacts, Pool, Request
+from atomtx.process import Completed
 from atomtx.pruning import Choice
 from atomtx.recovery import RollBack
 from atomtx.retention import Duration, Policy
@@ -649,6 +650,23 @@ def test_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+def test_one_by_one_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ZFS says of a pool that is imported read-only is told, and not that it is in use."""
+    each = kept("tank/a clone", 0)
+    zfs = Zfs()
+
+    def run(*argv: str) -> Completed:
+        return Completed(argv, 1, "", f"cannot {argv[1]} {each.name}: pool is read-only\n")
+
+    monkeypatch.setattr(zfs, "_run", run)
+    monkeypatch.setattr(zfs, "kept", lambda _: [each])
+    monkeypatch.setattr(zfs, "identities", dict.fromkeys)
+    (verdicts,) = zfs.prune([each], bookmark=True)
+    assert verdicts == {each.name: "error: pool is read-only"}
+    why = pruning._why(verdicts[each.name], names.ZFS)
+    assert why == "ZFS answered error: pool is read-only"
+
+
 @pytest.mark.parametrize("is_there", [False, True])
 def test_one_by_one_being_sent(monkeypatch: pytest.MonkeyPatch, is_there: bool) -> None:
     """Where the snapshot stays, so does no bookmark that was made for its end; another's does."""
@@ -659,6 +677,7 @@ def test_one_by_one_being_sent(monkeypatch: pytest.MonkeyPatch, is_there: bool) 
 
     class Done:
         stdout = ""
+        stderr = "dataset is busy"
 
         def __init__(self, ok: bool) -> None:
             self.ok = ok

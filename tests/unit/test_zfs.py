@@ -634,11 +634,21 @@ def test_pool_of_its_root(fake: Fake) -> None:
     assert fake.argvs[0][7] == "tank"
 
 
-def test_one_by_one_busy(fake: Fake) -> None:
-    """One that is still there and ours after the command is busy, whatever the command said."""
-    fake.answer(NO_PROGRAMS, (got(identity(A)), "", 0), ("", "dataset is busy\n", 1),
-                (got(identity(A)), "", 0))  # fmt: skip
+@pytest.mark.parametrize(
+    "said", ["dataset is busy\n", "snapshot is cloned\n", "it's being held. Run 'zfs holds'.\n", ""]
+)
+def test_one_by_one_busy(fake: Fake, said: str) -> None:
+    """One that is still there and ours after the command is busy, also where it was killed."""
+    fake.answer(NO_PROGRAMS, (got(identity(A)), "", 0), ("", said, 1), (got(identity(A)), "", 0))
     assert Zfs().destroy([identity(A)], run=RUN) == {A: "busy"}
+
+
+def test_one_by_one_refused(fake: Fake) -> None:
+    """What cannot be destroyed for another reason, as on a pool that is read-only, is told."""
+    said = f"cannot destroy snapshot {A}: pool is read-only\n"
+    fake.answer(NO_PROGRAMS, (got(identity(A)), "", 0), ("", said, 1), (got(identity(A)), "", 0))
+    with pytest.raises(EffectError, match=f"cannot destroy {A}: .*pool is read-only"):
+        Zfs().destroy([identity(A)], run=RUN)
 
 
 def test_one_by_one_status(fake: Fake) -> None:

@@ -33,6 +33,9 @@ _ABSENT = ("dataset does not exist", "snapshot does not exist", "no such pool")
 _NONE_FOUND = "no datasets available"
 _SOME_ABSENT = 1  # the exit status; 2 is usage, and a shell's are 126 and more
 _EBUSY, _EEXIST = 16, 17
+# Of what `zfs destroy` says where a snapshot is used (zfs_main.c, libzfs_dataset.c): "dataset is
+# busy", "snapshot is cloned", "snapshot has dependent clones", "it's being held".
+_USED = ("busy", "clone", "held")
 _POOL_COLUMNS = 3
 _MARK_COLUMNS = 2
 _FACTS = 6  # columns of a dataset beside its name
@@ -292,8 +295,8 @@ class Zfs:
         Proof, bookmark and destruction are of one transaction group, of some hundreds at once.
         Yields verdicts by name as they are known, of all in the end; between two, nothing is at
         work: those of `destroy`, "no-bookmark" where it was destroyed and none was left of it, and
-        "error" with a number.  Idempotent.  With *copies* the mark may have been received; one
-        that is transient must still bear that mark as well.
+        "error" with a number, or with ZFS' words.  Idempotent.  With *copies* the mark may have
+        been received; one that is transient must still bear that mark as well.
         """
         for start in range(0, len(snapshots), _PRUNED_AT_ONCE):
             part = snapshots[start : start + _PRUNED_AT_ONCE]
@@ -337,8 +340,12 @@ class Zfs:
             return verdict
         if system.here.DESTROY_FORCES and identity.name in mountinfo.things():
             return "busy"
-        self._run("zfs", "destroy", checked(identity.name))
-        return "busy" if self._proven(identity, run) == "ours" else "done"
+        done = self._run("zfs", "destroy", checked(identity.name))
+        if self._proven(identity, run) != "ours":
+            return "done"
+        if _says_used(done, identity.name):
+            return "busy"
+        raise done.error(f"cannot destroy {identity.name}")
 
     def _keep_one(self, identity: Identity, run: str) -> str:
         verdict = self._proven(identity, run)
@@ -369,11 +376,13 @@ class Zfs:
             return "busy"
         beside = checked(each.name).replace("@", "#")
         left = bookmark and self._run("zfs", "bookmark", each.name, beside).ok
-        self._run("zfs", "destroy", checked(each.name))
+        done = self._run("zfs", "destroy", checked(each.name))
         if self.identities([each.name]):
             if left:  # else the next try could make none, and would tell that none was left
                 self._run("zfs", "destroy", beside)
-            return "busy"
+            if _says_used(done, each.name):
+                return "busy"
+            return f"error: {done.last_line().rpartition(': ')[2]}"
         return "done" if left or not bookmark else "no-bookmark"
 
     def _is_kept(self, name: str, run: str) -> bool:
@@ -473,6 +482,12 @@ def _arguments(identity: Identity | Kept) -> tuple[str, str, str]:
 def _in_use(answer: str) -> str:
     """Return "busy" for the errors that mean it: used, or cloned."""
     return "busy" if answer in (f"error {_EBUSY}", f"error {_EEXIST}") else answer
+
+
+def _says_used(done: process.Completed, name: str) -> bool:
+    """Tell whether a snapshot was not destroyed because it is in use; so also without a word."""
+    said = done.stderr.replace(name, "")
+    return not said.strip() or any(word in said for word in _USED)
 
 
 def _verdict(answer: str) -> str:
