@@ -216,17 +216,26 @@ def tag_of(target: Target, pool_guid: str) -> str:
 
 
 def check_alone(steps: Sequence[CopySnapshots], others: Iterable[Run]) -> None:
-    """Raise BusyError where an open run of another job writes one of these copies as well."""
-    copies = {(step.target, copy) for step in steps for copy in step.copies}
+    """
+    Raise BusyError where an open run of another job writes one of these copies as well.
+
+    A copy is known by its pool's guid: a machine may have many names, as `nas` and `root@nas`.
+    """
+    copies = {place for step in steps for place in _places(step)}
     for run in others:
         for each in run.pending(CopySnapshots):
             assert isinstance(each.intent, CopySnapshots)
-            theirs = {(each.intent.target, copy) for copy in each.intent.copies}
+            theirs = _places(each.intent)
             if both := sorted(copies & theirs):
                 raise BusyError(
                     f"run {run.id} ({run.label}) sends to {both[0][1]} as well",
                     hint="`atomtx status` shows it; `atomtx recover` ends one that was interrupted",
                 )
+
+
+def _places(step: CopySnapshots) -> set[tuple[str, str]]:
+    """Return the copies of a step; to a pool that could not be asked nothing is sent."""
+    return {(step.pool_guid, copy) for copy in step.copies if step.pool_guid}
 
 
 # -- both ends ---------------------------------------------------------------------------------

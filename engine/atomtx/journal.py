@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -197,9 +197,8 @@ class Journal:
 
     def open_runs(self) -> list[Run]:
         """Return every run that has not ended, the oldest first."""
-        query = select(runs).where(runs.c.ended_at.is_(None)).order_by(runs.c.started_at)
         with self._transaction() as connection:
-            return [self._read(connection, row) for row in connection.execute(query).all()]
+            return self._open_runs(connection)
 
     def children(self, run: Run, step: int | None = None) -> list[Run]:
         """
@@ -260,6 +259,10 @@ class Journal:
             raise NoRunError(f"no run {run} in {self.path}", hint="see `atomtx history`")
         return self._read(connection, row)
 
+    def _open_runs(self, connection: Connection) -> list[Run]:
+        query = select(runs).where(runs.c.ended_at.is_(None)).order_by(runs.c.started_at)
+        return [self._read(connection, row) for row in connection.execute(query).all()]
+
     def _read(self, connection: Connection, row: Row[Any]) -> Run:
         vols = select(volumes).where(volumes.c.run == row.id).order_by(volumes.c.n)
         todo = select(steps).where(steps.c.run == row.id).order_by(steps.c.id)
@@ -297,14 +300,23 @@ class Journal:
 
     # -- writing ---------------------------------------------------------------------------
 
-    def begin(self, the_plan: Plan, intents: Sequence[Intent]) -> Run:
+    def begin(
+        self,
+        the_plan: Plan,
+        intents: Sequence[Intent],
+        *,
+        check: Callable[[Sequence[Run]], None] | None = None,
+    ) -> Run:
         """
         Insert a run in state `planned` with its first intents; it is durable on return.
 
-        Raises ActiveRunError where the job has an active run.
+        Raises ActiveRunError where the job has an active run, and what *check* raises: it gets all
+        open runs in the transaction that inserts, so that no other run is begun in between.
         """
         row = _row(the_plan)
         with self._transaction() as connection:
+            if check:
+                check(self._open_runs(connection))
             _begin(connection, the_plan, row, intents)
         return self.load(the_plan.run)
 

@@ -39,14 +39,14 @@ def field(tmp_path: Path) -> Field:
 
 @pytest.fixture
 def typed(field: Field) -> Typed:
-    def run(*words: str) -> subprocess.CompletedProcess[str]:
+    def run(*words: str, before: str = "") -> subprocess.CompletedProcess[str]:
         own = {
             "ATOMTX_STATE_DIR": str(field.scene.state),
             "FAKE_ZFS": str(field.scene.home),
             "PYTHONPATH": os.pathsep.join((str(SOURCE), str(SOURCE.parent))),
         }
         return subprocess.run(
-            [sys.executable, "-c", _PROGRAM, *words],
+            [sys.executable, "-c", before + _PROGRAM, *words],
             env={**os.environ, **own},
             capture_output=True,
             text=True,
@@ -91,6 +91,18 @@ def test_one_is_not_there(field: Field, typed: Typed) -> None:
     alone = typed(*CLONE, "--to", NAS)
     assert alone.returncode == 1
     assert "root@nas cannot be reached" in alone.stderr
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_another_sends_there(field: Field, typed: Typed, is_late: bool) -> None:
+    """Of two clones with one copy the second is told, also where both are begun at once."""
+    field.snap()
+    assert field.cut_off(by="kill", datasets=("tank/a",)).status == -9
+    late = "from atomtx.journal import Journal\nJournal.open_runs = lambda self: []\n"
+    answer = typed(*CLONE, "--to", HERE, before=late if is_late else "")
+    assert answer.returncode == 5, answer.stderr
+    assert f"sends to {HERE}/a as well" in answer.stderr
+    assert len(field.scene.rows("SELECT * FROM runs")) == 1
 
 
 def test_recovered(field: Field, typed: Typed) -> None:

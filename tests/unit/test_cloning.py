@@ -143,8 +143,12 @@ def test_alone() -> None:
     other = a_run(a_plan(verb=Verb.CLONE), steps=(Step(1, 0, steps[0], None, None),))
     with pytest.raises(BusyError, match="sends to backup/here/a as well"):
         cloning.check_alone(steps, [other])
-    elsewhere = replace(steps[0], target="nas:backup/here")
+    with pytest.raises(BusyError):  # by another name of this machine
+        cloning.check_alone([replace(steps[0], target="localhost:backup/here")], [other])
+    elsewhere = replace(steps[0], target="nas:backup/here", pool_guid="8")
     cloning.check_alone([elsewhere], [other])
+    unasked = replace(steps[0], pool_guid="")  # nothing is sent there
+    cloning.check_alone([unasked], [replace(other, steps=(Step(1, 0, unasked, None, None),))])
     done = replace(other, steps=(Step(1, 0, steps[0], None, "done"),))
     cloning.check_alone(steps, [done])
 

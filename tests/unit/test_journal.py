@@ -10,7 +10,7 @@ import stat
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,7 @@ from atomtx import database, journalfile, locks, plan, provenance, states, words
 from atomtx import journal as journal_of_runs
 from atomtx.clients import Backup, End
 from atomtx.errors import (
+    BusyError,
     JournalError,
     JournalFullError,
     JournalNewerError,
@@ -62,6 +63,23 @@ def begin(journal: Journal, the_plan: Plan | None = None) -> Run:
     the_plan = the_plan or a_plan()
     takes = [step for step in plan.intents(the_plan) if isinstance(step, TakeSnapshots)]
     return journal.begin(the_plan, takes)
+
+
+def test_check_at_the_begin(journal: Journal) -> None:
+    """What another run has begun is seen where a run is inserted, and then it is not begun."""
+    first = begin(journal)
+    seen: list[str] = []
+
+    def check(there: Sequence[Run]) -> None:
+        seen.extend(run.id for run in there)
+        if len(there) > 1:
+            raise BusyError("no")
+
+    journal.begin(a_plan(run=OTHER, job="another"), [], check=check)
+    with pytest.raises(BusyError):
+        journal.begin(a_plan(run=RunId("2" * 16), job="a third"), [], check=check)
+    assert seen == [first.id, first.id, OTHER]
+    assert [run.id for run in journal.open_runs()] == [first.id, OTHER]
 
 
 def fire(journal: Journal, run: Run, *events: Event) -> Run:

@@ -157,8 +157,11 @@ class _Clone:
         self, journal: Journal, planned: tuple[Plan, tuple[CopySnapshots, ...]]
     ) -> ExitStatus:
         made, steps = planned
-        others = [run for run in journal.open_runs() if run.job != made.job]
-        cloning.check_alone(steps, (run for run in others if run.verb is Verb.CLONE))
+
+        def check(there: Sequence[Run]) -> None:
+            cloning.check_alone(steps, (run for run in there if run.job != made.job))
+
+        check(journal.open_runs())  # so that nobody is told of a start; another may yet be begun
         self._notifier.started(made.run)
         started = time.monotonic()
 
@@ -166,7 +169,7 @@ class _Clone:
             tell = runs.tell(self._show)
             return Cloner(journal, lock, self._interrupts, tell).advance(run)
 
-        run = runs.carry_out(journal, made, steps, advance)
+        run = runs.carry_out(journal, made, steps, advance, check=check)
         self._show.result(_result(run, steps))
         self._show.done(_closing_line(run, steps, time.monotonic() - started))
         status = runs.status_of_ended(run, self._interrupts)

@@ -310,11 +310,13 @@ def carry_out(
     made: Plan,
     intents: Sequence[Intent],
     advance: Callable[[RunFolder, int, Run], Run],
+    *,
+    check: Callable[[Sequence[Run]], None] | None = None,
 ) -> Run:
     """
     Begin a run in the journal and bring it to its end by *advance*; return it.
 
-    *advance* gets its folder and the descriptor that holds lock F.
+    *advance* gets its folder and the descriptor that holds lock F.  *check* is for `Journal.begin`.
     """
     if step := within():
         made = replace(made, parent=step.parent)
@@ -322,7 +324,7 @@ def carry_out(
     with front(folder) as lock:
         assert lock is not None
         try:
-            run = journal.begin(made, intents)
+            run = journal.begin(made, intents, check=check)
         except (BusyError, JournalFullError):  # there is no row of it
             shutil.rmtree(folder.path)
             raise
