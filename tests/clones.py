@@ -125,13 +125,14 @@ class Field:
     def clone(self, *targets: str, at: str = "", who: str = "front", **options: Any) -> Ended:
         """Plan and carry out in a front end of its own; *before* the latter, a change."""
 
-        def work(journal: Journal, tell: Tell, interrupts: Interrupts, ended: Ended) -> None:
+        def carry_out(journal: Journal, tell: Tell, interrupts: Interrupts, ended: Ended) -> None:
             made, steps = cloning.make(
                 Request(options.get("datasets", SETS)),
                 targets or (HERE,),
                 pattern=options.get("pattern", PATTERN),
                 terms=options.get("terms", Terms(compress=False)),
                 here=End(),
+                check=interrupts.check,
             )
             for note in made.notes:
                 tell.warn(note)
@@ -140,10 +141,13 @@ class Field:
                 assert lock is not None
                 run = journal.begin(made, steps)
                 options.get("before", lambda: None)()
-                try:
-                    ended.run = Cloner(journal, lock, interrupts, tell).advance(run)
-                except Interrupted as exc:
-                    ended.interrupted = exc.message
+                ended.run = Cloner(journal, lock, interrupts, tell).advance(run)
+
+        def work(journal: Journal, tell: Tell, interrupts: Interrupts, ended: Ended) -> None:
+            try:
+                carry_out(journal, tell, interrupts, ended)
+            except Interrupted as exc:
+                ended.interrupted = exc.message
 
         self.settle()
         return self.scene._in_front_end(work, {"at": at, "who": who})

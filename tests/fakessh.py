@@ -8,6 +8,7 @@ the first three, and the far command hears of its end by its standard input alon
     "refuse"        nobody is there
     "noise"         the far shell has something to say first, on both outputs
     "title"         the same, without an end of line
+    "hang COMMAND"  that is not answered; "hear COMMAND" the same, and the front end gets a SIGTERM
     "cut DATASET"   the line dies at half of a stream into it, and is dead until "dead" is removed
     "blink DATASET" the same, but it is there again at once
 """
@@ -16,8 +17,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -38,6 +41,10 @@ def main(argv: list[str]) -> int:
     if fault == "title":
         command = f"printf 'a title'; printf 'seen' >&2; {command}"
     kind, _, dataset = fault.partition(" ")
+    if kind in ("hang", "hear") and f" {dataset} " in command:
+        if kind == "hear":
+            os.kill(os.getppid(), signal.SIGTERM)
+        time.sleep(60)
     is_cut = kind in ("cut", "blink") and command.endswith((f" {dataset}", f" '{dataset}'"))
     far = subprocess.Popen(
         ["sh", "-c", command],

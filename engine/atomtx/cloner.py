@@ -66,7 +66,7 @@ class Cloner:
 
     def _step(self, intent: CopySnapshots) -> list[EffectError]:
         """Bring the copies at one target up to date; return what went wrong with each."""
-        there = ends.end_of(Target.parse(intent.target), self._lock)
+        there = ends.end_of(Target.parse(intent.target), self._lock, self._interrupts.check)
         self._interrupts.check()
         self._tell.step(intent.describe())
         try:
@@ -234,7 +234,7 @@ class Cloner:
     def _undo(self, intent: CopySnapshots) -> None:
         if not intent.pool_guid:
             return
-        there = ends.end_of(Target.parse(intent.target), self._lock)
+        there = ends.end_of(Target.parse(intent.target), self._lock, self._interrupts.check)
         for pair in look(intent, self._here, there):
             if pair.token and replica.is_of(pair.source, pair.token):
                 there.abort(pair.copy.dataset)

@@ -9,7 +9,7 @@ arrived, to the byte, and repeats nothing.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from . import convention, plan, replica, tokens, wanted
@@ -56,14 +56,21 @@ class Pair:
 
 
 def make(
-    request: Request, targets: Sequence[str], *, pattern: Pattern, terms: Terms, here: End
+    request: Request,
+    targets: Sequence[str],
+    *,
+    pattern: Pattern,
+    terms: Terms,
+    here: End,
+    check: Callable[[], None] = lambda: None,
 ) -> tuple[Plan, tuple[CopySnapshots, ...]]:
     """
     Return the plan of a run that brings copies up to date, and its effects.
 
     A dataset without a kept snapshot is left out with a note; one that was named itself is an
     error.  Raises UserError for that, for what else is wrong with the request, and where a copy
-    would lie in what is copied; EffectError where no target can be asked.
+    would lie in what is copied; EffectError where no target can be asked.  *check* is called as
+    long as one does not answer.
     """
     parsed = [Target.parse(text) for text in targets]
     if not parsed:
@@ -75,19 +82,21 @@ def make(
         here.kept([facts.name for facts in found.datasets]), pattern, transient=terms.transient
     )
     found = _with_snapshots(found, last)
-    pools, notes = _pools(parsed)
+    pools, notes = _pools(parsed, check)
     made = _plan(request, replace(found, notes=(*found.notes, *notes)), parsed, last)
     guids = {each.name: each.guid for each in last.values()}
     return made, intents(made, guids, pools, pattern=pattern, terms=terms)
 
 
-def _pools(targets: Sequence[Target]) -> tuple[dict[Target, str], list[str]]:
+def _pools(
+    targets: Sequence[Target], check: Callable[[], None]
+) -> tuple[dict[Target, str], list[str]]:
     """Return the guids of the targets' pools, empty for one that cannot be asked, with notes."""
     guids: dict[Target, str] = {}
     lost: list[EffectError] = []
     for target in targets:
         try:
-            guids[target] = ends.end_of(target).guid_of(target.dataset.pool)
+            guids[target] = ends.end_of(target, check=check).guid_of(target.dataset.pool)
         except EffectError as exc:
             guids[target] = ""
             lost.append(exc)

@@ -18,15 +18,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import IO, Any, NoReturn, Self
 
-from .errors import EffectError
+from .errors import EffectError, Interrupted
 
 _READ = selectors.EVENT_READ
 _STEP_S = 0.05
+_CHECK_S = 0.5
 _TAIL_BYTES = 4096
 _LAST_S = 2.0
 _SAID_BYTES = 1 << 20
@@ -39,6 +40,10 @@ BASE_ENVIRONMENT = {
     "LANG": "C.UTF-8",
     "LC_ALL": "C.UTF-8",
 }
+
+
+class UnansweredError(EffectError):
+    """A program outlived its limit, and was killed."""
 
 
 @dataclass(frozen=True)
@@ -101,14 +106,16 @@ def run(
     stdin: str | None = None,
     timeout_s: float | None = None,
     pass_fds: Collection[int] = (),
+    check: Callable[[], None] | None = None,
 ) -> Completed:
     """
     Run a program to its end and return what it said.
 
     Without *timeout_s* it is never killed.  A program that is not there, or one that outlived
-    *timeout_s* seconds (it is then killed, and all of its session), raises
+    *timeout_s* seconds (it is then killed, and all of its session, UnansweredError), raises
     :class:`EffectError`.  It counts as at its end when nobody has its outputs open any more; what
-    has left its session is not ended, nor waited for after the limit.
+    has left its session is not ended, nor waited for after the limit.  *check* is called now and
+    then where it has a limit; it is killed as well where that raises Interrupted.
     """
     try:
         child = subprocess.Popen(
@@ -129,11 +136,31 @@ def run(
             raise EffectError(f"cannot start {argv[0]} in {cwd}: {exc.strerror}") from exc
         raise _not_started(argv, exc) from exc
     try:
-        stdout, stderr = child.communicate(stdin, timeout=timeout_s)
+        if timeout_s is not None and check:
+            stdout, stderr = _answer(child, timeout_s, check)
+        else:
+            stdout, stderr = child.communicate(stdin, timeout=timeout_s)
     except subprocess.TimeoutExpired as exc:
         _kill(child)
-        raise EffectError(f"{argv[0]} did not answer within {timeout_s:.0f} s") from exc
+        raise UnansweredError(f"{argv[0]} did not answer within {timeout_s:.0f} s") from exc
+    except Interrupted:
+        _kill(child)
+        raise
     return Completed(tuple(argv), child.returncode, stdout, stderr)
+
+
+def _answer(
+    child: subprocess.Popen[str], timeout_s: float, check: Callable[[], None]
+) -> tuple[str, str]:
+    """Return what a child says until its end, and call *check* as long as that lasts."""
+    end = time.monotonic() + timeout_s
+    while True:
+        try:
+            return child.communicate(timeout=min(_CHECK_S, timeout_s))  # it may be called again
+        except subprocess.TimeoutExpired:
+            check()
+            if time.monotonic() >= end:
+                raise
 
 
 def _kill(child: subprocess.Popen[Any]) -> None:

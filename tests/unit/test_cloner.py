@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from atomtx.interrupts import Interrupts
 from atomtx.journal import Change, Journal
 from atomtx.records import Run
 from atomtx.settling import status_of
+from atomtx.volumes import ends
 from atomtx.volumes.ends import End, UnreachableError
 from tests import faketoken
 from tests.clones import CHILD, HERE, KEEPER, NAS, POOLS, SETS, Field, copy_of
@@ -894,6 +896,40 @@ def test_guid_that_is_none(field: Field, guid: str) -> None:
     assert isinstance(ended.raised, UnreachableError)
     assert ended.raised.message == "the pool root@nas:backup has no guid"
     assert field.scene.rows("SELECT * FROM runs") == []
+
+
+@pytest.mark.parametrize("command", ["zpool list", "zfs list"])
+def test_signal_while_nobody_answers(field: Field, command: str) -> None:
+    """A machine that answers to ssh, and whose zfs hangs, keeps nobody from ending a clone."""
+    field.snap()
+    field.clone(NAS)
+    held = field.holds()
+    field.snap()
+    field.play(faults={"ssh": f"hear {command}"})
+    began = time.monotonic()
+    ended = field.clone(NAS)
+    field.settle()
+    assert time.monotonic() - began < 30
+    assert ended.interrupted == "interrupted by SIGTERM", log(field)
+    assert field.holds() == held
+    field.play(faults={})
+    assert field.recover().decisions == []
+    field.clone(NAS)
+    field.check_copies(NAS)
+
+
+def test_nobody_answers(field: Field) -> None:
+    """Nor does it keep a clone for ever; it is a target that cannot be asked."""
+    field.snap()
+    field.play(faults={"ssh": "hang zfs list"})
+    field.scene.changes.append(lambda: setattr(ends, "_ANSWER_S", 1.0))
+    ended = field.clone(NAS, HERE)
+    assert ended.run
+    assert status_of(ended.run) is ExitStatus.PARTIAL
+    assert ended.run.reason
+    words = "root@nas cannot be asked: `zfs list` has not ended there after 1 s"
+    assert ended.run.reason.startswith(words)
+    field.check_copies(HERE)
 
 
 # -- no room ---------------------------------------------------------------------------------

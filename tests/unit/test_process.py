@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atomtx import locks, process
-from atomtx.errors import EffectError
+from atomtx.errors import EffectError, Interrupted
 from atomtx.process import Completed, abridged, run, which
 
 PATIENCE_S = 60.0
@@ -159,6 +159,23 @@ def test_timeout(tmp_path: Path) -> None:
     child, shell = map(int, pids.read_text().split())
     assert locks.wait_until(lambda: not is_alive(child), PATIENCE_S)
     assert not is_alive(shell)
+
+
+def test_signal_while_it_does_not_answer(tmp_path: Path) -> None:
+    """One that has a limit is killed where a signal is heard before; what it says is not lost."""
+    pid = tmp_path / "pid"
+
+    def check() -> None:
+        if pid.exists():
+            raise Interrupted(signal.SIGTERM)
+
+    script = 'echo $$ >"$0.new"; mv "$0.new" "$0"; exec sleep 1000'
+    with pytest.raises(Interrupted):
+        run(["sh", "-c", script, str(pid)], timeout_s=PATIENCE_S, check=check)
+    assert not is_alive(int(pid.read_text()))
+    pid.unlink()
+    script = "echo a; sleep 1.2; echo b"
+    assert run(["sh", "-c", script], timeout_s=PATIENCE_S, check=check).stdout == "a\nb\n"
 
 
 def test_timeout_of_a_daemon(tmp_path: Path) -> None:

@@ -133,7 +133,12 @@ class _Clone:
     def _plan(self) -> tuple[Plan, tuple[CopySnapshots, ...]]:
         targets = self._asked.job.clone_targets
         made, steps = cloning.make(
-            self._asked.request(), targets, pattern=self._pattern, terms=self._terms, here=End()
+            self._asked.request(),
+            targets,
+            pattern=self._pattern,
+            terms=self._terms,
+            here=End(),
+            check=self._interrupts.check,
         )
         for note in made.notes:
             self._show.note(note)

@@ -10,7 +10,7 @@ Sources: zfs-send(8), zfs-receive(8), ssh(1); what OpenZFS 2.3.9 printed on Linu
 from __future__ import annotations
 
 import shlex
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 from .. import process
 from ..errors import EffectError
@@ -27,6 +27,10 @@ SSH = (
     "-o", "ControlMaster=no", "-o", "ControlPath=none",
 )  # fmt: skip
 _SSH_FAILED = 255
+# What changes nothing may be killed.  A machine may answer to ssh, and its `zfs` may hang for ever;
+# that of a slow pool with very many snapshots may take a quarter of an hour.
+_LOOKS = (("zpool", "list"), ("zfs", "list"), ("zfs", "get"), ("zfs", "holds"), ("zstd", "-qV"))
+_ANSWER_S = 1800.0
 # What a login shell prints first, such as a terminal's title, may have no end of line.  In the
 # words of sh, whatever that shell is: csh takes `>&2` for a file.
 _ON_A_NEW_LINE = ("sh", "-c", 'echo; echo >&2; exec "$@"', "sh")
@@ -51,11 +55,22 @@ class UnreachableError(EffectError):
 
 
 class End(Zfs):
-    """The `zfs` of one machine; *host* as ssh(1) takes it, empty for this one."""
+    """
+    The `zfs` of one machine; *host* as ssh(1) takes it, empty for this one.
 
-    def __init__(self, lock: int | None = None, *, host: str = "") -> None:
+    *check* is called as long as another machine does not answer, and may raise Interrupted.
+    """
+
+    def __init__(
+        self,
+        lock: int | None = None,
+        *,
+        host: str = "",
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         super().__init__(lock)
         self.host = host
+        self._check = check
         if host:
             self._of = f" of {host}"
             self._hint = f"`ssh -o BatchMode=yes {host} zpool list` must work for this user"
@@ -63,11 +78,17 @@ class End(Zfs):
     def _run(self, *argv: str) -> process.Completed:
         if not self.host:
             return super()._run(*argv)
-        done = process.run(
-            remote(self.host, (*_ON_A_NEW_LINE, *argv)),
-            env=process.users_environment(),
-            pass_fds=self._locks,
-        )
+        try:
+            done = process.run(
+                remote(self.host, (*_ON_A_NEW_LINE, *argv)),
+                env=process.users_environment(),
+                pass_fds=self._locks,
+                timeout_s=_ANSWER_S if argv[:2] in _LOOKS else None,
+                check=self._check,
+            )
+        except process.UnansweredError as exc:
+            words = f"{self.host} cannot be asked: `{' '.join(argv[:2])}` has not ended there"
+            raise UnreachableError(f"{words} after {_ANSWER_S:.0f} s", hint=self._hint) from exc
         if done.status == _SSH_FAILED:
             raise UnreachableError(
                 f"{self.host} cannot be reached: {done.last_line()}",
@@ -313,9 +334,11 @@ def remote(host: str, *commands: Sequence[str]) -> tuple[str, ...]:
     return (*SSH, "--", host, " | ".join(shlex.join(("env", path, *argv)) for argv in commands))
 
 
-def end_of(target: Target, lock: int | None = None) -> End:
+def end_of(
+    target: Target, lock: int | None = None, check: Callable[[], None] = lambda: None
+) -> End:
     """Return the end of a target."""
-    return End(lock, host=target.host)
+    return End(lock, host=target.host, check=check)
 
 
 def parent_of(dataset: str) -> str:
