@@ -11,6 +11,7 @@ The modules, in reading order:
     errors.py       the exception tree, the exit statuses
     names.py        Dataset, Snapshot, RunId: parse, check, print                      pure
     words.py        values in words: sizes, time spans, ages; and spans read           pure
+    signals.py      signals as a program expects to find them
     convention.py   the names of kept snapshots: a prefix, and when they were taken    pure
     states.py       the states of a run, the table of transitions, the machine         pure
     intents.py      one frozen dataclass an effect, and what undoes it                 pure

@@ -27,7 +27,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from . import locks, system
+from . import locks, signals, system
 from .clients import End, failed
 from .errors import AtomtxError, EffectError
 from .mounts import live, namespace
@@ -243,6 +243,7 @@ def _prepare_process() -> socket.socket:
     signal.set_wakeup_fd(theirs.detach())
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
+    signals.forget_inherited()
     return ours
 
 

@@ -411,6 +411,24 @@ def test_ascii_locale(state: State, atomtx_: Run) -> None:
     assert "donn\\xe9es" in done.stdout
 
 
+_INHERITS = """
+import signal
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+from atomtx import cli, process
+try:
+    cli.main(["--version"])
+finally:
+    print(process.run(["sh", "-c", "exit 9"]).status)
+"""
+
+
+def test_inherited_signals(env: dict[str, str]) -> None:
+    """Whoever starts us may ignore SIGCHLD: the exit statuses of our children are still seen."""
+    argv = [sys.executable, "-c", _INHERITS]
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[2:] == ["9"]
+
+
 # -- history and show --------------------------------------------------------------------------
 
 

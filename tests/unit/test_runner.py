@@ -406,6 +406,18 @@ def test_failure(stage: Stage) -> None:
 
 
 @as_root
+def test_ignored_children(stage: Stage) -> None:
+    """Promise 7: where whoever started us ignores SIGCHLD, which is inherited, 9 is still 9."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        started = stage.run(sh("echo no space >&2; exit 9"))
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    end, _ = stage.end(started)
+    assert (end.outcome, end.reason) == (Outcome.FAILED, "no space (exit status 9)")
+
+
+@as_root
 def test_missing_program(stage: Stage) -> None:
     """A client that cannot be started is a failed one, not a lost runner."""
     end, _ = stage.end(stage.run(("/no/such/program",)))

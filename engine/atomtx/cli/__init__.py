@@ -19,7 +19,7 @@ from typing import Any, NoReturn, TextIO, TypeVar
 
 import click
 
-from .. import __version__
+from .. import __version__, signals
 from ..errors import AtomtxError, ExitStatus, Interrupted, UserError
 
 # name -> ("module:attribute", short help), in the order in which --help shows them
@@ -178,6 +178,7 @@ def cli() -> None:
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit; the console script."""
+    signals.forget_inherited()
     if args is None and sys.getfilesystemencoding() != "utf-8":
         from .. import process
 
