@@ -243,7 +243,7 @@ def _prepare_process() -> socket.socket:
     signal.set_wakeup_fd(theirs.detach())
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    signals.forget_inherited()
+    signals.forget_inherited()  # now that they end nobody
     return ours
 
 

@@ -414,19 +414,22 @@ def test_ascii_locale(state: State, atomtx_: Run) -> None:
 _INHERITS = """
 import signal
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT])
 from atomtx import cli, process
 try:
     cli.main(["--version"])
 finally:
     print(process.run(["sh", "-c", "exit 9"]).status)
+    print(process.run(["grep", "SigBlk", "/proc/self/status"]).stdout)
+    print(signal.pthread_sigmask(signal.SIG_BLOCK, []))
 """
 
 
 def test_inherited_signals(env: dict[str, str]) -> None:
-    """Whoever starts us may ignore SIGCHLD: the exit statuses of our children are still seen."""
+    """Whoever starts us may ignore SIGCHLD, or block signals: neither is so here, nor below."""
     argv = [sys.executable, "-c", _INHERITS]
     done = subprocess.run(argv, env=env, capture_output=True, text=True, check=True)
-    assert done.stdout.split()[2:] == ["9"]
+    assert done.stdout.split()[2:] == ["9", "SigBlk:", "0" * 16, "set()"]
 
 
 # -- history and show --------------------------------------------------------------------------

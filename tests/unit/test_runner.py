@@ -418,6 +418,20 @@ def test_ignored_children(stage: Stage) -> None:
 
 
 @as_root
+def test_blocked_signals(stage: Stage) -> None:
+    """Where whoever started us had a stop's signals blocked, which is inherited, they are heard."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT])
+    try:
+        started = stage.run(sh("grep SigBlk /proc/self/status; exec sleep 1000"))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    stage.said("SigBlk:\t0000000000000000\n")
+    assert errand.stop(stage.folder, signal.SIGTERM)
+    end, stopped = stage.end(started)
+    assert (end.reason, stopped) == ("killed by SIGTERM", signal.SIGTERM)
+
+
+@as_root
 def test_missing_program(stage: Stage) -> None:
     """A client that cannot be started is a failed one, not a lost runner."""
     end, _ = stage.end(stage.run(("/no/such/program",)))
