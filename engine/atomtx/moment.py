@@ -12,7 +12,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 
 from . import clients, plan
-from .clients import End, Launch, Moment, Settings
+from .clients import Client, End, Launch, Moment, Settings
 from .errors import EffectError
 from .intents import KeepSnapshots, Mount, MountVolumes, TakeSnapshots
 from .journal import Journal
@@ -161,7 +161,19 @@ def task_of(
         grace_s=run.plan.grace_s,
         time_limit_s=run.plan.time_limit_s,
         secrets=tuple(name for name, _ in run.plan.client.credentials),
+        needed=_needed(client, settings),
     )
+
+
+def _needed(client: Client, settings: Settings) -> tuple[str, ...] | None:
+    """
+    Return all that the client needs as it is now, in the set or not; None where nobody knows.
+
+    A command of the user's own, a wrapper too, may have its repository and its log anywhere.
+    """
+    if settings.command:
+        return None
+    return tuple(map(os.path.realpath, client.live_paths(settings)))
 
 
 def _freezes_tmp(run: Run, settings: Settings) -> bool:

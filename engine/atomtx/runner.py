@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import signal
 import socket
@@ -41,6 +42,7 @@ from .task import Task, end_to_json
 _TELL_S = 30.0
 _ROOM_S = 120.0  # how long to wait for room for the end record when nobody else can be told
 _MAX_OPEN_FILES = 65_536
+_BETWEEN = re.compile(r"[\s=:,;<>|'\"]+")  # what may stand in a word before a path, and behind it
 
 
 class Conversation:
@@ -202,7 +204,7 @@ def _made(task: Task) -> namespace.Assembly:
         return namespace.observe(task.mounts)
     namespace.enter()
     if task.in_namespace:
-        namespace.drop_pinned([*(m.mountpoint for m in task.mounts), *_needed(task)], task.live)
+        _drop_pinned(task)
         assembly = namespace.assemble(task.mounts, live=task.live)
     else:
         assembly = namespace.observe(task.mounts)
@@ -211,13 +213,21 @@ def _made(task: Task) -> namespace.Assembly:
     return assembly
 
 
-def _needed(task: Task) -> list[str]:
-    """Return every path that the client may need: those that its words and variables name."""
-    words = [task.folder, task.cwd, sys.executable, *task.live, *task.env.values()]
+def _drop_pinned(task: Task) -> None:
+    """Free other pools, but where what the client needs of them is not known."""
+    if task.needed is None:
+        return
+    mountpoints = (mount.mountpoint for mount in task.mounts)
+    namespace.drop_pinned([*mountpoints, *_needed(task)], [*task.live, *task.needed])
+
+
+def _needed(task: Task) -> set[str]:
+    """Return every path that the client may need: what its words and variables name, or hold."""
+    words = [task.folder, task.cwd, sys.executable, *task.live, *(task.needed or ())]
+    words += [*task.env.values(), *os.environ.values()]
     words += [word for argv in task.commands for word in argv]
-    for value in os.environ.values():
-        words += value.split(":")
-    return [word for word in words if word.startswith("/")]
+    pieces = (piece for word in words for piece in (word, *_BETWEEN.split(word)))
+    return {os.path.normpath("/" + p.lstrip("/")) for p in pieces if p.startswith("/")}
 
 
 def _stand_in(cwd: str) -> None:

@@ -31,6 +31,7 @@ class Task:
     grace_s: float  # from a stop to SIGKILL
     time_limit_s: float  # of the attempt; 0: none
     secrets: tuple[str, ...] = ()  # variables to hide in what the client prints, by name
+    needed: tuple[str, ...] | None = None  # live wherever it is; None: it is not known
 
     def to_json(self) -> str:
         data = asdict(self)
@@ -47,6 +48,7 @@ class Task:
         data["mounts"] = tuple(Mount(**m) for m in data["mounts"])
         data["live"] = tuple(data["live"])
         data["secrets"] = tuple(data["secrets"])
+        data["needed"] = None if data["needed"] is None else tuple(data["needed"])
         data["commands"] = tuple(tuple(argv) for argv in data["commands"])
         return cls(moment=Moment(**moment), **data)
 

@@ -117,6 +117,7 @@ _FOCUS = {
         "mount_intent": "course or tree",
         "task_of": "course or environment or tmp or limit or test_tree or pools or retries",
         "_freezes_tmp": "course or tmp",
+        "_needed": "needed_elsewhere",
         "moment_of": "course or environment or moment or test_tree or parent",
         "_newer_parent": "course or parent",
         "check_empty": "course or empty",

@@ -365,6 +365,16 @@ def test_time_limit_and_live_paths(scene: Scene) -> None:
     assert "not ended after 1s: killed" in log
 
 
+def test_needed_elsewhere(tmp_path: Path) -> None:
+    """All that a client needs is known, wherever a link leads; of the user's own words nothing."""
+    (tmp_path / "link").symlink_to(tmp_path / "backup")
+    client = clients.load("restic")
+    env = {"RESTIC_REPOSITORY": f"{tmp_path}/link/repo", "RESTIC_CACHE_DIR": "/cache"}
+    repository = os.path.realpath(tmp_path / "backup/repo")
+    assert moment._needed(client, clients.Settings((), (), env, "/")) == ("/cache", repository)
+    assert moment._needed(client, clients.Settings(("my-restic",), (), env, "/")) is None
+
+
 @pytest.mark.parametrize(("later_s", "told"), [(60, True), (0, False), (-60, False)])
 def test_parent_of_a_clock_set_back(scene: Scene, later_s: int, told: bool) -> None:
     """Where the last backup is newer than the moment, its id is told: by time it is not found."""

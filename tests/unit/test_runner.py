@@ -12,7 +12,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
@@ -28,9 +28,10 @@ from atomtx.clients import Backup, End, Moment
 from atomtx.errand import Errand, RunnerKilledError
 from atomtx.errors import EffectError
 from atomtx.intents import Mount
+from atomtx.mounts import namespace
 from atomtx.output import Lines, Log
 from atomtx.redact import Redactor
-from atomtx.runner import Conversation, _reserve_end
+from atomtx.runner import Conversation, _drop_pinned, _needed, _reserve_end
 from atomtx.statedir import RunFolder, prepare
 from atomtx.states import Outcome
 from atomtx.task import Task, end_from_json, end_to_json, span
@@ -150,6 +151,7 @@ TASKS = st.builds(
     stop_signal=st.integers(),
     grace_s=st.floats(0, 1e6),
     time_limit_s=st.floats(0, 1e6),
+    needed=st.none() | TUPLE,
 )
 BACKUPS = st.builds(Backup, TUPLE, OUTCOME, st.none() | TEXT, st.none() | TEXT, NUMBER, NUMBER)
 ENDS = st.builds(
@@ -193,7 +195,65 @@ def test_end_of_an_older_runner() -> None:
     assert end_from_json(data) == (End(Outcome.FAILED, "why"), 1, None)
 
 
+# -- other pools -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("word", "path"),
+    [
+        ("/a b/c", "/a b/c"),
+        ("--repo=/backup/repo", "/backup/repo"),
+        ("rclone:b2,config=/etc/r:x", "/etc/r"),
+        ("file:///backup/repo", "/backup/repo"),
+        ("ssh -i /keys/id", "/keys/id"),
+        ("cat </keys/p|tee '/log/x'", "/log/x"),
+    ],
+)
+def test_needed_in_words(word: str, path: str) -> None:
+    """What a client needs may be anywhere in a word, and in a variable."""
+    task = task_of(("restic", "backup", word), needed=("/cache/restic",), env={"A": "/x"})
+    assert {"/cache/restic", "/x", path} <= _needed(task)
+    assert path in _needed(task_of(env={"VARIABLE": word}, needed=()))
+
+
+def test_other_pools(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the client needs stays mounted; of a command of the user's own that is not known."""
+    dropped: list[tuple[set[str], set[str]]] = []
+
+    def drop_pinned(keep: Iterable[str], live: Iterable[str]) -> None:
+        dropped.append((set(keep), set(live)))
+
+    monkeypatch.setattr(namespace, "drop_pinned", drop_pinned)
+    mounts = (Mount("tank/a@x", "/a"),)
+    _drop_pinned(task_of(sh("tar -c /a >/backup/tar"), mounts=mounts))
+    assert dropped == []
+    _drop_pinned(task_of(("restic",), mounts=mounts, live=("/a/cache",), needed=("/backup",)))
+    ((keep, live),) = dropped
+    assert {"/a", "/a/cache", "/backup"} <= keep
+    assert live == {"/a/cache", "/backup"}
+
+
 # -- the process -----------------------------------------------------------------------------
+
+
+def task_of(*commands: tuple[str, ...], **values: Any) -> Task:
+    given: dict[str, Any] = {
+        "run": RUN,
+        "attempt": 1,
+        "folder": "/state",
+        "in_namespace": True,
+        "mounts": (),
+        "live": (),
+        "client": "command",
+        "commands": commands,
+        "cwd": "/",
+        "env": {},
+        "moment": Moment(("/a",), "", AT),
+        "stop_signal": int(signal.SIGTERM),
+        "grace_s": PATIENCE_S,
+        "time_limit_s": 0,
+    }
+    return Task(**given | values)
 
 
 class Stage:
@@ -205,31 +265,12 @@ class Stage:
         self.front: int | None = None
         self._started: list[tuple[Errand, int]] = []
 
-    def task(self, *commands: tuple[str, ...], **values: Any) -> Task:
-        given: dict[str, Any] = {
-            "run": RUN,
-            "attempt": 1,
-            "folder": str(self.folder.path),
-            "in_namespace": True,
-            "mounts": (),
-            "live": (),
-            "client": "command",
-            "commands": commands,
-            "cwd": "/",
-            "env": {},
-            "moment": Moment(("/a",), "", AT),
-            "stop_signal": int(signal.SIGTERM),
-            "grace_s": PATIENCE_S,
-            "time_limit_s": 0,
-        }
-        return Task(**given | values)
-
     def start(self, *commands: tuple[str, ...], **values: Any) -> Errand:
         """Start a runner, and wait until it has made its mounts."""
         if self.front is None:
             self.front = locks.try_acquire(self.folder.front_lock)
         assert self.front is not None
-        task = self.task(*commands, **values)
+        task = task_of(*commands, **{"folder": str(self.folder.path), **values})
         started = Errand(task, self.folder, env=self.env, front=self.front)
         self._started.append((started, os.pidfd_open(started.pid)))
         return started
@@ -859,7 +900,8 @@ _FRONT = """
 def test_killed_front_end(stage: Stage, tmp_path: Path) -> None:
     """Promise 6 and section 8: a killed front end costs nothing: F is free, the runner goes on."""
     folder, flag = stage.folder, tmp_path / "flag"
-    task = stage.task(sh('echo ready; while ! test -e "$1"; do sleep 0.05; done', str(flag)))
+    script = 'echo ready; while ! test -e "$1"; do sleep 0.05; done'
+    task = task_of(sh(script, str(flag)), folder=str(folder.path))
     argv = python(_FRONT, str(folder.path), task.to_json())
     with subprocess.Popen(argv, env=stage.env, stdout=subprocess.PIPE, text=True) as front:
         assert front.stdout
