@@ -6,8 +6,10 @@ import os
 from dataclasses import replace
 
 from . import clients, credentials, plan, redact
-from .clients import Dumper, Facts, Launch, Moment, Settings
+from .clients import Dumper, Facts, Housed, Launch, Moment, Settings
+from .errors import UserError
 from .intents import ApplyRetention
+from .inventory import ancestors
 from .plan import ClientPlan, Plan
 
 
@@ -36,6 +38,33 @@ def launch_of(made: Plan, moment: Moment) -> Launch:
     launch = clients.load(config.name).launch(settings_of(config), facts_of(config), moment)
     commands = tuple(plan.prioritized(made, argv) for argv in launch.commands)
     return replace(launch, commands=commands)
+
+
+def make_folders(made: Plan) -> None:
+    """
+    Make the client's own folders in the set, as it would: before the snapshots, after the plan.
+
+    In the frozen files it could not, and there would be nothing to bind the live ones over.
+    Raises UserError for one that cannot be made.
+    """
+    client = clients.load(made.client.name)
+    if not isinstance(client, Housed):
+        return
+    for path in map(os.path.realpath, client.folders(settings_of(made.client))):
+        if path in made.live_paths:
+            _make_private(path)
+
+
+def _make_private(path: str) -> None:
+    missing = [each for each in (path, *ancestors(path)) if not os.path.exists(each)]
+    try:
+        for each in reversed(missing):
+            os.makedirs(each, 0o700, exist_ok=True)
+    except OSError as exc:
+        raise UserError(
+            f"cannot make {exc.filename}, which the client needs: {exc.strerror}",
+            hint="make it, or have the client's cache elsewhere",
+        ) from exc
 
 
 def facts_of(client: ClientPlan) -> Facts:

@@ -14,6 +14,7 @@ import signal
 import socket
 import stat
 import subprocess
+import sys
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
@@ -333,6 +334,22 @@ def test_live_paths(borg: Make, home: Path) -> None:
     written = [str(path) for path in user.rglob("*") if path.is_file()]
     assert written
     assert all(any(is_within(path, each) for each in live) for path in written)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="namespaces need root")
+def test_first_run(borg: Make, home: Path, tmp_path: Path) -> None:
+    """A home without borg's folders yet can be backed up with all the rest; a plan makes none."""
+    settings = borg(NEW)
+    own = {"HOME": str(home), "ATOMTX_STATE_DIR": f"{tmp_path}/state"}
+    env = {**os.environ, **settings.env, **own, "RUNTIME_DIRECTORY": str(tmp_path / "run")}
+    argv = [sys.executable, "-m", "atomtx", "backup", "--read-live", str(home), "--client", "borg"]
+    argv += ["--command", borg_of(NEW)]
+    for option in (["--dry-run"], []):
+        assert not (home / ".cache").exists()
+        done = subprocess.run([*argv, *option], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert (home / ".cache").stat().st_mode & 0o777 == 0o700
+    assert listed(settings, archives(settings)[0]["name"])
 
 
 @Borgs

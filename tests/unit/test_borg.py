@@ -21,8 +21,10 @@ from atomtx.clients.borg import Borg, archive_prefix, local_repository
 from atomtx.clients.borg_locks import is_stale
 from atomtx.clients.borg_reader import said_of
 from atomtx.errors import UserError
+from atomtx.launching import make_folders
 from atomtx.process import Completed
 from atomtx.states import Outcome
+from tests.runs import CLIENT, a_plan
 
 AT = datetime(2026, 7, 1, 10, 0, 0, tzinfo=UTC)
 HOME = Moment(targets=("/home", "/srv"), root="", at=AT)
@@ -309,6 +311,27 @@ def test_local_repository(location: str, path: str | None) -> None:
 def test_live_paths(env: dict[str, str], live: tuple[str, ...]) -> None:
     """What borg writes, a local repository and the agent's socket must be the live ones."""
     assert Borg().live_paths(settings(**env)) == live
+
+
+def test_first_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its folders are there before the snapshots: in frozen files it could not make them."""
+    monkeypatch.delenv("BORG_CACHE_DIR", raising=False)
+    home, cache = tmp_path / "home", tmp_path / "home/.cache/borg"
+    home.mkdir(mode=0o755)
+    env = (("BORG_BASE_DIR", str(home)), ("BORG_SECURITY_DIR", str(tmp_path / "security")))
+    made = replace(a_plan(), client=replace(CLIENT, name="borg", environment=env))
+    make_folders(made)
+    assert not cache.exists()  # outside of the set borg itself can
+    made = replace(made, live_paths=(str(cache),))
+    for _ in range(2):
+        make_folders(made)
+    assert [path.stat().st_mode & 0o777 for path in (cache, cache.parent)] == [0o700] * 2
+    assert not (tmp_path / "security").exists()
+    home.joinpath("file").touch()
+    beneath = (*env, ("BORG_CACHE_DIR", f"{home}/file/borg"))
+    client = replace(CLIENT, name="borg", environment=beneath)
+    with pytest.raises(UserError, match=f"cannot make {home}/file/borg, .*: Not a directory"):
+        make_folders(replace(made, client=client, live_paths=(f"{home}/file/borg",)))
 
 
 def test_policy() -> None:

@@ -17,7 +17,7 @@ from ..errors import DONE, ExitStatus, UserError, worst
 from ..intents import KeepSnapshots, RunClient, RunHook, TakeSnapshots
 from ..interrupts import Interrupts
 from ..journal import Journal
-from ..launching import launch_of, retention_of
+from ..launching import launch_of, make_folders, retention_of
 from ..moment import kept
 from ..mounts import tree
 from ..names import BTRFS, LVM
@@ -380,6 +380,7 @@ class _Backup:
 
     def _carry_out_all(self, journal: Journal, made: Plan) -> ExitStatus:
         if not self._from_snapshots:
+            make_folders(made)
             return self._carry_out(journal, made)
         backlog = self._backlog(made, journal.state)
         status = from_snapshots.carry_out(

@@ -270,6 +270,15 @@ class Cacher(Protocol):
 
 
 @runtime_checkable
+class Housed(Protocol):
+    """What a client has besides that makes folders of its own, but not when it is only asked."""
+
+    def folders(self, settings: Settings) -> tuple[str, ...]:
+        """Return those of its live paths that it makes where they are absent."""
+        ...
+
+
+@runtime_checkable
 class Checker(Protocol):
     """What a client has besides whose settings alone tell that no backup can be made."""
 

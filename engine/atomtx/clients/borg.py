@@ -342,9 +342,7 @@ class Borg:
 
     def _live_paths(self, settings: Settings) -> Iterator[str]:
         env = settings.env
-        yield _folder(env, "BORG_CACHE_DIR", "XDG_CACHE_HOME", ".cache")
-        config = _folder(env, "BORG_CONFIG_DIR", "XDG_CONFIG_HOME", ".config")
-        yield env.get("BORG_SECURITY_DIR") or os.path.join(config, "security")
+        yield from self.folders(settings)
         location = env.get("BORG_REPO", "")
         repository = local_repository(location)
         if repository is not None:
@@ -353,6 +351,14 @@ class Borg:
             yield os.path.dirname(env["SSH_AUTH_SOCK"])
         if env.get("TMPDIR"):
             yield env["TMPDIR"]
+
+    def folders(self, settings: Settings) -> tuple[str, ...]:
+        """Return the cache, which `inspect` does without, and what borg knows of repositories."""
+        env = settings.env
+        cache = _folder(env, "BORG_CACHE_DIR", "XDG_CACHE_HOME", ".cache")
+        config = _folder(env, "BORG_CONFIG_DIR", "XDG_CONFIG_HOME", ".config")
+        security = env.get("BORG_SECURITY_DIR") or os.path.join(config, "security")
+        return absolute((cache, security), settings.cwd)
 
     def launch(self, settings: Settings, facts: Facts, moment: Moment) -> Launch:
         """Return one `borg create`; its own options first, so that the user's count."""
