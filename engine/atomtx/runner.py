@@ -23,6 +23,7 @@ import select
 import signal
 import socket
 import sys
+import traceback
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -134,6 +135,12 @@ def _serve(task: Task, folder: RunFolder, conversation: Conversation, wakeup: so
         end = End(Outcome.FAILED, exc.message)
     except OSError as exc:
         end = End(Outcome.FAILED, f"cannot watch over the client: {exc.strerror}")
+    except Exception as exc:
+        # A bug, maybe a reader's.  A lost runner would have the client do all again, and meet it.
+        with suppress(OSError):  # a full disk; not its words, which may be the client's
+            traceback.print_tb(exc.__traceback__)
+        words = f"a bug in atomtx: {type(exc).__name__}: {exc}"
+        end = supervisor.redacted(End(Outcome.FAILED, words))
     try:
         trouble = assembly.disturbance() or watch.trouble() or _unread(task, witness, end)
     except OSError as exc:

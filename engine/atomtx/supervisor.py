@@ -82,7 +82,7 @@ class Supervisor:
             finally:  # also of a client that cannot be watched over any more
                 self._end_descendants()
         self._hear()  # a signal to all of a service may reach us after the client
-        return self._redacted(self._judged(self._reader.end()))
+        return self.redacted(self._judged(self._reader.end()))
 
     def _judged(self, end: End) -> End:
         """Return the end as it counts: a client that ended well in spite of a stop is believed."""
@@ -250,7 +250,9 @@ class Supervisor:
         left = system.here.descendants()
         raise EffectError(f"processes of the client cannot be ended: {left}")
 
-    def _redacted(self, end: End) -> End:
+    def redacted(self, end: End) -> End:
+        """Return *end* without what must not be seen in its words."""
+
         def clean(text: str | None) -> str | None:
             return self._redactor.redact(text)[:2000] if text else text
 

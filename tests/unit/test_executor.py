@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 
 import pytest
 
+import tests.scene
 from atomtx import (
     cleaning,
     clients,
@@ -373,6 +374,20 @@ def test_needed_elsewhere(tmp_path: Path) -> None:
     repository = os.path.realpath(tmp_path / "backup/repo")
     assert moment._needed(client, clients.Settings((), (), env, "/")) == ("/cache", repository)
     assert moment._needed(client, clients.Settings(("my-restic",), (), env, "/")) is None
+
+
+def test_bug_in_a_reader(scene: Scene) -> None:
+    """A bug while the client is watched is a failure, told once; the client does not run again."""
+
+    def fail(_: object, line: str) -> NoReturn:
+        raise ZeroDivisionError(f"no such thing: {line}")
+
+    scene.changes.append(lambda: setattr(tests.scene._Reader, "stderr", fail))
+    scene.behave('echo "word: $MY_PASSWORD" >&2; sleep 100')
+    env = (("MY_PASSWORD", "open sesame"),)
+    ended = scene.backup(scene.plan("tank/a", client="played", env=env))
+    check_failed(scene, ended, "a bug in atomtx: ZeroDivisionError: no such thing: word: ***")
+    assert len(scene.calls()) == 1
 
 
 @pytest.mark.parametrize(("later_s", "told"), [(60, True), (0, False), (-60, False)])

@@ -447,6 +447,13 @@ def test_failure(stage: Stage) -> None:
 
 
 @as_root
+def test_killed_by_a_real_time_signal(stage: Stage) -> None:
+    """A signal without a name is told by its number."""
+    end, _ = stage.end(stage.run(sh("kill -40 $$")))
+    assert (end.outcome, end.reason) == (Outcome.FAILED, "killed by signal 40")
+
+
+@as_root
 def test_ignored_children(stage: Stage) -> None:
     """Promise 7: where whoever started us ignores SIGCHLD, which is inherited, 9 is still 9."""
     before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)

@@ -240,7 +240,9 @@ def ended(status: int) -> str:
     """Say how a program ended."""
     if status >= 0:
         return f"exit status {status}"
-    return f"killed by {signal.Signals(-status).name}"
+    with suppress(ValueError):  # a real-time signal has no name
+        return f"killed by {signal.Signals(-status).name}"
+    return f"killed by signal {-status}"
 
 
 def was_killed(status: int | None) -> bool:
