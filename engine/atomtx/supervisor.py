@@ -12,7 +12,7 @@ import selectors
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import IO, TYPE_CHECKING
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 _READ_BYTES = 1 << 16
 _LAST_READS = (1 << 20) // _READ_BYTES + 1  # a pipe holds 1 MiB at most (pipe(7)), then its end
 PROGRESS_S = 0.5
+LAST_WORDS_S = 1.0
 DESCENDANTS_S = 5.0
 LOOK_S = 15.0  # between two looks at the snapshots, where there is something to see
 
@@ -128,11 +129,8 @@ class Supervisor:
                 selector.register(self._witness.descriptor, selectors.EVENT_READ, self._on_read)
             while self._turn(selector, pidfd):
                 pass
-            # A descendant may keep a pipe open, and write, for ever: read what is there, and go.
-            for _ in range(_LAST_READS):
-                for key in list(selector.get_map().values()):
-                    if key.fileobj in (child.stdout, child.stderr):
-                        key.data(selector)
+            selector.unregister(pidfd)
+            _hear_out(selector, (child.stdout, child.stderr))
         os.close(pidfd)
         child.stdout.close()
         child.stderr.close()
@@ -258,6 +256,26 @@ class Supervisor:
 
         backups = tuple(Backup(**{**vars(b), "reason": clean(b.reason)}) for b in end.backups)
         return replace(end, reason=clean(end.reason), backups=backups)
+
+
+def _hear_out(selector: selectors.BaseSelector, pipes: Sequence[IO[bytes]]) -> None:
+    """
+    Read what a client that has ended printed, to its last word.
+
+    A filter of the client's own, such as `exec > >(tee -a LOG)` in a wrapper, prints after it.  A
+    descendant may keep a pipe open, and write, for ever: then read what is there, and go.
+    """
+
+    def unread() -> list[selectors.SelectorKey]:
+        return [key for key in selector.get_map().values() if key.fileobj in pipes]
+
+    end = time.monotonic() + LAST_WORDS_S
+    while unread() and (left_s := end - time.monotonic()) > 0:
+        for key, _ in selector.select(left_s):
+            key.data(selector)
+    for _ in range(_LAST_READS):
+        for key in unread():
+            key.data(selector)
 
 
 def _signal_descendants(signum: signal.Signals) -> None:

@@ -31,6 +31,7 @@ _FOCUS = {
         "_judged": _STOP,
         "_run_one": "locks or missing or commands or daemon or go or failure or secrets or before",
         "_watch": "go or last_line or chatty or two_commands or daemon or stop or progress",
+        "_hear_out": "last_line or chatty or filter or daemon",
         "_turn": f"{_STOP} or progress or last_line",
         "_feeder": "last_line or chatty or secrets or commands",
         "_take": "progress or last_line or secrets or commands",

@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import atomtx
-from atomtx import clients, errand, locks, output, words
+from atomtx import clients, errand, locks, output, supervisor, words
 from atomtx.clients import Backup, End, Moment
 from atomtx.errand import Errand, RunnerKilledError
 from atomtx.errors import EffectError
@@ -786,6 +786,26 @@ def test_last_line(stage: Stage) -> None:
     script = 'i=0; while [ $i -lt 6000 ]; do echo "line $i"; i=$((i+1)); done; printf "the last"'
     stage.end(stage.run(sh(script)))
     assert stage.log().splitlines() == [*(f"line {n}" for n in range(6000)), "the last"]
+
+
+@as_root
+def test_filter_of_a_wrapper(stage: Stage) -> None:
+    """What passes through a wrapper's own filter may come after the wrapper's end, and is read."""
+    saved = '{"message_type": "summary", "snapshot_id": "0123456789abcdef", "files_new": 1}'
+    script = f"exec > >(sleep 0.3; exec cat) 2>&1; echo '{saved}'; echo 'the last' >&2"
+    end, _ = stage.end(stage.run(("bash", "-c", script), client="restic"))
+    assert end.outcome is Outcome.COMPLETED
+    assert stage.log().splitlines() == [saved, "the last"]
+
+
+@as_root
+def test_quiet_daemon(stage: Stage) -> None:
+    """A descendant that holds the pipes, and says nothing, is waited for no longer."""
+    limit_s = supervisor.LAST_WORDS_S + PATIENCE_S / 4
+    started = time.monotonic()
+    end, _ = stage.end(stage.run(sh("sleep 1000 & echo ready")))
+    assert (end.outcome, stage.log()) == (Outcome.COMPLETED, "ready\n")
+    assert supervisor.LAST_WORDS_S < time.monotonic() - started < limit_s
 
 
 @as_root
