@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import signal
 import socket
 import time
@@ -210,7 +209,7 @@ def _until_ended(
     *,
     patient: bool,
 ) -> Interrupted | None:
-    while not select.select([descriptor], [], [], _LOOK_S)[0]:
+    while not locks.is_readable(descriptor, _LOOK_S):
         show(progress(folder))
         if patient:
             continue

@@ -158,9 +158,16 @@ def wait_gone(pid: int, timeout_s: float) -> bool:
     except ProcessLookupError:
         return True
     try:
-        return bool(select.select([descriptor], [], [], timeout_s)[0])
+        return is_readable(descriptor, timeout_s)
     finally:
         os.close(descriptor)
+
+
+def is_readable(descriptor: int, timeout_s: float) -> bool:
+    """Wait until a descriptor can be read; False when *timeout_s* passed first."""
+    poll = select.poll()  # select(2) takes none above 1023, as many as a parent may leave open
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(timeout_s * 1000))
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float, *, step_s: float = 0.05) -> bool:

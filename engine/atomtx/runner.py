@@ -75,9 +75,11 @@ class Conversation:
 
     def go(self, wakeup: socket.socket) -> bool:
         """Wait for "go"; False at end of file, or when a signal says stop."""
+        poll = select.poll()
+        for each in (self._control, wakeup):
+            poll.register(each, select.POLLIN)
         while True:
-            ready, _, _ = select.select([self._control, wakeup], [], [])
-            if self._control in ready:
+            if self._control.fileno() in dict(poll.poll()):
                 return self._file.readline() == b"go\n"
             if set(wakeup.recv(4096)) & {signal.SIGTERM, signal.SIGINT}:
                 return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import select
 import signal
 import socket
@@ -28,6 +29,7 @@ from atomtx.clients import Backup, End, Moment
 from atomtx.errand import Errand, RunnerKilledError
 from atomtx.errors import EffectError
 from atomtx.intents import Mount
+from atomtx.interrupts import Interrupts
 from atomtx.mounts import namespace
 from atomtx.output import Lines, Log
 from atomtx.redact import Redactor
@@ -477,6 +479,28 @@ def test_blocked_signals(stage: Stage) -> None:
     assert errand.stop(stage.folder, signal.SIGTERM)
     end, stopped = stage.end(started)
     assert (end.reason, stopped) == ("killed by SIGTERM", signal.SIGTERM)
+
+
+@pytest.fixture
+def many_files() -> Iterator[None]:
+    """Have so many files open that a new descriptor is more than select(2) can hold."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (4096, before[1]))
+    opened = [os.open("/dev/null", os.O_RDONLY) for _ in range(1100)]
+    yield
+    for descriptor in opened:
+        os.close(descriptor)
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@as_root
+@pytest.mark.usefixtures("many_files")
+def test_many_files(stage: Stage) -> None:
+    """Whoever starts us may leave us a thousand open files."""
+    started = stage.run(sh("sleep 0.5; exit 9"))
+    errand.wait(stage.folder, Interrupts(), lambda _: None, stop_on_signal=True)
+    end, _ = stage.end(started)
+    assert end.reason == "exit status 9"
 
 
 @as_root

@@ -253,13 +253,19 @@ def _watch(pid: int) -> int:
         queue.close()
 
 
+def _has_ended(descriptor: int) -> bool:
+    poll = select.poll()  # select(2) takes no descriptor above 1023
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(0))
+
+
 def send(pid: int, signum: signal.Signals, *, if_still: Callable[[int], bool]) -> bool:
     try:
         descriptor = watch(pid)
     except ProcessLookupError:
         return False
     try:
-        if not if_still(pid) or select.select([descriptor], [], [], 0)[0]:
+        if not if_still(pid) or _has_ended(descriptor):
             return False
         os.kill(pid, signum)
     except ProcessLookupError:
