@@ -37,6 +37,7 @@ _IN_MEMORY = ("tmpfs", "ramfs")
 
 Identify = Callable[[str, Entry], DirectoryFacts]
 Offers = Callable[[Entry], str]  # of what a snapshot can be taken in place of a mount; or empty
+IsFile = Callable[[str], bool]  # whether a mountpoint is no directory
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,18 @@ class Found:
 
 
 def select(
-    request: Request, mounts: Table, identify: Identify, offers: Offers = lambda _: ""
+    request: Request,
+    mounts: Table,
+    identify: Identify,
+    offers: Offers = lambda _: "",
+    is_file: IsFile = lambda _: False,
 ) -> Found:
     """
     Return the directories that *request* has read live; with -r the file systems below as well.
 
     *identify* describes one by its path and the mount that it is on; *offers* tells what LVM has
-    there.  Raises UserError for one that cannot be read so, or of which a snapshot can be taken.
+    there; *is_file* is asked of what -r would take.  Raises UserError for one that cannot be read
+    so, or of which a snapshot can be taken.
     """
     named = _named(request, mounts, offers)
     excluded = tuple(text for text in request.exclude if _is_below(text, named, mounts))
@@ -66,7 +72,7 @@ def select(
     for entry in _below(named, mounts) if request.recursive else ():
         if any(is_within(entry.mountpoint, other) for other in gone):
             continue
-        reason = _unfit_below(entry, chosen)
+        reason = _unfit_below(entry, chosen, is_file)
         if reason:
             skipped.append(LeftOut(entry.mountpoint, reason))
         else:
@@ -143,7 +149,7 @@ def _below(tops: Iterable[str], mounts: Table) -> list[Entry]:
     ]
 
 
-def _unfit_below(entry: Entry, chosen: dict[str, Entry]) -> str | None:
+def _unfit_below(entry: Entry, chosen: dict[str, Entry], is_file: IsFile) -> str | None:
     """Tell why -r does not take a mount; None where it does."""
     source = shown(entry.source)
     if entry.fstype in _FROZEN:
@@ -152,12 +158,16 @@ def _unfit_below(entry: Entry, chosen: dict[str, Entry]) -> str | None:
         return f"it is a {entry.fstype}, which holds no files of anybody's"
     if why := unfit_name(entry.mountpoint):
         return f"its name {why}"
+    if entry.is_deleted:
+        return "it is a directory that was deleted since it was mounted"
     for path, other in chosen.items():
         if entry.dev == other.dev and is_within(entry.root, inside(path, other)):
             return f"it is the files of {path} once more"
     if entry.dev.startswith("0:"):  # no device of its own: in memory, from afar, put together
         what = "in memory" if entry.fstype in _IN_MEMORY else f"a {entry.fstype}, {source}"
         return f"it is {what}; name it with --read-live to have it"
+    if is_file(entry.mountpoint):  # asked last: what is from afar may not answer
+        return "it is a single file; the one that it hides is saved"
     return None
 
 

@@ -140,7 +140,7 @@ def make_plan(
     on_zfs = tuple(text for text in request.names if not logicals.means(text))
     pools, datasets = inventory(replace(request, names=on_zfs), zfs, table)
     found = filesystems(request, table)
-    live = directories.select(request, table, plain.identify, logicals.offers)
+    live = directories.select(request, table, plain.identify, logicals.offers, plain.is_file)
     chosen = selection.select(request, datasets, pools, table, found, volumes, live)
     facts = client.inspect(wanted)
     made = plan.assemble(

@@ -107,7 +107,7 @@ class Stage(Scene):
         )
         plain.reach(request.live)
         table = mountinfo.read()
-        read_live = directories.select(request, table, plain.identify)
+        read_live = directories.select(request, table, plain.identify, is_file=plain.is_file)
         on_btrfs = filesystems(request, table)
         found = selection.select(request, (), (), table, on_btrfs, live=read_live)
         repository = "repo" if client == "played" else None

@@ -58,6 +58,13 @@ def test_there(tmp_path: Path) -> None:
             plain.check_there((*there, absent), mounts)
 
 
+def test_file(tmp_path: Path) -> None:
+    """What is mounted on a file is one; of what cannot be looked at that is not known."""
+    (tmp_path / "file").touch()
+    answers = [plain.is_file(f"{tmp_path}{name}") for name in ("", "/file", "/absent")]
+    assert answers == [False, True, False]
+
+
 @pytest.mark.parametrize(
     ("made", "empty"),
     [
@@ -78,7 +85,8 @@ def test_empty(tmp_path: Path, made: tuple[str, ...], empty: bool) -> None:
 
 
 def choose(mounts: Table, *paths: str, **options: Any) -> Found:
-    return directories.select(Request((), live=paths, **options), mounts, described)
+    request = Request((), live=paths, **options)
+    return directories.select(request, mounts, described, is_file="/boot/file".__eq__)
 
 
 def refusal(mounts: Table, *paths: str, **options: Any) -> str:
@@ -127,6 +135,8 @@ def test_bind_mount() -> None:
         (("/boot/again", "ext4", "/dev/sda2", "8:2", "/grub"), "the files of /boot once more"),
         (("/boot/\udcff", "ext4", "/dev/sdc", "8:9", "/"), "its name is not UTF-8"),
         (("/boot/a\nb", "ext4", "/dev/sdc", "8:9", "/"), "its name has a newline in it"),
+        (("/boot/d", "ext4", "/dev/sda1", "8:1", "/d//deleted"), "it is a directory that was del"),
+        (("/boot/file", "ext4", "/dev/sda1", "8:1", "/file"), "it is a single file; the one that"),
     ],
 )
 def test_recursive(row: Row, reason: str) -> None:

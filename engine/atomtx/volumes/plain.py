@@ -116,6 +116,14 @@ def _is_absent(path: str) -> bool:
     return False
 
 
+def is_file(path: str) -> bool:
+    """Tell whether what is mounted there is a file, as a container has them on /etc/hosts."""
+    try:
+        return not stat.S_ISDIR(os.lstat(path).st_mode)
+    except OSError:
+        return False
+
+
 def identify(path: str, entry: Entry) -> DirectoryFacts:
     """Describe a directory by its path and the mount that it is on."""
     filesystem, lasting = _filesystem(entry)
