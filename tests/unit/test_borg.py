@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import subprocess
+import tempfile
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -311,6 +312,20 @@ def test_local_repository(location: str, path: str | None) -> None:
 def test_live_paths(env: dict[str, str], live: tuple[str, ...]) -> None:
     """What borg writes, a local repository and the agent's socket must be the live ones."""
     assert Borg().live_paths(settings(**env)) == live
+
+
+def test_no_temporary_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no temporary directory can be written, as on a machine in rescue, one line says so."""
+    program = tmp_path / "borg"
+    program.write_text("#!/bin/sh\necho borg 1.4.5\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+    given = replace(settings(PATH="/bin:/usr/bin"), command=(str(program),), cwd="/")
+    with pytest.raises(UserError) as caught:
+        Borg().inspect(given)
+    words = "borg: a temporary directory cannot be made: No such file or directory"
+    assert caught.value.message == words
+    assert caught.value.hint == "set TMPDIR to a directory that can be written"
 
 
 def test_first_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

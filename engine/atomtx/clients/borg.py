@@ -245,6 +245,16 @@ def _check_descriptor(env: Mapping[str, str]) -> None:
         )
 
 
+def _temporary() -> tempfile.TemporaryDirectory[str]:
+    try:
+        return tempfile.TemporaryDirectory(prefix="atomtx-borg-")
+    except OSError as exc:
+        raise UserError(
+            f"borg: a temporary directory cannot be made: {exc.strerror}",
+            hint="set TMPDIR to a directory that can be written",
+        ) from exc
+
+
 def _unusable(answer: process.Completed, settings: Settings) -> UserError:
     """Return the error that tells why the repository cannot be used, in one line."""
     # Judged as it came: a passphrase may be one of the words that are looked for.
@@ -302,7 +312,7 @@ class Borg:
         self, argv: tuple[str, ...], own: tuple[str, ...], settings: Settings
     ) -> process.Completed:
         # Nor with the lock of the cache, which --bypass-lock does not pass by: with an empty one.
-        with tempfile.TemporaryDirectory(prefix="atomtx-borg-") as cache:
+        with _temporary() as cache:
             elsewhere = replace(settings, env={**settings.env, "BORG_CACHE_DIR": cache})
             question = ("--json", "--log-json", "--bypass-lock", "--first=1")
             return ask((*argv, *question, *own), elsewhere)
