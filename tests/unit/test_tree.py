@@ -156,6 +156,25 @@ def test_make_and_remove(tmp_path: Path) -> None:
 
 
 @as_root
+def test_chroot(tmp_path: Path) -> None:
+    """In a chroot, where / is no mountpoint, no namespace can be made; why is said."""
+    inside(
+        tmp_path,
+        """
+        os.makedirs(top + "/chroot/proc")
+        namespace.mount("/proc", top + "/chroot/proc", None, 0x5000)  # MS_BIND | MS_REC
+        os.chroot(top + "/chroot")
+        try:
+            namespace.enter()
+            raise AssertionError
+        except EffectError as exc:
+            assert exc.message.endswith("/ is no mountpoint, as in a chroot"), exc
+            assert "mount --bind" in exc.hint
+        """,
+    )
+
+
+@as_root
 def test_directory_stays(tmp_path: Path) -> None:
     """One that the machine does not remove is told, and goes the next time; a filled one stays."""
     inside(

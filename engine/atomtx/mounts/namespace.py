@@ -11,6 +11,7 @@ Sources: mount_namespaces(7), mount(2), pivot_root(2).
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -129,7 +130,15 @@ def enter() -> None:
         )
     if identity() == before:
         raise EffectError("the mount namespace is still the host's", hint="this is a kernel fault")
-    mount("none", "/", None, MS_REC | MS_SLAVE)
+    try:
+        mount("none", "/", None, MS_REC | MS_SLAVE)
+    except OSError as exc:
+        if exc.errno != errno.EINVAL:
+            raise
+        raise EffectError(
+            "the mounts cannot be parted from the host's: / is no mountpoint, as in a chroot",
+            hint="bind the chroot's directory over itself (mount --bind) before it is entered",
+        ) from exc
     if any(p.startswith("shared:") for e in mountinfo.read() for p in e.propagation):
         raise EffectError("a mount of the new namespace is still shared with the host")
 
