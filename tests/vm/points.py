@@ -112,9 +112,9 @@ class Crash:
                 crash.pass_("before:" + _goal(self, run, made))
             crash.pass_("journal:" + _goal(self, run, made), note=f" {run.id} {run.rev + 1}")
 
-        def begun(self: Any, plan: Any, intents: Any) -> Any:
+        def begun(self: Any, plan: Any, intents: Any, **check: Any) -> Any:
             crash.pass_("before:planned")
-            run = begin(self, plan, intents)
+            run = begin(self, plan, intents, **check)
             crash._folder = self.state / "runs" / run.id
             crash.pass_("journal:planned", note=f" {run.id} {run.rev}")
             return run
