@@ -407,16 +407,16 @@ def test_restic_retention(
     version: str, restic: Callable[[str], Settings], home: Path, srv: Path
 ) -> None:
     """By the job's rules older backups of its own are forgotten: those of others all stay."""
-    settings, client = restic(version), Restic()
+    settings, client, facts = restic(version), Restic(), Facts(version, None)
     # With --path alone, the second of these would be forgotten by the rules of another job.
     others = moment_of(srv), *(moment_of(home, srv, at=AT + timedelta(days=n)) for n in range(3))
     for moment in (*others, *(moment_of(home, at=AT + timedelta(days=n)) for n in range(4))):
         assert back_up(client, settings, moment).end.outcome is Outcome.COMPLETED
     back_up(client, replace(settings, extra=("--host=other",)), moment_of(home))
     policy = client.policy(("--keep-last", "2"))
-    for argv in client.forgetting(settings, Facts("0.19.0", None), (str(home),), policy):
+    for argv in client.forgetting(settings, facts, (str(home),), policy):
         call(settings, *argv[1:])
-    assert client.forgetting(settings, Facts("0.19.0", None), (str(home),), policy) == ()
+    assert client.forgetting(settings, facts, (str(home),), policy) == ()
     left = [
         (each["paths"], each["time"][:10], each["hostname"] == "other")
         for each in snapshots(settings)
