@@ -373,7 +373,11 @@ def is_there(pid: Path) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["INT", "TERM"]
+    ("number", "status"),
+    [
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.full, id="INT"),
+        pytest.param(signal.SIGTERM, 143, id="TERM"),
+    ],
 )
 def test_interrupted_restore(restic: Typed, number: signal.Signals, status: int) -> None:
     """A signal while the client restores ends the client, and nothing of the files is left."""
@@ -394,7 +398,13 @@ def test_interrupted_restore(restic: Typed, number: signal.Signals, status: int)
     assert not Path(f"/proc/{pid.read_text().strip()}").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["INT", "TERM"])
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGINT, id="INT"),
+        pytest.param(signal.SIGTERM, marks=pytest.mark.full, id="TERM"),
+    ],
+)
 def test_interrupted_comparison(restic: Typed, number: signal.Signals) -> None:
     """So does one while it is compared, here by a process whose reader does not read."""
     run = restic.backup()
