@@ -12,9 +12,10 @@ import hashlib
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import libcst
-from mutmut.mutation.file_mutation import create_mutations
+from mutmut.mutation.file_mutation import Mutation, create_mutations
 
 from .trial import CHECKOUT, WORK
 
@@ -28,6 +29,7 @@ class Mutant:
     old: str
     new: str
     nth: int  # of those that look the same: two functions can have an equal line
+    body: str  # the whole function, as it is then
     source: str  # the whole module
 
     @property
@@ -43,7 +45,8 @@ class Mutant:
 def mutants_of(module: str) -> list[Mutant]:
     """Return the mutants of one of the engine's modules; they are kept: it takes minutes."""
     code = (CHECKOUT / f"engine/atomtx/{module}.py").read_text()
-    kept = WORK / f"{module}-{hashlib.sha256(code.encode()).hexdigest()[:12]}.json"
+    made_by = Path(__file__).read_text()
+    kept = WORK / f"{module}-{hashlib.sha256((made_by + code).encode()).hexdigest()[:12]}.json"
     if kept.exists():
         return [Mutant(**values) for values in json.loads(kept.read_text())]
     made = _make(module, code)
@@ -66,10 +69,17 @@ def _make(module: str, code: str) -> list[Mutant]:
         if mutated.code in found or mutated.code == code:
             continue
         old, new = _difference(code, mutated.code)
-        mutant = Mutant(module, function.name.value, old, new, 1, mutated.code)
+        body = tree.code_for_node(_replaced(function, each))
+        mutant = Mutant(module, function.name.value, old, new, 1, body, mutated.code)
         seen[mutant.key] += 1
         found[mutated.code] = replace(mutant, nth=seen[mutant.key])
     return list(found.values())
+
+
+def _replaced(function: libcst.FunctionDef, mutation: Mutation) -> libcst.CSTNode:
+    replaced = function.deep_replace(mutation.original_node, mutation.mutated_node)
+    assert isinstance(replaced, libcst.CSTNode)
+    return replaced
 
 
 def _difference(old: str, new: str) -> tuple[str, str]:

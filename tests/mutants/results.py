@@ -20,10 +20,17 @@ class Trial:
     key: str
     files: Mapping[str, str]  # path and text of what is mutated
     tests: tuple[str, ...]
+    body: str  # what is mutated, as it is then: a function, or the text of a seeded one
 
 
 class Results:
-    """The verdicts of a group; one holds until the mutant, or the tests that decided, change."""
+    """
+    The verdicts of a group.
+
+    That a test finds a mutant holds as long as the mutated function and that test are there: a
+    change beside them seldom undoes it, and each would undo the work of hours.  That none does
+    holds until the module or the tests change.
+    """
 
     def __init__(self, group: str) -> None:
         self._file = WORK / f"results-{group}.json"
@@ -36,18 +43,20 @@ class Results:
         """Return the verdict that still holds, if there is one."""
         tests = _tests(trial.tests)
         row = self._rows.get(trial.key)
-        if row is None or row["mutant"] != _sha(json.dumps(sorted(trial.files.items()))):
+        if row is None or row["body"] != _sha(trial.body):
             return None
         killer: str | None = row["killer"]
-        if killer is None and row["tests"] != tests:
-            return None
-        return Verdict(killer) if killer is None or _is_there(killer) else None
+        if killer is not None:
+            return Verdict(killer) if _is_there(killer) else None
+        is_same = row["files"] == _files(trial) and row["tests"] == tests
+        return Verdict(None) if is_same else None
 
     def note(self, trial: Trial, verdict: Verdict) -> None:
         """Keep a verdict."""
         with self._lock:
             self._rows[trial.key] = {
-                "mutant": _sha(json.dumps(sorted(trial.files.items()))),
+                "body": _sha(trial.body),
+                "files": _files(trial),
                 "tests": _tests(trial.tests),
                 "killer": verdict.killer,
             }
@@ -68,6 +77,10 @@ class Results:
 
 def _sha(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _files(trial: Trial) -> str:
+    return _sha(json.dumps(sorted(trial.files.items())))
 
 
 @cache

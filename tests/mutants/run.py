@@ -65,7 +65,12 @@ def _trials(group: str) -> list[Trial]:
     if group == "seeded":
         return seeded()
     return [
-        Trial(mutant.key, {mutant.path: mutant.source}, tests_of(group, mutant.function))
+        Trial(
+            mutant.key,
+            {mutant.path: mutant.source},
+            tests_of(group, mutant.function),
+            mutant.body,
+        )
         for mutant in mutants_of(group)
     ]
 

@@ -30,4 +30,5 @@ def trial_of(mutant: dict[str, str]) -> Trial:
         raise SystemExit(f"{_FILE}: {mutant['name']}: its text is not once in {path}")
     changed = text.replace(mutant["old"], mutant["new"])
     tests = (*mutant["tests"].split(), *(("-k", mutant["like"]) if "like" in mutant else ()))
-    return Trial(f"{mutant['name']} (promise {mutant['promise']})", {path: changed}, tests)
+    name = f"{mutant['name']} (promise {mutant['promise']})"
+    return Trial(name, {path: changed}, tests, mutant["new"])
