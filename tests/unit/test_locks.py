@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -321,6 +322,15 @@ def test_wait_gone(children: list[subprocess.Popen[str]]) -> None:
     child.stdin.close()
     child.stdin = None
     assert locks.wait_gone(child.pid, PATIENCE_S)
+
+
+def test_readable() -> None:
+    """What can be written to, but holds nothing to read, is waited for."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        assert not locks.is_readable(ours.fileno(), 0.01)
+        theirs.send(b"x")
+        assert locks.is_readable(ours.fileno(), PATIENCE_S)
 
 
 def test_wait_until() -> None:
