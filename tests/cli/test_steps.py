@@ -317,7 +317,7 @@ def test_killed_at_every_point(
     scene.close()
     assert {"journal:planned#2", "journal:pruned#1", "journal:ran#1"} <= set(points)
     resumed = 0
-    tried = some(points, 5)
+    tried = some(points, 3)
     for n, point in enumerate(tried):
         scene, config = fresh(tmp_path / f"{n}", *steps)
         assert forked(scene, "run", "home", *config, at=point).status == -9, point
@@ -610,7 +610,7 @@ def test_recovery_is_killed(tmp_path: Path) -> None:
     scene.close()
     points = [point for point in points if point.startswith(("journal:", "before:"))]
     assert {"before:planned+#1", "journal:ran#1"} <= set(points)
-    for n, point in enumerate(some(points, 4)):
+    for n, point in enumerate(some(points, 3)):
         scene, config = fresh(tmp_path / f"{n}")
         assert forked(scene, "run", "home", *config, at=at).status == -9, point
         assert forked(scene, "recover", at=point).status == -9, point

@@ -26,9 +26,9 @@ def _cases(field: Field, level: str, scenario: str) -> list[Case]:
 @pytest.mark.parametrize(
     ("level", "scenario", "count"),
     [
-        ("P1", "namespace", 9),
+        ("P1", "namespace", 7),
         *(pytest.param("P1", s, 4, marks=pytest.mark.full) for s in ("tree", "hooked", "mixed")),
-        *(("P2", "namespace", 4), ("P3", "namespace", 6)),
+        *(("P2", "namespace", 3), ("P3", "namespace", 4)),
     ],
 )
 def test_disturbed_once(field: Field, level: str, scenario: str, count: int) -> None:
@@ -43,7 +43,7 @@ def test_disturbed_once(field: Field, level: str, scenario: str, count: int) -> 
 
 
 @pytest.mark.parametrize(
-    ("scenario", "count"), [("namespace", 5), pytest.param("mixed", 3, marks=pytest.mark.full)]
+    ("scenario", "count"), [("namespace", 4), pytest.param("mixed", 3, marks=pytest.mark.full)]
 )
 def test_recovery_is_disturbed_too(field: Field, scenario: str, count: int) -> None:
     """P4: a run is killed, its recovery is killed, and the next one settles it."""

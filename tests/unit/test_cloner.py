@@ -163,7 +163,7 @@ def test_first_one_is_killed(field: Field) -> None:
     points = to_be_killed(field.clone())
     assert {"journal:planned#1", "start:zfs send#3", "start:zfs receive#3"} <= set(points)
     assert {"end:zfs hold#3", "end:zfs release#1", "journal:cloned#1"} <= set(points)
-    for point in some(points, 5):
+    for point in some(points, 3):
         restore()
         assert field.clone(at=point).status == -9, point
         check_recovered(field, point, HERE, streams=3)
@@ -182,7 +182,7 @@ def test_resumed_one_is_killed(field: Field) -> None:
     points = to_be_killed(field.clone(NAS, **one))
     field.check_copies(NAS, **one)
     assert [words[0] for words in field.sends()] == ["-t", "-Lcp"]
-    for point in some(points, 5):
+    for point in some(points, 3):
         restore()
         assert field.clone(NAS, at=point, **one).status == -9, point
         check_recovered(field, point, NAS, streams=2, halves=1, **one)
@@ -202,7 +202,7 @@ def test_recovery_is_killed_too(field: Field) -> None:
     assert f"the rest of {field.newest('tank/a')}" in " ".join(first.said("step"))
     field.check_copies()
     field.check_once()
-    for point in some([p for p in first.points if not p.startswith(LOOKS)], 5):
+    for point in some([p for p in first.points if not p.startswith(LOOKS)], 3):
         assert cut(point).status == -9, point
         check_recovered(field, point, HERE, streams=3)
 
@@ -214,7 +214,7 @@ def test_rolled_back(field: Field) -> None:
     field.snap()
     field.cut_off()
     restore = field.save()
-    for point in some(to_be_killed(field.clone())[1:], 5):
+    for point in some(to_be_killed(field.clone())[1:], 3):
         restore()
         assert field.clone(at=point).status == -9, point
         recovered = field.recover(rollback=True)
@@ -263,7 +263,7 @@ def test_program_is_killed(field: Field) -> None:
     restore = field.save()
     points = [point for point in planned(field.clone()) if point.startswith("start:zfs")]
     outcomes = Counter[str]()
-    for point in some(points, 5):
+    for point in some(points, 3):
         restore()
         ended = field.clone(at=point, who="child")
         assert (ended.status, ended.raised) == (0, None), point

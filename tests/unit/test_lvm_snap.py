@@ -390,7 +390,7 @@ def test_killed_at_every_point(scene: SnapScene) -> None:
     assert {"before:planned#1", last, "journal:snapshotted#1", "journal:kept#1"} <= set(points)
     assert {"start:lvchange#1", "end:lvchange#1"} <= set(points)
     outcomes = {True: 0, False: 0}
-    for point in some(points, 12):
+    for point in some(points, 8):
         made = scene.snap(transient=outcomes[True] % 2 == 1)
         killed(scene.backup(made, at=point))
         if not scene.rows(f"SELECT * FROM runs WHERE id = '{made.run}'"):
@@ -684,7 +684,7 @@ def test_prune_killed_at_every_point(scene: SnapScene) -> None:
     points = scene.carry_out(scene.chosen()).points
     assert {"start:lvremove#1", "end:lvremove#1", "journal:pruned#1"} <= set(points)
     given_up = set()
-    for point in some(points, 6):
+    for point in some(points, 4):
         while len(scene.chosen().verdicts) < 4:
             scene.backup(scene.snap())
         choice = scene.chosen()

@@ -381,7 +381,7 @@ def test_killed_at_every_point(scene: Scene) -> None:
     points = prune(scene).points
     assert {"journal:pruned#1", "start:zfs program#1", "end:zfs program#2"} <= set(points)
     given_up = 0
-    for point in some(points, 9):
+    for point in some(points, 6):
         fill(scene)
         assert prune(scene, at=point).status == -9, point
         recovered = scene.recover()

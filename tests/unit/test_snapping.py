@@ -244,7 +244,7 @@ def test_recovery_is_killed_too(scene: Scene) -> None:
     for at in ("end:zfs snapshot#2", "journal:snapshotted#1", "start:zfs program#1"):
         points = recovery_points(scene, at)
         assert points
-        for second in some(points, 8):
+        for second in some(points, 5):
             made = a_snap(scene)
             assert scene.backup(made, at=at).status == -9
             assert scene.recover(at=second).status == -9, (at, second)

@@ -326,7 +326,7 @@ def test_killed_at_every_point(scene: Scene) -> None:
     points = run_unsnap(scene).points
     assert {"journal:pruned#1", "start:zfs program#1", "end:zfs program#2"} <= set(points)
     given_up = 0
-    for point in some(points, 9):
+    for point in some(points, 6):
         fill(scene)
         assert run_unsnap(scene, at=point).status == -9, point
         recovered = scene.recover()

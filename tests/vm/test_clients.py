@@ -122,6 +122,7 @@ def test_restic_moment(restic: Machine) -> None:
     assert moment.startswith(as_utc)
 
 
+@pytest.mark.full  # tests/contract/test_clients.py has it without ZFS
 def test_clock_set_back(restic: Machine) -> None:
     """After the clock was set back the parent is still found: no file is read again."""
     vm = restic

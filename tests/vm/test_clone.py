@@ -379,6 +379,7 @@ def test_discard_beside_a_part(pools: Machine) -> None:
     check_copies(vm)
 
 
+@pytest.mark.full  # tests/unit/test_cloner.py has it, played
 def test_from_bookmark(pools: Machine) -> None:
     """Where the last common snapshot is gone at home, its bookmark is what a clone begins at."""
     vm = pools

@@ -146,7 +146,7 @@ def test_killed_around_command(filled: Machine, point: str) -> None:
     assert run["outcome"] == "completed" or "lvcreate" in point
 
 
-@pytest.mark.parametrize("end", ["exit 0", "sleep 600"])
+@pytest.mark.parametrize("end", [pytest.param("exit 0", marks=pytest.mark.full), "sleep 600"])
 def test_overflow(filled: Machine, end: str) -> None:
     """Promise 7: a run whose snapshot overflowed has failed, whatever its client says."""
     vm = filled

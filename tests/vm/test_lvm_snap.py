@@ -172,6 +172,7 @@ def test_snap_killed(thin: Machine) -> None:
     assert kept > 2
 
 
+@pytest.mark.full  # tests/unit/test_lvm_snap.py has it, played
 def test_prune_killed(thin: Machine) -> None:
     """Killed at a point, a prune is given up, and the next one ends it; what is foreign stays."""
     vm = thin

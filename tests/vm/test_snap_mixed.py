@@ -79,7 +79,7 @@ def test_snap_killed(both: Machine) -> None:
     assert {"end:zfs snapshot#1", "end:btrfs snapshot#1", "end:btrfs rename#1"} <= set(points)
     moments = count(vm)
     assert moments == 1
-    for point in some(points, 5):
+    for point in some(points, 3):
         known = len(runs(vm))
         assert snap(vm, at=point).status == -9, point
         settle(vm)

@@ -194,7 +194,7 @@ def test_zfs(vm: Machine) -> None:
     # The power is cut.
     host.configure(text.replace("[jobs.home]\n", SLOW.format("home")))
     host.count()
-    fill(vm, "/tank/home/ann", files=3, size_bytes=1_000_000)
+    fill(vm, "/tank/home/ann", files=3, size_bytes=500_000)
     vm.run("cp -a /tank/home /var/tmp/expected && sync")
     host.start()
     vm.run("echo later >/tank/home/later; sync")
