@@ -24,7 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import atomtx
-from atomtx import clients, errand, locks, output, supervisor, words
+from atomtx import clients, errand, locks, output, runner, supervisor, words
 from atomtx.clients import Backup, End, Moment
 from atomtx.errand import Errand, RunnerKilledError
 from atomtx.errors import EffectError
@@ -360,6 +360,20 @@ def talk() -> Iterator[tuple[Conversation, socket.socket, socket.socket, socket.
 
 
 Talk = tuple[Conversation, socket.socket, socket.socket, socket.socket]
+
+
+def test_nobody_listens(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A front end that is stopped does not keep the runner from what comes next."""
+    conversation, front, _, _ = talk
+    monkeypatch.setattr(runner, "_TELL_S", 0.1)
+    told: list[bool] = []
+    teller = threading.Thread(target=lambda: told.append(conversation.tell(words="x" * 2**22)))
+    teller.start()
+    teller.join(PATIENCE_S)
+    soon = list(told)
+    front.close()  # ends the thread, whatever it waits for
+    teller.join()
+    assert soon == [False]
 
 
 def test_half_a_task(talk: Talk) -> None:
