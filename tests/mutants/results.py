@@ -20,7 +20,7 @@ class Trial:
     key: str
     files: Mapping[str, str]  # path and text of what is mutated
     tests: tuple[str, ...]
-    body: str  # what is mutated, as it is then: a function, or the text of a seeded one
+    body: str  # what is mutated, as it is then: a function, or a whole module
 
 
 class Results:

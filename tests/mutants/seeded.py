@@ -31,4 +31,4 @@ def trial_of(mutant: dict[str, str]) -> Trial:
     changed = text.replace(mutant["old"], mutant["new"])
     tests = (*mutant["tests"].split(), *(("-k", mutant["like"]) if "like" in mutant else ()))
     name = f"{mutant['name']} (promise {mutant['promise']})"
-    return Trial(name, {path: changed}, tests, mutant["new"])
+    return Trial(name, {path: changed}, tests, changed)
