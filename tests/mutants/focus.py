@@ -47,7 +47,7 @@ _FOCUS = {
         "_reaped_all": "daemon or orphan or commands or go",
     },
     "runner": {
-        "_serve": f"{_PROCESS} or taken_away or nothing_read or lost_while or bug_in",
+        "_serve": f"{_PROCESS} or taken_away or nothing_read or while_it_is_read or bug_in",
         "_reserve_end": "reserve or test_go or room or no_room_for_the_end",
         "_leave_end": "without_room or told or test_go",
         "is_written": "without_room or told or test_go",

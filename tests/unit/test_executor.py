@@ -617,6 +617,15 @@ def test_snapshot_lost_while_it_is_read(scene: Scene, monkeypatch: pytest.Monkey
     check_failed(scene, ended, lost)
 
 
+def test_snapshot_looked_at_while_it_is_read(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look at snapshots that show what they showed leaves the client alone."""
+    monkeypatch.setattr(supervisor, "LOOK_S", 0.0)
+    scene.behave("sleep 1")
+    ended = scene.backup(scene.plan(*SETS))
+    assert ended.run
+    assert (ended.run.outcome, ended.run.reason) == ("completed", None)
+
+
 @pytest.mark.parametrize(
     ("behaviour", "limit_s", "outcome"),
     [

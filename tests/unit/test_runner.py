@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import resource
 import select
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from hypothesis import given
@@ -589,6 +590,40 @@ def test_unwritable_log(stage: Stage) -> None:
     with pytest.raises(EffectError, match=r"cannot write /.*/client\.log: Is a directory"):
         started.mounted()
     started.dismiss()
+
+
+@pytest.mark.parametrize(
+    ("refused", "told"),
+    [
+        (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "Too many open files"),
+        (OSError(errno.EIO, os.strerror(errno.EIO), "/a"), "Input/output error (/a)"),
+    ],
+)
+def test_machine_that_refuses(monkeypatch: pytest.MonkeyPatch, refused: OSError, told: str) -> None:
+    """What the machine refuses the runner is told, with a file only where it is about one."""
+
+    def refuse(*_: object) -> NoReturn:
+        raise refused
+
+    monkeypatch.setattr(runner, "_converse", refuse)
+    front, control = socket.socketpair()
+    with front, front.makefile() as answers:
+        runner.main(control.detach(), -1)
+        answer = json.loads(answers.readline())
+    assert answer == {"error": f"the runner cannot go on: {told}", "hint": None}
+
+
+@as_root
+def test_client_that_cannot_be_watched(stage: Stage) -> None:
+    """What the machine refuses once the client was let go is a failure, not a lost runner."""
+    started = stage.start(("true",))
+    started.mounted()
+    stage.folder.client_lock.unlink()
+    stage.folder.client_lock.mkdir()
+    started.go()
+    end, _ = stage.end(started)
+    words = "cannot watch over the client: Is a directory"
+    assert (end.outcome, end.reason) == (Outcome.FAILED, words)
 
 
 @as_root
