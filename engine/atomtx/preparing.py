@@ -18,7 +18,7 @@ from .plan import ClientPlan, DatasetFacts, Plan, Pool, Request
 from .redact import check_arguments, journaled
 from .subvolumes import Filesystem
 from .volumes import btrfs, lvm, plain
-from .volumes.zfs import Zfs
+from .volumes.zfs import Zfs, pools_for
 
 
 def choose_client(name: str | None, command: Sequence[str], env: Mapping[str, str]) -> str:
@@ -84,7 +84,7 @@ def inventory(
     named = _pools_of(request, table)
     if not request.all and not named:
         return [], []  # a machine without ZFS has no `zpool`
-    pools = zfs.pools()
+    pools = pools_for(request.names, zfs.pools)
     healthy = {pool.name for pool in pools if pool.health != "SUSPENDED"}
     wanted = healthy if request.all else named & healthy
     return pools, [facts for pool in sorted(wanted) for facts in zfs.datasets(pool)]

@@ -42,6 +42,10 @@ BASE_ENVIRONMENT = {
 }
 
 
+class NotInstalledError(EffectError):
+    """A program is not there to be run."""
+
+
 class UnansweredError(EffectError):
     """A program outlived its limit, and was killed."""
 
@@ -207,7 +211,7 @@ def run_to_end(
 
 def _not_started(argv: Sequence[str], exc: OSError) -> EffectError:
     if isinstance(exc, FileNotFoundError):
-        return EffectError(
+        return NotInstalledError(
             f"{argv[0]} is not installed", hint="`atomtx doctor` tells what is missing"
         )
     return EffectError(f"cannot start {argv[0]}: {exc.strerror}")

@@ -98,8 +98,7 @@ def main(control: int, front: int) -> int:
     except AtomtxError as exc:
         conversation.tell(error=exc.message, hint=exc.hint)
     except OSError as exc:  # as many descriptors as are allowed, or no memory
-        of_what = f" ({exc.filename})" if exc.filename else ""
-        conversation.tell(error=f"the runner cannot go on: {exc.strerror}{of_what}", hint=None)
+        conversation.tell(error=f"the runner cannot go on: {_why(exc)}", hint=None)
     return 1
 
 
@@ -136,7 +135,7 @@ def _serve(task: Task, folder: RunFolder, conversation: Conversation, wakeup: so
     except EffectError as exc:
         end = End(Outcome.FAILED, exc.message)
     except OSError as exc:
-        end = End(Outcome.FAILED, f"cannot watch over the client: {exc.strerror}")
+        end = End(Outcome.FAILED, f"cannot watch over the client: {_why(exc)}")
     except Exception as exc:
         # A bug, maybe a reader's.  A lost runner would have the client do all again, and meet it.
         with suppress(OSError):  # a full disk; not its words, which may be the client's
@@ -151,6 +150,11 @@ def _serve(task: Task, folder: RunFolder, conversation: Conversation, wakeup: so
         end = failed(end, trouble)
     record = end_to_json(end, attempt=task.attempt, stopped=supervisor.stopped)
     return 0 if _leave_end(folder, conversation, record) else 1
+
+
+def _why(exc: OSError) -> str:
+    """Return what the machine refuses, with the file that it is about, if there is one."""
+    return f"{exc.strerror} ({exc.filename})" if exc.filename else str(exc.strerror)
 
 
 def _reserve_end(folder: RunFolder) -> None:
@@ -204,8 +208,7 @@ def _assemble(task: Task) -> namespace.Assembly:
     try:
         return _made(task)
     except OSError as exc:
-        of_what = f": {exc.filename}" if exc.filename else ""
-        raise EffectError(f"cannot set up the client's mounts: {exc.strerror}{of_what}") from exc
+        raise EffectError(f"cannot set up the client's mounts: {_why(exc)}") from exc
 
 
 def _made(task: Task) -> namespace.Assembly:

@@ -23,7 +23,7 @@ from .plan import Chosen, DatasetFacts, LogicalFacts, Pool, Request, SubvolumeFa
 from .subvolumes import Filesystem, Subvolumes, is_on_btrfs
 from .volumes import btrfs, lvm, plain
 from .volumes.kind import Kept
-from .volumes.zfs import Zfs
+from .volumes.zfs import Zfs, pools_for
 
 _Pools = Callable[[], list[Pool]]  # asks for those that are imported
 
@@ -153,7 +153,7 @@ def _parted(request: Request, belongs: Callable[[str], bool]) -> tuple[Request, 
 
 def _on_zfs(request: Request, zfs: Zfs, table: mountinfo.Table, listed: _Pools) -> Wanted:
     asked = [dataset_of(text, table) for text in request.names]
-    pools = listed()
+    pools = pools_for(request.names, listed)
     names = {pool.name for pool in pools} if request.all else {Dataset(n).pool for n in asked}
     healthy = _healthy(pools, names, named=not request.all)
     return choose(request, asked, [f for pool in healthy for f in zfs.datasets(pool)], pools)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -128,6 +129,35 @@ def test_inside(flat: Flat) -> None:
     assert inside(flat.home / "data") <= paths
     left_out = (typed.repository, typed.home / ".cache/borg", typed.home / ".config/borg/security")
     assert not [path for path in paths for out in left_out if path.startswith(f"{str(out)[1:]}/")]
+
+
+_RSH = """#!{python}
+import os, socket, sys
+socket.socket(socket.AF_UNIX).connect(os.environ["SSH_AUTH_SOCK"])
+os.execvp("sh", ["sh", "-c", " ".join(sys.argv[2:])])
+"""
+
+
+def test_agent(flat: Flat, typed: Typed) -> None:
+    """An agent inside the set answers, and the keys beside its socket are saved."""
+    keys = flat.home / "keys"
+    keys.mkdir()
+    (keys / "private").write_text("key")
+    shell = typed.home / "rsh"
+    shell.write_text(_RSH.format(python=sys.executable))
+    shell.chmod(0o755)
+    typed.env["BORG_REPO"] = f"ssh://host{typed.repository}"
+    typed.env |= {"BORG_RSH": str(shell), "BORG_REMOTE_PATH": str(borg_of(NEW))}
+    with socket.socket(socket.AF_UNIX) as agent:
+        agent.bind(str(keys / "agent"))
+        agent.listen()
+        typed.env["SSH_AUTH_SOCK"] = str(keys / "agent")
+        typed.env["BORG_RELOCATED_REPO_ACCESS_IS_OK"] = "yes"
+        said = typed.backup(str(flat.home))
+        (name,) = typed.archives()
+        paths = typed.run("borg", "list", "--format={path}{NL}", f"::{name}").splitlines()
+    assert f"{keys}/agent" in said
+    assert str(keys / "private")[1:] in paths
 
 
 def test_killed(disk: Disk, flat: Flat, typed: Typed) -> None:

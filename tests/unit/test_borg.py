@@ -305,7 +305,7 @@ def test_local_repository(location: str, path: str | None) -> None:
         ),
         (
             {"BORG_REPO": "host:repo", "SSH_AUTH_SOCK": "/run/a/sock"},
-            ("/root/.cache/borg", "/root/.config/borg/security", "/run/a"),
+            ("/root/.cache/borg", "/root/.config/borg/security", "/run/a/sock"),
         ),
     ],
 )

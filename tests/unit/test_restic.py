@@ -318,7 +318,7 @@ def test_live_paths() -> None:
     live = Restic().live_paths(settings(RESTIC_REPOSITORY="local:repo", **env))
     assert live == ("/root/.cache/restic", "/work/repo", "/var/tmp")
     live = Restic().live_paths(settings("-r", "sftp:h:/srv", XDG_CACHE_HOME="/c", **env))
-    assert live == ("/c/restic", "/var/tmp", "/run/a")
+    assert live == ("/c/restic", "/var/tmp", "/run/a/sock")
 
 
 def test_live_paths_named(tmp_path: Path) -> None:

@@ -622,7 +622,7 @@ def test_client_that_cannot_be_watched(stage: Stage) -> None:
     stage.folder.client_lock.mkdir()
     started.go()
     end, _ = stage.end(started)
-    words = "cannot watch over the client: Is a directory"
+    words = f"cannot watch over the client: Is a directory ({stage.folder.client_lock})"
     assert (end.outcome, end.reason) == (Outcome.FAILED, words)
 
 

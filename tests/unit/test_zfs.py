@@ -20,12 +20,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atomtx import locks, process
-from atomtx.errors import EffectError
+from atomtx.errors import EffectError, UserError
 from atomtx.plan import DatasetFacts, Pool
 from atomtx.volumes import zfs
 from atomtx.volumes.ends import End
 from atomtx.volumes.kind import Identity, Kept
-from atomtx.volumes.zfs import Zfs, checked
+from atomtx.volumes.zfs import Zfs, checked, pools_for
 
 RUN = "0123456789abcdef"
 TOKEN = f"atomtx-{RUN}"
@@ -758,3 +758,24 @@ def test_one_proof(function: str) -> None:
     of_destroy, of_prune = (text.findall(s.read_text()) for s in (zfs._SCRIPT, zfs._PRUNE))
     assert of_destroy == of_prune
     assert len(of_prune) == 1
+
+
+def _no_zpool() -> list[Pool]:
+    process.run(["no-such-zpool"])
+    return []
+
+
+@pytest.mark.parametrize("names", [("hme",), ("/home", "hme")])
+def test_name_without_zfs(names: tuple[str, ...]) -> None:
+    """On a machine without ZFS a mistyped word is told, not only that a program is missing."""
+    with pytest.raises(UserError) as caught:
+        pools_for(names, _no_zpool)
+    assert caught.value.message == "there is no dataset hme: no-such-zpool is not installed"
+    assert "from /" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize("names", [(), ("/home",)])
+def test_no_zpool_for_a_path(names: tuple[str, ...]) -> None:
+    """What lies on ZFS, or is asked for as all of it, lacks the program."""
+    with pytest.raises(EffectError, match=r"^no-such-zpool is not installed"):
+        pools_for(names, _no_zpool)

@@ -358,7 +358,7 @@ class Borg:
         if repository is not None:
             yield repository
         elif location and env.get("SSH_AUTH_SOCK"):
-            yield os.path.dirname(env["SSH_AUTH_SOCK"])
+            yield env["SSH_AUTH_SOCK"]  # not its folder: gpg-agent's holds the keys
         if env.get("TMPDIR"):
             yield env["TMPDIR"]
 

@@ -382,7 +382,7 @@ class Restic:
         """Do nothing: restic leaves out any path."""
 
     def live_paths(self, settings: Settings) -> tuple[str, ...]:
-        """Return the cache, a local repository, TMPDIR and the directory of the agent's socket."""
+        """Return the cache, a local repository, TMPDIR and the agent's socket."""
         return absolute(self._live_paths(settings), settings.cwd)
 
     def _live_paths(self, settings: Settings) -> Iterator[str]:
@@ -396,7 +396,7 @@ class Restic:
         if env.get("TMPDIR"):
             yield env["TMPDIR"]
         if location.startswith("sftp:") and env.get("SSH_AUTH_SOCK"):
-            yield os.path.dirname(env["SSH_AUTH_SOCK"])
+            yield env["SSH_AUTH_SOCK"]  # not its folder: gpg-agent's holds the keys
 
     def _cache(self, env: Mapping[str, str], options: tuple[Option, ...]) -> Iterator[str]:
         named = last_value(options, "--cache-dir") or env.get("RESTIC_CACHE_DIR")

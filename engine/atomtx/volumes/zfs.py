@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from .. import process, system
-from ..errors import EffectError
+from ..errors import EffectError, UserError
 from ..mounts import mountinfo
 from ..names import COPIED, KEPT_MARK, MARK, TRANSIENT_MARK, pool_of
 from ..plan import DatasetFacts, Pool
@@ -41,6 +41,24 @@ _MARK_COLUMNS = 2
 _FACTS = 6  # columns of a dataset beside its name
 _ROOM_BESIDE = 1 << 17  # bytes of a command that are not names: options and the environment
 _T = TypeVar("_T")
+
+
+def pools_for(names: Iterable[str], pools: Callable[[], list[Pool]]) -> list[Pool]:
+    """
+    Return the imported *pools*, which are listed for the sake of *names*.
+
+    Raises UserError for a name that can only be a dataset's, on a machine without ZFS.
+    """
+    try:
+        return pools()
+    except process.NotInstalledError as exc:
+        name = next((name for name in names if not name.startswith("/")), None)
+        if name is None:
+            raise
+        raise UserError(
+            f"there is no dataset {name}: {exc.message}",
+            hint="no job has that name either; a directory is named by its whole path, from /",
+        ) from exc
 
 
 class Zfs:
