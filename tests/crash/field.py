@@ -15,7 +15,7 @@ from tests.crash.cases import CALLS, Case, case, injections, kills, worst
 from tests.vm.machine import Machine
 
 HERE = Path(__file__).parent
-_PLAYERS = ("tracing", "mixed", "stage", "sweep")
+_PLAYERS = ("bystanders", "tracing", "mixed", "stage", "sweep")
 GUEST = (HERE.parent / "vm/points.py", *(HERE / f"{name}.py" for name in _PLAYERS))
 SCENARIOS = ("namespace", "tree", "mixed")
 TREE_CALLS = ("mount", "umount2", "mkdir", "rmdir")

@@ -1,9 +1,9 @@
 """
 Every point, every pair, every system call: `make crash-full`.
 
-It takes hours.  Results are kept as they come, for as long as the program and these tests are
-the same: an interrupted sweep goes on where it was.  Ends with a table, and with 1 where
-anything was violated.
+It takes hours.  Results are kept as they come, for as long as these tests are the same, and what
+they load of the program: an interrupted sweep goes on where it was.  Ends with a table, and with
+1 where anything was violated.
 
     python -m tests.crash.full [P1] [P2] [P3] [P4] [TEXT...]
 
@@ -22,6 +22,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from tests.crash.bystanders import bystanders
 from tests.crash.cases import Case
 from tests.crash.field import GUEST, SCENARIOS, Field, Result, table, violations
 from tests.vm.machine import CHECKOUT, CPUS, DATA_DISKS, cache_folder, install, open_machine
@@ -79,9 +80,17 @@ def _cases(field: Field, level: str) -> Iterable[Case]:
 
 def _version() -> str:
     """Return what the results depend on: the program, and the tests that run in the machine."""
-    program = sorted(Path(CHECKOUT, "engine").rglob("*.py"))
+    engine = Path(CHECKOUT, "engine")
+    files = {file: _module(file.relative_to(engine)) for file in sorted(engine.rglob("*.py"))}
+    beside = bystanders(files.values())
+    program = [file for file, module in files.items() if module not in beside]
+    program += sorted(engine.rglob("*.lua"))
     texts = [file.read_bytes() for file in (*program, *GUEST, Path(__file__).with_name("cases.py"))]
     return hashlib.sha256(b"\0".join(texts)).hexdigest()[:12]
+
+
+def _module(file: Path) -> str:
+    return ".".join(file.with_suffix("").parts).removesuffix(".__init__")
 
 
 def _tell(text: str) -> None:

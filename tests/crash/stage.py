@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bystanders import bystanders  # type: ignore[import-not-found]
 from mixed import Mixed  # type: ignore[import-not-found]
 from tracing import PATH, calls, tracer  # type: ignore[import-not-found]
 
@@ -420,6 +421,9 @@ def _run_program(argv: Sequence[str]) -> None:
 
         traceback.print_exc()
     finally:
+        if strangers := bystanders(sys.modules):
+            print(f"loaded, but no part of the version in full.py: {sorted(strangers)}")
+            status = 70
         with suppress(Exception):
             sys.stdout.flush()
             sys.stderr.flush()

@@ -12,6 +12,7 @@ HERE = Path(__file__).parent
 JOBS = int(os.environ.get("ATOMTX_JOBS", "20" if FULL else "6"))
 FILES = (
     "../vm/points.py",
+    "bystanders.py",
     "tracing.py",
     "mixed.py",
     "stage.py",

@@ -17,6 +17,7 @@ BLOB = os.environ.get("ATOMTX_BLOB", "")  # of one history: what a failure print
 WORKERS = 1 if BLOB else 2
 FILES = (
     "../vm/points.py",
+    "bystanders.py",
     "tracing.py",
     "mixed.py",
     "stage.py",
