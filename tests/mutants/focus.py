@@ -43,11 +43,11 @@ _FOCUS = {
         "_escalate": _STOP,
         "_end_descendants": "daemon or orphan or commands",
         "_signal_descendants": f"{_STOP} or daemon or orphan or another_process",
-        "redacted": "secrets or bug_in or test_go or failure",
+        "redacted": "secrets or test_bug or test_go or failure",
         "_reaped_all": "daemon or orphan or commands or go",
     },
     "runner": {
-        "_serve": f"{_PROCESS} or taken_away or nothing_read or while_it_is_read or bug_in",
+        "_serve": f"{_PROCESS} or taken_away or nothing_read or while_it_is_read or test_bug",
         "_reserve_end": "reserve or test_go or room or no_room_for_the_end",
         "_leave_end": "without_room or told or test_go",
         "is_written": "without_room or told or test_go",

@@ -56,7 +56,27 @@ class Bench:
             for long, short in _PATIENCE:
                 text = text.replace(long, short)
             test.write_text(text)
+        self._compile()
         self._warm: subprocess.Popen[str] | None = None
+
+    def _compile(self) -> None:
+        """
+        Compile once what each process of each trial imports.
+
+        By the hash of its source, so that a mutant is seen: Python else tells a stale .pyc by size
+        and second, and two mutants can have the same.
+        """
+        compiling = ("-m", "compileall", "-q", "--invalidation-mode", "checked-hash", "engine")
+        # The tests by pytest itself, which rewrites them.  Some cannot be had: they need documents.
+        collecting = (*_PYTEST, "--collect-only", "tests/unit")
+        for words, write in ((compiling, "1"), (collecting, "")):
+            subprocess.run(
+                [sys.executable, *words],
+                cwd=self.path,
+                env=self._environment() | {"PYTHONDONTWRITEBYTECODE": write},
+                stdout=subprocess.DEVNULL,
+                check=words is compiling,
+            )
 
     def warm_up(self, module: str, tests: Sequence[str]) -> None:
         """Have mutants of *module* tried in forks of one process; see warm.py."""
@@ -129,8 +149,7 @@ class Bench:
         return {
             **os.environ,
             "PYTHONPATH": f"{self.path}/engine:{self.path}",
-            # Python tells a stale .pyc by size and second: two mutants can have the same.
-            "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONDONTWRITEBYTECODE": "1",  # what is compiled is; see _compile
         }
 
 

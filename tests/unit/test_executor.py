@@ -14,6 +14,7 @@ import signal
 import socket
 import struct
 import subprocess
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta, tzinfo
@@ -388,6 +389,22 @@ def test_bug_in_a_reader(scene: Scene) -> None:
     ended = scene.backup(scene.plan("tank/a", client="played", env=env))
     check_failed(scene, ended, "a bug in atomtx: ZeroDivisionError: no such thing: word: ***")
     assert len(scene.calls()) == 1
+
+
+def test_bug_on_a_full_disk(scene: Scene) -> None:
+    """Where there is no room for the traceback of a bug, its end is told all the same."""
+
+    def fail(_: object, line: str) -> NoReturn:
+        raise ZeroDivisionError("no such thing")
+
+    def refuse(*_: object) -> NoReturn:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    scene.changes.append(lambda: setattr(tests.scene._Reader, "stderr", fail))
+    scene.changes.append(lambda: setattr(traceback, "print_tb", refuse))
+    scene.behave("echo word >&2; sleep 100")
+    ended = scene.backup(scene.plan("tank/a", client="played"))
+    check_failed(scene, ended, "a bug in atomtx: ZeroDivisionError: no such thing")
 
 
 @pytest.mark.parametrize(("later_s", "told"), [(60, True), (0, False), (-60, False)])
