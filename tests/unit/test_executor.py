@@ -14,6 +14,7 @@ import signal
 import socket
 import struct
 import subprocess
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -384,11 +385,17 @@ def test_bug_in_a_reader(scene: Scene) -> None:
         raise ZeroDivisionError(f"no such thing: {line}")
 
     scene.changes.append(lambda: setattr(tests.scene._Reader, "stderr", fail))
+    # In the place of pytest's, which has another descriptor.
+    scene.changes.append(lambda: setattr(sys, "stderr", os.fdopen(2, "w", 1, closefd=False)))
     scene.behave('echo "word: $MY_PASSWORD" >&2; sleep 100')
     env = (("MY_PASSWORD", "open sesame"),)
     ended = scene.backup(scene.plan("tank/a", client="played", env=env))
     check_failed(scene, ended, "a bug in atomtx: ZeroDivisionError: no such thing: word: ***")
     assert len(scene.calls()) == 1
+    (folder,) = scene.home.glob("state/runs/*")
+    where = (folder / "runner.log").read_text()
+    assert "in fail\n" in where
+    assert "open sesame" not in where
 
 
 def test_bug_on_a_full_disk(scene: Scene) -> None:

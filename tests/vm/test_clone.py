@@ -275,7 +275,7 @@ def test_ssh(pools: Machine) -> None:
     """Through ssh, killed in mid-stream at the other end and at this one; compressed."""
     vm = pools
     target = "localhost:backup/there"
-    snap(vm, size=8_000_000)
+    snap(vm, size=4_000_000)
     with running(vm, *CLONE, "--to", target, *SLOW) as started:
         vm.run("until pgrep -f '[z]fs receive'; do sleep 0.2; done; sleep 3; pkill -9 '^ssh$'")
     answer = started.result()
@@ -407,12 +407,12 @@ def test_room(pools: Machine) -> None:
     """
     vm = pools
     vm.run(
-        "zfs set quota=21M refquota=16M reservation=5M refreservation=4M tank/a &&"
-        " zfs set refreservation=16M reservation=16M tank/vol && zfs set quota=11M tank/enc"
+        "zfs set quota=11M refquota=8M reservation=3M refreservation=2M tank/a &&"
+        " zfs set refreservation=16M reservation=16M tank/vol && zfs set quota=5750K tank/enc"
     )
     for _ in range(3):
         vm.run("rm -f /tank/a/f* '/tank/a/b c/f'* /tank/enc/f*")
-        snap(vm, size=4_000_000)
+        snap(vm, size=2_000_000)
         answer = clone(vm)
         assert answer.status == 0, answer.output
         assert "Warning" not in answer.output
@@ -424,9 +424,9 @@ def test_room(pools: Machine) -> None:
     assert room["tank/enc"] == {"quota": 0, "refquota": 0, "reservation": 0} | _FREE
     assert room["tank/vol"] == {"reservation": 0} | _FREE
     assert [len(guids(vm, copy_of(dataset))) for dataset in DATASETS] == [3] * 4
-    assert int(vm.run(f"zfs list -Hpo used {HERE}/a").stdout) > 21 << 20
-    snap(vm, size=4_000_000)  # beside the last files: it refers to 8 MB
-    vm.run("rm -f /tank/a/f* && zpool sync tank && zfs set quota=none refquota=6M tank/a")
+    assert int(vm.run(f"zfs list -Hpo used {HERE}/a").stdout) > 11 << 20
+    snap(vm, size=2_000_000)  # beside the last files: it refers to 4 MB
+    vm.run("rm -f /tank/a/f* && zpool sync tank && zfs set quota=none refquota=3M tank/a")
     answer = clone(vm)
     assert answer.status == 0, answer.output
     snap(vm, size=1_000_000)
