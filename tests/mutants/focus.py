@@ -47,7 +47,11 @@ _FOCUS = {
         "_reaped_all": "daemon or orphan or commands or go",
     },
     "runner": {
-        "_serve": f"{_PROCESS} or taken_away or nothing_read or while_it_is_read or test_bug",
+        "_serve": (
+            f"{_PROCESS} or taken_away or nothing_read or while_it_is_read or test_bug or be_read"
+        ),
+        "_assemble": f"{_PROCESS} or used_up",
+        "_why": "refuses or cannot_be_watched",
         "_reserve_end": "reserve or test_go or room or no_room_for_the_end",
         "_leave_end": "without_room or told or test_go",
         "is_written": "without_room or told or test_go",

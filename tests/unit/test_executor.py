@@ -693,6 +693,7 @@ def _used_up(*_: object, **__: object) -> NoReturn:
     [
         (socket, "socketpair", "cannot start the runner: Too many open files"),
         (runner, "_prepare_process", "the runner cannot go on: Too many open files"),
+        (namespace, "enter", "cannot set up the client's mounts: Too many open files"),
         (supervisor.Supervisor, "_watch", "cannot watch over the client: Too many open files"),
         (errand.Errand, "mounted", "[Errno 24] Too many open files"),
     ],
@@ -706,6 +707,16 @@ def test_used_up(scene: Scene, owner: object, name: str, reason: str) -> None:
     # How the client ended is told with the run's outcome.
     assert (reason in ended.said("warn")) == (owner is not supervisor.Supervisor)
     assert "Traceback" not in (scene.home / "log").read_text()
+
+
+def test_mounts_cannot_be_read(scene: Scene) -> None:
+    """Promise 7: where nobody can tell whether the mounts stayed, the client has failed."""
+    scene.changes.append(lambda: setattr(namespace.Assembly, "disturbance", _used_up))
+    ended = scene.backup(scene.plan(*SETS))
+    assert ended.run
+    assert (ended.run.state, ended.run.outcome) == ("destroyed", "failed")
+    assert ended.run.reason == "it is not known whether the mounts stayed: Too many open files"
+    assert scene.left() == []
 
 
 def test_end_cannot_be_read(scene: Scene) -> None:
