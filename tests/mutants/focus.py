@@ -17,6 +17,7 @@ _HOOKS = f"{_UNIT}hooks.py"
 _SNAPPING = f"{_UNIT}snapping.py"
 _CATCHUP = f"{_UNIT}catchup.py"
 _FULL_DISK = f"{_UNIT}full_disk.py"
+_FREEBSD = "tests/freebsd/test_sweep.py"
 
 _PROCESS = (
     "(test_runner and not test_lines and not round_trip and not test_log and not test_span"
@@ -51,6 +52,7 @@ _FOCUS = {
             f"{_PROCESS} or taken_away or nothing_read or while_it_is_read or test_bug or be_read"
         ),
         "_assemble": f"{_PROCESS} or used_up",
+        "_made": f"{_PROCESS} or test_points",
         "_why": "refuses or cannot_be_watched",
         "_reserve_end": "reserve or test_go or room or no_room_for_the_end",
         "_leave_end": "without_room or told or test_go",
@@ -194,4 +196,5 @@ def tests_of(module: str, function: str) -> tuple[str, ...]:
         return (_EXECUTOR, *files, "-k", f"({focus} or {whole}) and not anywhere")
     if module in ("executor", "moment"):
         return (_EXECUTOR, "-k", focus) if focus else (_EXECUTOR,)
-    return (_RUNNER, _EXECUTOR, "-k", f"{focus or _PROCESS} or environment")
+    without_namespaces = (_FREEBSD,) if function == "_made" else ()
+    return (_RUNNER, _EXECUTOR, *without_namespaces, "-k", f"{focus or _PROCESS} or environment")

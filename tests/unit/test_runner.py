@@ -205,6 +205,7 @@ def test_end_of_an_older_runner() -> None:
     ("word", "path"),
     [
         ("/a b/c", "/a b/c"),
+        ("/X11/c", "/X11/c"),
         ("--repo=/backup/repo", "/backup/repo"),
         ("rclone:b2,config=/etc/r:x", "/etc/r"),
         ("file:///backup/repo", "/backup/repo"),
@@ -516,6 +517,20 @@ def test_many_files(stage: Stage) -> None:
     errand.wait(stage.folder, Interrupts(), lambda _: None, stop_on_signal=True)
     end, _ = stage.end(started)
     assert end.reason == "exit status 9"
+
+
+@pytest.mark.parametrize("refused", [ValueError("not allowed"), OSError(errno.EPERM, "no")])
+def test_no_more_files(monkeypatch: pytest.MonkeyPatch, refused: Exception) -> None:
+    """Where no more open files are allowed, as many as there are have to do."""
+    asked: list[object] = []
+
+    def refuse(*limits: object) -> NoReturn:
+        asked.append(limits)
+        raise refused
+
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    runner._allow_many_files()
+    assert len(asked) == 1
 
 
 @as_root
