@@ -519,6 +519,18 @@ def test_many_files(stage: Stage) -> None:
     assert end.reason == "exit status 9"
 
 
+@pytest.mark.parametrize(
+    ("hard", "soft"), [(4096, 4096), (1 << 20, 1 << 16), (resource.RLIM_INFINITY, 1 << 16)]
+)
+def test_as_many_files_as_allowed(monkeypatch: pytest.MonkeyPatch, hard: int, soft: int) -> None:
+    """A pin for each mount wants many open files: as many as may be, within reason."""
+    asked: list[object] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, hard))
+    monkeypatch.setattr(resource, "setrlimit", lambda *limits: asked.append(limits))
+    runner._allow_many_files()
+    assert asked == [(resource.RLIMIT_NOFILE, (soft, hard))]
+
+
 @pytest.mark.parametrize("refused", [ValueError("not allowed"), OSError(errno.EPERM, "no")])
 def test_no_more_files(monkeypatch: pytest.MonkeyPatch, refused: Exception) -> None:
     """Where no more open files are allowed, as many as there are have to do."""
