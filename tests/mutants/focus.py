@@ -28,6 +28,7 @@ _SHUTDOWN = "shutdown or told or over_its_limit or undone_when or interrupted or
 # By module and function, the tests to ask, as pytest's -k has them.
 _FOCUS = {
     "supervisor": {
+        "__init__": f"{_PROCESS} or while_it_is_read",
         "run": "limit or stop or commands or go or progress or daemon or secrets",
         "_judged": _STOP,
         "_run_one": "locks or missing or commands or daemon or go or failure or secrets or before",

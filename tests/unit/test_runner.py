@@ -993,11 +993,12 @@ def test_hangup(stage: Stage) -> None:
 
 
 @as_root
-def test_secrets(stage: Stage) -> None:
-    """Promise 11: a secret of the environment reaches neither the log nor the recorded reason."""
-    stage.env["RESTIC_PASSWORD"] = "open-sesame"
-    script = 'echo "out $RESTIC_PASSWORD"; echo "wrong: $RESTIC_PASSWORD" >&2; exit 1'
-    end, _ = stage.end(stage.run(sh(script)))
+@pytest.mark.parametrize(("name", "secrets"), [("RESTIC_PASSWORD", ()), ("MINE", ("MINE",))])
+def test_secrets(stage: Stage, name: str, secrets: tuple[str, ...]) -> None:
+    """Promise 11: a secret, by its name or the job's word, reaches neither the log nor the end."""
+    stage.env[name] = "open-sesame"
+    script = f'echo "out ${name}"; echo "wrong: ${name}" >&2; exit 1'
+    end, _ = stage.end(stage.run(sh(script), secrets=secrets))
     assert end.reason == "wrong: *** (exit status 1)"
     assert end.backups[0].reason == end.reason
     assert "out ***" in stage.log()
