@@ -31,8 +31,13 @@ _FOCUS = {
         "__init__": f"{_PROCESS} or while_it_is_read",
         "run": "limit or stop or commands or go or progress or daemon or secrets",
         "_judged": _STOP,
-        "_run_one": "locks or missing or commands or daemon or go or failure or secrets or before",
-        "_watch": "go or last_line or chatty or two_commands or daemon or stop or progress",
+        "_run_one": (
+            "locks or missing or commands or daemon or go or failure or secrets or before"
+            " or test_points"
+        ),
+        "_watch": (
+            "fanotify or go or last_line or chatty or two_commands or daemon or stop or progress"
+        ),
         "_hear_out": "last_line or chatty or filter or daemon",
         "_turn": f"{_STOP} or progress or last_line",
         "_feeder": "last_line or chatty or secrets or commands",
@@ -197,5 +202,5 @@ def tests_of(module: str, function: str) -> tuple[str, ...]:
         return (_EXECUTOR, *files, "-k", f"({focus} or {whole}) and not anywhere")
     if module in ("executor", "moment"):
         return (_EXECUTOR, "-k", focus) if focus else (_EXECUTOR,)
-    without_namespaces = (_FREEBSD,) if function == "_made" else ()
-    return (_RUNNER, _EXECUTOR, *without_namespaces, "-k", f"{focus or _PROCESS} or environment")
+    on_freebsd = (_FREEBSD,) if focus and "test_points" in focus else ()
+    return (_RUNNER, _EXECUTOR, *on_freebsd, "-k", f"{focus or _PROCESS} or environment")

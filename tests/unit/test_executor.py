@@ -53,6 +53,7 @@ from atomtx.intents import AROUND_RUN, RunHook
 from atomtx.interrupts import Interrupts
 from atomtx.journal import Journal
 from atomtx.mounts import inhabitants, namespace, tree
+from atomtx.mounts.witness import Witness
 from atomtx.records import Run
 from atomtx.recovery import MAX_ATTEMPTS, LeaveAlone, Resume, RollBack, RollForward, Wait
 from atomtx.settling import Patience, Settler
@@ -629,6 +630,13 @@ def test_mount_taken_away(scene: Scene) -> None:
     path = scene.live("tank/a")
     assert (ended.run.state, ended.run.outcome) == ("destroyed", "failed")
     assert ended.run.reason == f"{path} was unmounted while the client read it"
+
+
+def test_kernel_without_fanotify(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the kernel tells nobody what was read, the client is believed."""
+    monkeypatch.setattr(Witness, "_watch", _used_up)
+    ended = scene.backup(scene.plan(*SETS))
+    check_completed(scene, ended)
 
 
 def test_snapshot_lost_while_it_is_read(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
