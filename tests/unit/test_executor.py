@@ -632,6 +632,12 @@ def test_mount_taken_away(scene: Scene) -> None:
     assert ended.run.reason == f"{path} was unmounted while the client read it"
 
 
+def test_no_room_for_the_progress(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk stops the display, not the backup."""
+    monkeypatch.setattr(RunFolder, "write_progress", _used_up)
+    check_completed(scene, scene.backup(scene.plan(*SETS)))
+
+
 def test_kernel_without_fanotify(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the kernel tells nobody what was read, the client is believed."""
     monkeypatch.setattr(Witness, "_watch", _used_up)
@@ -647,6 +653,20 @@ def test_snapshot_lost_while_it_is_read(scene: Scene, monkeypatch: pytest.Monkey
     scene.behave("exec sleep 1000")
     ended = scene.backup(scene.plan(*SETS))
     check_failed(scene, ended, lost)
+
+
+def test_snapshot_is_seldom_looked_at(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look costs a process: at the end there is one, before it one in fifteen seconds."""
+    looks = scene.home / "looks"
+
+    def look(_: object) -> None:
+        with looks.open("a") as file:
+            file.write("look\n")
+
+    monkeypatch.setattr(namespace.Assembly, "failure", look)
+    scene.behave("sleep 2")
+    check_completed(scene, scene.backup(scene.plan(*SETS)))
+    assert looks.read_text() == "look\n"
 
 
 def test_snapshot_looked_at_while_it_is_read(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:

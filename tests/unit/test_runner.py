@@ -684,6 +684,19 @@ def test_stop(stage: Stage) -> None:
 
 
 @as_root
+def test_second_signal(stage: Stage) -> None:
+    """The first signal counts: a second one gives no other reason, and no grace anew."""
+    started = stage.run(sh("trap '' TERM; echo ready; while :; do sleep 0.1; done"), grace_s=2)
+    stage.said("ready")
+    os.kill(started.pid, signal.SIGTERM)
+    stage.said("asked to stop by SIGTERM")
+    os.kill(started.pid, signal.SIGINT)
+    _, stopped = stage.end(started)
+    assert stopped == signal.SIGTERM
+    assert "SIGINT" not in stage.log()
+
+
+@as_root
 def test_stop_for_good(stage: Stage) -> None:
     """`errand.stop` reaches the runner by its lock; SIGINT is told apart from a shutdown."""
     started = stage.run(sh("echo ready; exec sleep 1000"))
@@ -1079,6 +1092,7 @@ def test_progress(stage: Stage) -> None:
     stage.run(sh(script, status), client="restic")
     wait_for(lambda: errand.progress(stage.folder).bytes_done == 42)
     assert errand.progress(stage.folder).percent == 42.0
+    assert stage.folder.read_progress()["attempt"] == 1
     assert stage.log() == ""
 
 
