@@ -28,7 +28,7 @@ _SHUTDOWN = "shutdown or told or over_its_limit or undone_when or interrupted or
 # By module and function, the tests to ask, as pytest's -k has them.
 _FOCUS = {
     "supervisor": {
-        "__init__": f"{_PROCESS} or while_it_is_read",
+        "__init__": f"{_PROCESS} or while_it_is_read or seldom",
         "run": "limit or stop or commands or go or progress or daemon or secrets",
         "_judged": _STOP,
         "_run_one": (
@@ -43,6 +43,8 @@ _FOCUS = {
         "_feeder": "last_line or chatty or secrets or commands",
         "_take": "progress or last_line or secrets or commands",
         "_tell_progress": "progress",
+        "_hear": f"{_STOP} or second_signal",
+        "_look": "while_it_is_read or seldom",
         "_on_signal": _STOP,
         "_stop": _STOP,
         "_limit": _STOP,
