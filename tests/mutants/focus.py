@@ -33,7 +33,7 @@ _FOCUS = {
         "_judged": _STOP,
         "_run_one": (
             "locks or missing or commands or daemon or go or failure or secrets or before"
-            " or test_points"
+            " or is_marked"
         ),
         "_watch": (
             "fanotify or go or last_line or chatty or two_commands or daemon or stop or progress"

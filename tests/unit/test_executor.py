@@ -645,14 +645,25 @@ def test_kernel_without_fanotify(scene: Scene, monkeypatch: pytest.MonkeyPatch) 
     check_completed(scene, ended)
 
 
+def test_client_is_marked(scene: Scene) -> None:
+    """Where no namespace tells a client's processes, a variable with the run's name does."""
+    scene.changes.append(lambda: setattr(system.here, "client_mark", lambda token: {"MARK": token}))
+    scene.behave("echo $MARK > $home/left")
+    ended = scene.backup(scene.plan(*SETS))
+    assert ended.run
+    assert (scene.home / "left").read_text() == f"atomtx-{ended.run.id}\n"
+
+
 def test_snapshot_lost_while_it_is_read(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     """Promise 7: a client that reads a snapshot that has lost its files is stopped at once."""
     monkeypatch.setattr(supervisor, "LOOK_S", 0.0)
     lost = "the room for changes is used up"
     monkeypatch.setattr(namespace.Assembly, "failure", lambda _: lost)
-    scene.behave("exec sleep 1000")
-    ended = scene.backup(scene.plan(*SETS))
+    scene.behave("trap '' TERM; while :; do sleep 0.1 || :; done")
+    ended = scene.backup(scene.plan(*SETS, grace_s=2))  # it is looked at again meanwhile
     check_failed(scene, ended, lost)
+    (folder,) = scene.home.glob("state/runs/*")
+    assert (folder / "client.log").read_text().count(f"atomtx: {lost}\n") == 1
 
 
 @pytest.mark.parametrize(("every_s", "most"), [(supervisor.LOOK_S, 1), (1.5, 3)])
