@@ -81,7 +81,7 @@ def _cases(field: Field, level: str) -> Iterable[Case]:
 def _version() -> str:
     """Return what the results depend on: the program, and the tests that run in the machine."""
     engine = Path(CHECKOUT, "engine")
-    files = {file: _module(file.relative_to(engine)) for file in sorted(engine.rglob("*.py"))}
+    files = {file: module_of(file.relative_to(engine)) for file in sorted(engine.rglob("*.py"))}
     beside = bystanders(files.values())
     program = [file for file, module in files.items() if module not in beside]
     program += sorted(engine.rglob("*.lua"))
@@ -89,7 +89,8 @@ def _version() -> str:
     return hashlib.sha256(b"\0".join(texts)).hexdigest()[:12]
 
 
-def _module(file: Path) -> str:
+def module_of(file: Path) -> str:
+    """Return the name of the module that a file, seen from the engine, is."""
     return ".".join(file.with_suffix("").parts).removesuffix(".__init__")
 
 

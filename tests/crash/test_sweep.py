@@ -8,11 +8,16 @@ is left or lost, and what is said to be done is done (stage.py, `check`).
 from __future__ import annotations
 
 import os
+from fnmatch import fnmatchcase
+from pathlib import Path
 
 import pytest
 
+from tests.crash.bystanders import _NEVER_LOADED, bystanders
 from tests.crash.cases import Case, injections, sample
 from tests.crash.field import Field, violations
+from tests.crash.full import module_of
+from tests.vm.machine import CHECKOUT
 
 SEED = int(os.environ.get("ATOMTX_CRASH_SEED", "2026"))
 
@@ -63,6 +68,17 @@ def test_points_are_found(field: Field, scenario: str) -> None:
     for state in ("planned", "snapshotted", "mounted", "backing-up", "unmounting", "destroyed"):
         assert {f"before:{state}#1", f"journal:{state}#1"} <= set(points)
     assert {"start:zfs snapshot#1", "end:zfs program#1", "runner:end:mount#2"} <= set(points)
+
+
+def test_bystanders() -> None:
+    """What is said to be loaded by no case is there, and is nothing of a run or its recovery."""
+    engine = Path(CHECKOUT, "engine")
+    modules = {module_of(file.relative_to(engine)) for file in engine.rglob("*.py")}
+    assert all(any(fnmatchcase(m, pattern) for m in modules) for pattern in _NEVER_LOADED)
+    assert "atomtx.clients.borg" in bystanders(modules)
+    assert {"atomtx.executor", "atomtx.recovery", "atomtx.cli.backup"} <= modules - bystanders(
+        modules
+    )
 
 
 def test_calls_are_counted() -> None:
