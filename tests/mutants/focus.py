@@ -38,7 +38,7 @@ _FOCUS = {
         "_watch": (
             "fanotify or go or last_line or chatty or two_commands or daemon or stop or progress"
         ),
-        "_hear_out": "last_line or chatty or filter or daemon",
+        "_hear_out": "last_words or last_line or chatty or filter or daemon",
         "_turn": f"{_STOP} or progress or last_line",
         "_feeder": "last_line or chatty or secrets or commands",
         "_take": "progress or last_line or secrets or commands",
@@ -50,10 +50,10 @@ _FOCUS = {
         "_limit": _STOP,
         "_ask_to_end": _STOP,
         "_escalate": _STOP,
-        "_end_descendants": "daemon or orphan or commands",
+        "_end_descendants": "daemon or orphan or commands or descendant",
         "_signal_descendants": f"{_STOP} or daemon or orphan or another_process",
         "redacted": "secrets or test_bug or test_go or failure",
-        "_reaped_all": "daemon or orphan or commands or go",
+        "_reaped_all": "daemon or orphan or commands or go or descendant",
     },
     "runner": {
         "_serve": (

@@ -645,6 +645,38 @@ def test_kernel_without_fanotify(scene: Scene, monkeypatch: pytest.MonkeyPatch) 
     check_completed(scene, ended)
 
 
+def test_stubborn_descendant(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the client left behind, and does not hear SIGTERM, is killed before the run goes on."""
+    monkeypatch.setattr(supervisor, "DESCENDANTS_S", 0.5)
+    scene.behave(
+        'sh -c \'trap "" TERM; echo $$ > "$0"; exec sleep 1000\' $home/pid > /dev/null 2>&1 &'
+        " until test -s $home/pid; do sleep 0.1; done"
+    )
+    check_completed(scene, scene.backup(scene.plan(*SETS)))
+    assert not Path("/proc", (scene.home / "pid").read_text().strip()).exists()
+
+
+def test_immortal_descendant(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that cannot be ended, as where its disk never answers, is told, and is a failure."""
+    monkeypatch.setattr(supervisor, "DESCENDANTS_S", 0.1)
+    scene.changes.append(lambda: setattr(supervisor, "_reaped_all", lambda: False))
+    scene.changes.append(lambda: setattr(system.here, "descendants", lambda: [4194303]))
+    ended = scene.backup(scene.plan(*SETS))
+    assert ended.run
+    assert (ended.run.state, ended.run.outcome) == ("destroyed", "failed")
+    assert ended.run.reason == "processes of the client cannot be ended: [4194303]"
+
+
+@pytest.mark.parametrize("wait_s", [0.0, 1000.0])
+def test_last_words(scene: Scene, monkeypatch: pytest.MonkeyPatch, wait_s: float) -> None:
+    """What a client printed is read to its end, and nothing is waited for behind that."""
+    monkeypatch.setattr(supervisor, "LAST_WORDS_S", wait_s)
+    scene.behave("seq 5000; echo last")
+    check_completed(scene, scene.backup(scene.plan(*SETS)))
+    (folder,) = scene.home.glob("state/runs/*")
+    assert (folder / "client.log").read_text().splitlines()[-2:] == ["5000", "last"]
+
+
 def test_client_is_marked(scene: Scene) -> None:
     """Where no namespace tells a client's processes, a variable with the run's name does."""
     scene.changes.append(lambda: setattr(system.here, "client_mark", lambda token: {"MARK": token}))
