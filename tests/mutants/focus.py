@@ -70,7 +70,7 @@ _FOCUS = {
     "executor": {
         "__init__": (
             "course or inside or no_room or told or waiting or at_go or killed_runner"
-            " or busy or handed_on or cannot_look"
+            " or busy or handed_on or cannot_look or new_moment"
         ),
         "advance": "course or no_room",
         "_advance": f"course or kept_waiting or retries or busy or killed_runner or {_SHUTDOWN}",

@@ -1123,6 +1123,14 @@ def test_kept_moment_that_fails_again(scene: Scene) -> None:
     check_completed(scene, scene.recover(), attempts=2)
 
 
+def test_new_moment_that_cannot_be_mounted(scene: Scene) -> None:
+    """`--keep-for` is for a client that fails: what fails before it, at the first time, is told."""
+    scene.play(now=_now())
+    scene.changes.append(lambda: setattr(namespace, "enter", _used_up))
+    ended = scene.backup(scene.plan(*SETS, keep_for_s=86400))
+    check_failed(scene, ended, "cannot set up the client's mounts: Too many open files")
+
+
 @pytest.mark.parametrize("at", ["journal:snapshotted#1", "journal:mounted#1"])
 @pytest.mark.parametrize("keep_for_s", [0, 3600])
 def test_moment_that_is_not_kept(scene: Scene, at: str, keep_for_s: int) -> None:
