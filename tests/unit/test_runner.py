@@ -912,6 +912,16 @@ def test_filter_of_a_wrapper(stage: Stage) -> None:
 
 
 @as_root
+def test_stubborn_descendant(stage: Stage, tmp_path: Path) -> None:
+    """What the client left behind, and does not hear SIGTERM, is killed before the runner ends."""
+    left = 'trap "" TERM; echo $$ > "$0"; exec sleep 1000'
+    script = 'sh -c "$1" "$0" >/dev/null 2>&1 & until test -s "$0"; do sleep 0.1; done'
+    end, _ = stage.end(stage.run(("sh", "-c", script, str(tmp_path / "pid"), left)))
+    assert end.outcome is Outcome.COMPLETED
+    assert not is_alive(int((tmp_path / "pid").read_text()))
+
+
+@as_root
 def test_quiet_daemon(stage: Stage) -> None:
     """A descendant that holds the pipes, and says nothing, is waited for no longer."""
     limit_s = supervisor.LAST_WORDS_S + PATIENCE_S / 4
