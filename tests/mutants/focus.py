@@ -204,5 +204,5 @@ def tests_of(module: str, function: str) -> tuple[str, ...]:
         return (_EXECUTOR, *files, "-k", f"({focus} or {whole}) and not anywhere")
     if module in ("executor", "moment"):
         return (_EXECUTOR, "-k", focus) if focus else (_EXECUTOR,)
-    on_freebsd = (_FREEBSD,) if focus and "test_points" in focus else ()
+    on_freebsd = (_FREEBSD,) if function == "_made" else ()
     return (_RUNNER, _EXECUTOR, *on_freebsd, "-k", f"{focus or _PROCESS} or environment")

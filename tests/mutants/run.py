@@ -3,7 +3,8 @@
 
 Two kinds: those of seeded.toml, of the sort that a good engineer makes by mistake, and every one
 that mutmut makes of the modules below.  A mutant that no test finds must be listed in
-survivors.toml with its reason; one that is listed and is found is an error, too.
+survivors.toml with its reason; one that is listed and is found, or is not there any more, is an
+error, too.
 
     python -m tests.mutants.run [--jobs N] [--match TEXT] [--show] [GROUP...]
 
@@ -39,7 +40,9 @@ def main() -> int:
     rows: list[str] = []
     for group in options.groups or ["seeded", *MODULES]:
         results = Results(group)
-        trials = [t for t in _trials(group) if options.match in t.key]
+        made = _trials(group)
+        wrong += [f"in survivors.toml, but no such mutant: {key}" for key in stale(group, made)]
+        trials = [t for t in made if options.match in t.key]
         todo = [t for t in trials if results.of(t) is None]
         todo.sort(key=lambda t: t.key in known)  # last: each takes all of its tests
         if todo and not options.show:
@@ -73,6 +76,12 @@ def _trials(group: str) -> list[Trial]:
         )
         for mutant in mutants_of(group)
     ]
+
+
+def stale(group: str, trials: Sequence[Trial]) -> list[str]:
+    """Return what is listed as a survivor of a group, and is none of its mutants any more."""
+    made = {trial.key for trial in trials}
+    return [key for key in listed() if key.startswith(f"{group}.") and key not in made]
 
 
 def _prove(group: str, trials: Sequence[Trial], results: Results) -> None:

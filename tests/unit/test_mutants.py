@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutants import results
+from tests.mutants import results, run
 from tests.mutants.results import Results, Trial
 from tests.mutants.seeded import trial_of, written
 from tests.mutants.trial import Verdict
@@ -41,3 +41,10 @@ def test_verdict_of_a_test_that_is_gone(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(results, "WORK", tmp_path)
     Results("locks").note(_TRIAL, Verdict("tests/unit/test_mutants.py::test_of_yesterday"))
     assert Results("locks").of(_TRIAL) is None
+
+
+def test_stale_survivors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A survivor that the engine's text does not have any more is told: its reason would rot."""
+    gone = "locks.is_held: a -> b"
+    monkeypatch.setattr(run, "listed", lambda: dict.fromkeys(["locks.there", gone, "moment.x"]))
+    assert run.stale("locks", [replace(_TRIAL, key="locks.there")]) == [gone]
