@@ -59,8 +59,7 @@ class Field:
     def prepare(self) -> None:
         """Put the players into the machines."""
         for machine in self.machines:
-            for file in GUEST:
-                machine.put(file, f"/root/{file.name}")
+            put_players(machine)
 
     def play(self, cases: Iterable[Case]) -> list[Result]:
         """Play cases, and return their results in no order."""
@@ -141,6 +140,12 @@ class Field:
                 yield case(_level(wish), scenario, wish)
             for wish in injections(_own(recovered.calls(1), scenario), of):
                 yield case(_level(wish), scenario, _KILLED, recover=wish)
+
+
+def put_players(machine: Machine, *beside: str) -> None:
+    """Put the players into a machine, and what a test has *beside* them, by its file's name."""
+    for file in (*GUEST, *(HERE / name for name in beside)):
+        machine.put(file, f"/root/{file.name}")
 
 
 def _play(machine: Machine, cases: Sequence[Case], workers: int) -> list[str]:

@@ -3,23 +3,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
+from tests.crash.field import put_players
 from tests.extent import FULL
 from tests.vm.machine import Machine
 
-HERE = Path(__file__).parent
 JOBS = int(os.environ.get("ATOMTX_JOBS", "20" if FULL else "6"))
-FILES = (
-    "../vm/points.py",
-    "bystanders.py",
-    "tracing.py",
-    "mixed.py",
-    "stage.py",
-    "sweep.py",
-    "world.py",
-    "crowd_guest.py",
-)
 
 
 def test_many_at_once(vm: Machine) -> None:
@@ -29,8 +18,7 @@ def test_many_at_once(vm: Machine) -> None:
     None is disturbed: each completes with its first attempt, or is told that its job is at work,
     and no error of the journal reaches anybody (promise 6).
     """
-    for file in FILES:
-        vm.put(HERE / file, f"/root/{Path(file).name}")
+    put_players(vm, "world.py", "crowd_guest.py")
     done = vm.run(f"/venv/bin/python /root/crowd_guest.py --jobs {JOBS}", check=False, timeout=7200)
     assert done.status == 0, done.stdout + done.stderr
     print(done.stdout)

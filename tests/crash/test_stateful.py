@@ -4,27 +4,16 @@ from __future__ import annotations
 
 import os
 import random
-from pathlib import Path
 
+from tests.crash.field import put_players
 from tests.extent import FULL
 from tests.vm.machine import Machine
 
-HERE = Path(__file__).parent
 EXAMPLES = int(os.environ.get("ATOMTX_HISTORIES", "150" if FULL else "2"))  # a worker
 STEPS = int(os.environ.get("ATOMTX_STEPS", "12" if FULL else "5"))
 SEED = int(os.environ.get("ATOMTX_SEED", random.randrange(1_000_000) if FULL else 2))
 BLOB = os.environ.get("ATOMTX_BLOB", "")  # of one history: what a failure printed
 WORKERS = 1 if BLOB else 2
-FILES = (
-    "../vm/points.py",
-    "bystanders.py",
-    "tracing.py",
-    "mixed.py",
-    "stage.py",
-    "sweep.py",
-    "world.py",
-    "stateful_guest.py",
-)
 
 
 def test_random_histories(vm: Machine) -> None:
@@ -34,8 +23,7 @@ def test_random_histories(vm: Machine) -> None:
     Promises 2 to 7 and 14, with several commands at once; see stateful_guest.py.  A failure names
     its seed, and each step that its worker made.
     """
-    for file in FILES:
-        vm.put(HERE / file, f"/root/{Path(file).name}")
+    put_players(vm, "world.py", "stateful_guest.py")
     words = f"--seed {SEED} --workers {WORKERS} --examples {EXAMPLES} --steps {STEPS}"
     if BLOB:
         words += f" --blob {BLOB}"
