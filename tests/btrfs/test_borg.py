@@ -146,13 +146,16 @@ def test_agent(flat: Flat, typed: Typed) -> None:
     shell = typed.home / "rsh"
     shell.write_text(_RSH.format(python=sys.executable))
     shell.chmod(0o755)
-    typed.env["BORG_REPO"] = f"ssh://host{typed.repository}"
-    typed.env |= {"BORG_RSH": str(shell), "BORG_REMOTE_PATH": str(borg_of(NEW))}
+    typed.env |= {
+        "BORG_REPO": f"ssh://host{typed.repository}",
+        "BORG_RSH": str(shell),
+        "BORG_REMOTE_PATH": str(borg_of(NEW)),
+        "BORG_RELOCATED_REPO_ACCESS_IS_OK": "yes",
+        "SSH_AUTH_SOCK": str(keys / "agent"),
+    }
     with socket.socket(socket.AF_UNIX) as agent:
         agent.bind(str(keys / "agent"))
         agent.listen()
-        typed.env["SSH_AUTH_SOCK"] = str(keys / "agent")
-        typed.env["BORG_RELOCATED_REPO_ACCESS_IS_OK"] = "yes"
         said = typed.backup(str(flat.home))
         (name,) = typed.archives()
         paths = typed.run("borg", "list", "--format={path}{NL}", f"::{name}").splitlines()

@@ -380,13 +380,13 @@ def test_needed_elsewhere(tmp_path: Path) -> None:
     assert moment._needed(client, clients.Settings(("my-restic",), (), env, "/")) is None
 
 
+def _fail(_: object, line: str) -> NoReturn:
+    raise ZeroDivisionError(f"no such thing: {line}")
+
+
 def test_bug_in_a_reader(scene: Scene) -> None:
     """A bug while the client is watched is a failure, told once; the client does not run again."""
-
-    def fail(_: object, line: str) -> NoReturn:
-        raise ZeroDivisionError(f"no such thing: {line}")
-
-    scene.changes.append(lambda: setattr(tests.scene._Reader, "stderr", fail))
+    scene.changes.append(lambda: setattr(tests.scene._Reader, "stderr", _fail))
     # In the place of pytest's, which has another descriptor.
     scene.changes.append(lambda: setattr(sys, "stderr", os.fdopen(2, "w", 1, closefd=False)))
     scene.behave('echo "word: $MY_PASSWORD" >&2; sleep 100')
@@ -396,24 +396,18 @@ def test_bug_in_a_reader(scene: Scene) -> None:
     assert len(scene.calls()) == 1
     (folder,) = scene.home.glob("state/runs/*")
     where = (folder / "runner.log").read_text()
-    assert "in fail\n" in where
+    assert "in _fail\n" in where
     assert "open sesame" not in where
 
 
 def test_bug_on_a_full_disk(scene: Scene) -> None:
     """Where there is no room for the traceback of a bug, its end is told all the same."""
 
-    def fail(_: object, line: str) -> NoReturn:
-        raise ZeroDivisionError("no such thing")
-
-    def refuse(*_: object) -> NoReturn:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    scene.changes.append(lambda: setattr(tests.scene._Reader, "stderr", fail))
-    scene.changes.append(lambda: setattr(traceback, "print_tb", refuse))
+    scene.changes.append(lambda: setattr(tests.scene._Reader, "stderr", _fail))
+    scene.changes.append(lambda: setattr(traceback, "print_tb", _used_up))
     scene.behave("echo word >&2; sleep 100")
     ended = scene.backup(scene.plan("tank/a", client="played"))
-    check_failed(scene, ended, "a bug in atomtx: ZeroDivisionError: no such thing")
+    check_failed(scene, ended, "a bug in atomtx: ZeroDivisionError: no such thing: word")
 
 
 @pytest.mark.parametrize(("later_s", "told"), [(60, True), (0, False), (-60, False)])
@@ -679,12 +673,17 @@ def test_client_is_marked(scene: Scene) -> None:
     assert (scene.home / "left").read_text() == f"atomtx-{ended.run.id}\n"
 
 
-def test_snapshot_lost_while_it_is_read(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "behaviour", ["exec sleep 1000", "trap '' TERM; while :; do sleep 0.1 || :; done"]
+)
+def test_snapshot_lost_while_it_is_read(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, behaviour: str
+) -> None:
     """Promise 7: a client that reads a snapshot that has lost its files is stopped at once."""
     monkeypatch.setattr(supervisor, "LOOK_S", 0.0)
     lost = "the room for changes is used up"
     monkeypatch.setattr(namespace.Assembly, "failure", lambda _: lost)
-    scene.behave("trap '' TERM; while :; do sleep 0.1 || :; done")
+    scene.behave(behaviour)
     ended = scene.backup(scene.plan(*SETS, grace_s=2))  # it is looked at again meanwhile
     check_failed(scene, ended, lost)
     (folder,) = scene.home.glob("state/runs/*")
