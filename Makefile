@@ -8,6 +8,8 @@ VENV ?= .venv
 PYTEST_ARGUMENTS ?= --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 50 --durations-min 5
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+# Else each command that a test starts compiles the whole program anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help test lint unit vm demo bench crash-full mutants clean clean-vm
 

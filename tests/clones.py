@@ -22,6 +22,7 @@ from atomtx.statedir import RunFolder
 from atomtx.volumes.ends import End
 from tests.faketoken import BLOCKS
 from tests.scene import Ended, Scene
+from tests.standin import write_program
 
 PATTERN = Pattern.parse("s-%Y%m%d%H%M%S")
 SETS = ("tank/a", "tank/enc")
@@ -40,7 +41,7 @@ class Field:
         self.scene = scene
         self.far = scene.home / "far"
         self.far.mkdir()
-        scene.stand_in("ssh", "fakessh", "sys.argv[1:]")
+        write_program(scene.home / "bin" / "ssh", "fakessh", "sys.argv[1:]")
         scene.play(
             pools=dict(POOLS),
             datasets={**DATASETS, "backup": "filesystem", HERE: "filesystem"},

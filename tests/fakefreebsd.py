@@ -15,12 +15,15 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import fakezfs  # type: ignore[import-not-found]
+
+TYPE_CHECKING = False  # typing takes longer to load than all the rest
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from typing import Any
 
 MS_RDONLY, MS_NOSUID, MS_REMOUNT, MS_BIND = 0x1, 0x2, 0x20, 0x1000
 UMOUNT_NOFOLLOW = 0x8
@@ -40,7 +43,7 @@ class Refused(Exception):
 
 def main(program: str, argv: list[str]) -> int:
     """Answer one command."""
-    with open(fakezfs.HOME / "programs.log", "a") as log:
+    with open(f"{fakezfs.HOME}/programs.log", "a") as log:
         log.write(json.dumps([program, *argv]) + "\n")
     programs: dict[str, Callable[[list[str]], int]] = {
         "mount": mount,
@@ -64,9 +67,9 @@ def main(program: str, argv: list[str]) -> int:
 @contextmanager
 def table() -> Iterator[dict[str, Any]]:
     """Read the mounts, and write them back, while nobody else does."""
-    with open(fakezfs.HOME / "mounts.lock", "w") as lock:
+    with open(f"{fakezfs.HOME}/mounts.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        path = fakezfs.HOME / "mounts.json"
+        path = Path(fakezfs.HOME, "mounts.json")
         state: dict[str, Any] = json.loads(path.read_text())
         yield state
         new = path.with_suffix(".new")
@@ -103,7 +106,7 @@ def _walk_to_snapshot(state: dict[str, Any], path: str) -> str | None:
     if match is None:
         return None
     dataset = _topmost(state, match[1] or "/")
-    pool = json.loads((fakezfs.HOME / "pool.json").read_text())
+    pool = json.loads(Path(fakezfs.HOME, "pool.json").read_text())
     if dataset is None or dataset["fstype"] != "zfs" or "snapdir" in pool["faults"]:
         raise Refused(f"{path}: No such file or directory", EX_USAGE)
     name = f"{dataset['special']}@{match[2]}"
@@ -166,7 +169,7 @@ def mount(argv: list[str]) -> int:
         if len(target.encode()) >= MNAMELEN:
             raise Refused(f"{target}: File name too long")
         add(state, source[: MNAMELEN - 1], target, "nullfs", "ignore", "nosuid", "read-only")
-        _linux_mount(str(fakezfs.stored(name)), target, MS_BIND)
+        _linux_mount(fakezfs.stored(name), target, MS_BIND)
         _linux_mount("none", target, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID)
     return 0
 
@@ -216,7 +219,7 @@ def sysctl(argv: list[str]) -> int:
     if "x" not in "".join(flags) and "o" not in "".join(flags):
         return 1  # show_var(): an opaque value is printed with -o or -x alone
     name = "" if "n" in "".join(flags) else "kern.boot_id: "
-    print(f"{name}Format: Length:16 Dump:0x{(fakezfs.HOME / 'boot_id').read_text()}")
+    print(f"{name}Format: Length:16 Dump:0x{Path(fakezfs.HOME, 'boot_id').read_text()}")
     return 0
 
 

@@ -21,7 +21,12 @@ import stat
 import sys
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+
+TYPE_CHECKING = False  # typing takes longer to load than all the rest
+if TYPE_CHECKING:
+    from typing import Any
+
+    State = dict[str, Any]
 
 HOME = Path(os.environ.get("FAKE_LVM", "/nonexistent"))
 PROGRAMS = ("lvs", "vgs", "lvcreate", "lvchange", "lvremove", "dmsetup")
@@ -41,23 +46,17 @@ _REPORT = {
 }
 _RESERVED = ("_cpool", "_tdata", "_tmeta", "_pmspare", "_rimage")  # some of them
 
-State = dict[str, Any]
-
 
 def install(home: Path, groups: dict[str, int]) -> Path:
     """Put the programs into *home*/bin; *groups* tells how many bytes are free in each."""
+    from tests.standin import write_program
+
     uuids = {name: _uuid(f"vg{name}") for name in groups}
     state = {"groups": {n: {"uuid": uuids[n], "free": free} for n, free in groups.items()}}
     write(home, state | {"volumes": {}, "suspended": [], "faults": {}, "status": {}, "next": 1})
     (home / "bin").mkdir(exist_ok=True)
-    tests = str(Path(__file__).parent)
     for name in PROGRAMS:
-        program = f"import sys; sys.path.insert(0, {tests!r}); import fakelvm"
-        path = home / "bin" / name
-        path.write_text(
-            f"#!{sys.executable} -SEB\n{program}\nsys.exit(fakelvm.main({name!r}, sys.argv[1:]))\n"
-        )
-        path.chmod(0o755)
+        write_program(home / "bin" / name, "fakelvm", f"{name!r}, sys.argv[1:]")
     return home / "bin"
 
 

@@ -16,16 +16,19 @@ import os
 import select
 import signal
 import sys
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import faketoken  # type: ignore[import-not-found]
+
+TYPE_CHECKING = False  # typing takes longer to load than all the rest
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any
+
+    Pool = dict[str, Any]
 
 BLOCKS = faketoken.BLOCKS
 _HALF = BLOCKS // 2
 _BLOCK = "x" * 100
-Pool = dict[str, Any]
 
 
 class Refused(Exception):
@@ -192,7 +195,7 @@ def _await_end() -> None:
 # -- receive -----------------------------------------------------------------------------------
 
 
-def receive(pool: Pool, words: list[str], home: Path) -> None:
+def receive(pool: Pool, words: list[str], home: str) -> None:
     """Read a stream into a copy; at its untimely end keep what there is of it."""
     copy = words[-1]
     if words[0] == "-A":
@@ -293,7 +296,7 @@ def _arrived(pool: Pool, copy: str, now: Pool) -> str:
     return name
 
 
-def _cut_off(pool: Pool, copy: str, now: Pool, blocks: int, home: Path) -> None:
+def _cut_off(pool: Pool, copy: str, now: Pool, blocks: int, home: str) -> None:
     if not now:
         raise Refused("cannot receive: failed to read from stream")
     _made(pool, copy, now)
@@ -317,6 +320,6 @@ def _abort(pool: Pool, copy: str) -> None:
         del pool["datasets"][copy], pool["facts"][copy]
 
 
-def _log(home: Path, copy: str, now: Pool, blocks: int) -> None:
-    with open(home / "arrived.log", "a") as log:
+def _log(home: str, copy: str, now: Pool, blocks: int) -> None:
+    with open(f"{home}/arrived.log", "a") as log:
         log.write(json.dumps([copy, now["guid"], blocks]) + "\n")

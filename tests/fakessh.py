@@ -22,9 +22,8 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from pathlib import Path
 
-HOME = Path(os.environ.get("FAKE_ZFS", "/nonexistent"))
+HOME = os.environ.get("FAKE_ZFS", "/nonexistent")
 _HALF = b'{"block": 1,'
 
 
@@ -32,8 +31,9 @@ def main(argv: list[str]) -> int:
     """Run the last argument in a shell of the far machine."""
     os.closerange(3, 256)
     host, command = argv[-2:]
-    fault = json.loads((HOME / "pool.json").read_text())["faults"].get("ssh", "")
-    if fault == "refuse" or (HOME / "dead").exists():
+    with open(f"{HOME}/pool.json") as file:
+        fault = json.load(file)["faults"].get("ssh", "")
+    if fault == "refuse" or os.path.exists(f"{HOME}/dead"):
         print(f"ssh: connect to host {host} port 22: Connection refused", file=sys.stderr)
         return 255
     if fault == "noise":
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
         ["sh", "-c", command],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env={**os.environ, "FAKE_ZFS": str(HOME / "far"), "FAKE_FRONT": str(os.getppid())},
+        env={**os.environ, "FAKE_ZFS": f"{HOME}/far", "FAKE_FRONT": str(os.getppid())},
     )
     died = _feed(far, until=_HALF if is_cut and "receive" in command else None)
     assert far.stdout
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
     status = far.wait()
     if died:
         if kind == "cut":
-            (HOME / "dead").touch()
+            open(f"{HOME}/dead", "w").close()
         print(f"Connection to {host} closed by remote host.", file=sys.stderr)
         return 255
     return status if status >= 0 else 255

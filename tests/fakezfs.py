@@ -19,27 +19,35 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
-HOME = Path(os.environ.get("FAKE_ZFS", "/nonexistent"))
+TYPE_CHECKING = False  # typing and pathlib take longer to load than all the rest
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+HOME = os.environ.get("FAKE_ZFS", "/nonexistent")
 MARK, KEPT, TRANSIENT = "atomtx:run", "atomtx:kept", "atomtx:transient"
 
 
 def main(program: str, argv: list[str]) -> int:
     """Answer one command."""
-    before = (HOME / "pool.json").read_text()
+    before = _read("pool.json")
     pool: dict[str, Any] = json.loads(before)
-    with open(HOME / "zfs.log", "a") as log:
+    with open(f"{HOME}/zfs.log", "a") as log:
         log.write(json.dumps([program, *argv]) + "\n")
     status = _answer(pool, program, argv)
     after = json.dumps(pool)
     if after != before:  # else it would undo what was changed while it looked
-        new = HOME / f"pool.{os.getpid()}"
-        new.write_text(after)
-        new.replace(HOME / "pool.json")
+        new = f"{HOME}/pool.{os.getpid()}"
+        with open(new, "w") as file:
+            file.write(after)
+        os.replace(new, f"{HOME}/pool.json")
     return status
+
+
+def _read(name: str) -> str:
+    with open(f"{HOME}/{name}") as file:
+        return file.read()
 
 
 def _answer(pool: dict[str, Any], program: str, argv: list[str]) -> int:
@@ -56,7 +64,7 @@ def _answer(pool: dict[str, Any], program: str, argv: list[str]) -> int:
         if verb == "receive":
             sys.stdin.read()
         return 0
-    while fault == "wait" and not (HOME / "go").exists():
+    while fault == "wait" and not os.path.exists(f"{HOME}/go"):
         time.sleep(0.05)
     if fault == "refuse":
         print(f"cannot {verb}: out of luck", file=sys.stderr)
@@ -212,16 +220,17 @@ def _snapshot(
         import shutil  # half of the time that this program takes to start
 
         shutil.copytree(
-            HOME / "live" / dataset, stored(name), symlinks=True, ignore=_without_children(dataset)
+            f"{HOME}/live/{dataset}",
+            stored(name),
+            symlinks=True,
+            ignore=_without_children(dataset),
         )
     return 0
 
 
 def _without_children(dataset: str) -> Callable[[str, list[str]], list[str]]:
     """Leave the directories of other datasets empty, where the table of mounts is played too."""
-    mounts = HOME / "mounts.json"
-    table = json.loads(mounts.read_text())["mounts"] if mounts.exists() else []
-    others = {entry["node"] for entry in table if entry["special"] != dataset}
+    others = {entry["node"] for entry in _mounts() or () if entry["special"] != dataset}
     return lambda directory, names: names if directory in others else []
 
 
@@ -325,18 +334,27 @@ def _judge(
 
 
 def _is_mounted(name: str) -> bool:
-    mounts = HOME / "mounts.json"
-    if mounts.exists():  # FreeBSD's are played: a channel program does not unmount (zcp_synctask.c)
-        return any(entry["special"] == name for entry in json.loads(mounts.read_text())["mounts"])
+    table = _mounts()
+    if table is not None:  # a channel program does not unmount (zcp_synctask.c)
+        return any(entry["special"] == name for entry in table)
     for pid in filter(str.isdecimal, os.listdir("/proc")):
         try:
-            if f" {name} " in Path("/proc", pid, "mountinfo").read_text():
-                return True
+            with open(f"/proc/{pid}/mountinfo") as file:
+                if f" {name} " in file.read():
+                    return True
         except OSError:
             continue
     return False
 
 
-def stored(snapshot: str) -> Path:
+def _mounts() -> list[dict[str, Any]] | None:
+    """Return the mounts where they are played, as FreeBSD's are; else None."""
+    if not os.path.exists(f"{HOME}/mounts.json"):
+        return None
+    found: list[dict[str, Any]] = json.loads(_read("mounts.json"))["mounts"]
+    return found
+
+
+def stored(snapshot: str) -> str:
     """Return where the files of a snapshot are kept."""
-    return HOME / "frozen" / snapshot.replace("/", "%")
+    return f"{HOME}/frozen/{snapshot.replace('/', '%')}"

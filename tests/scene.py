@@ -10,16 +10,12 @@ import shutil
 import signal
 import sqlite3
 import subprocess
-import sys
 import traceback
 from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import alembic.command  # noqa: F401  once here, not in each front end
-import sqlalchemy.dialects.sqlite  # noqa: F401
 
 from atomtx import clients, locks, plan, process, pruning
 from atomtx.clients import Backup, End, Facts, Launch, Moment, Settings
@@ -38,6 +34,7 @@ from atomtx.statedir import RunFolder, prepare
 from atomtx.states import Outcome
 from tests import fakezfs
 from tests.runs import a_plan
+from tests.standin import write_program
 from tests.vm.points import Crash, fork_runner
 
 HANGS_S = 60.0
@@ -121,19 +118,7 @@ class Scene:
         (home / "bin").mkdir()
         self.client = str(self._script("client", _CLIENT.format(home=home)))
         for name in ("zfs", "zpool"):
-            self.stand_in(name, "fakezfs", f"{name!r}, sys.argv[1:]")
-
-    def stand_in(self, name: str, module: str, arguments: str) -> None:
-        """Put a program in the place of another one: the main of a module of the tests."""
-        lines = (
-            f"#!{sys.executable} -SE",
-            "import sys",
-            f"sys.pycache_prefix = {str(self.home / 'compiled')!r}",  # a third of its time
-            f"sys.path.insert(0, {str(Path(fakezfs.__file__).parent)!r})",
-            f"import {module}",
-            f"sys.exit({module}.main({arguments}))",
-        )
-        self._script(f"bin/{name}", "\n".join(lines) + "\n")
+            write_program(home / "bin" / name, "fakezfs", f"{name!r}, sys.argv[1:]")
 
     def _script(self, name: str, text: str) -> Path:
         path = self.home / name
@@ -248,6 +233,7 @@ class Scene:
         (self.home / "points").write_text("")
         answer = self.home / "answer"
         answer.unlink(missing_ok=True)
+        _load_before_fork()
         pid = os.fork()
         if pid == 0:
             self._become(work, kill, answer)
@@ -287,7 +273,7 @@ class Scene:
 
     def _play_along(self, crash: Crash) -> None:
         """Put the played pools in the place of real ones, in this process and its runner."""
-        fakezfs.HOME = self.home
+        fakezfs.HOME = str(self.home)
         os.environ.pop("TMPDIR", None)  # of whoever runs the tests
         path = f"{self.home}/bin:{process.BASE_ENVIRONMENT['PATH']}"
         process.BASE_ENVIRONMENT |= {"PATH": path, "FAKE_ZFS": str(self.home)}
@@ -358,6 +344,12 @@ class Scene:
                 subprocess.run(["umount", "-l", entry.mountpoint], check=False)
 
 
+def _load_before_fork() -> None:
+    """Load once what each front end would; a program that plays along may not need it at all."""
+    import alembic.command  # noqa: F401
+    import sqlalchemy.dialects.sqlite  # noqa: F401
+
+
 def _words(interrupted: Interrupted | None) -> str | None:
     return interrupted.message if interrupted else None
 
@@ -382,7 +374,7 @@ def _mount(source: str, target: str, fstype: str | None, flags: int, data: str =
     if fstype != "zfs":
         _real_mount(source, target, fstype, flags, data)
         return
-    if not fakezfs.stored(source).exists():
+    if not os.path.exists(fakezfs.stored(source)):
         raise FileNotFoundError(2, f"cannot mount {source}", target)
     target = os.readlink(target)  # a descriptor's; below it is not what will be mounted there
     _real_mount(source, target, "tmpfs", 0)

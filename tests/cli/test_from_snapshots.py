@@ -26,7 +26,7 @@ from atomtx.mounts import mountinfo, namespace
 from tests import fakezfs, scene
 from tests.vm.points import Crash, fork_runner
 home = Path(os.environ["FAKE_ZFS"])
-fakezfs.HOME = home
+fakezfs.HOME = str(home)
 process.BASE_ENVIRONMENT |= {
     "PATH": f"{home}/bin:{process.BASE_ENVIRONMENT['PATH']}", "FAKE_ZFS": str(home)
 }

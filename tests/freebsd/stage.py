@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import py_compile
 import select
 import signal
 import subprocess
@@ -27,9 +26,9 @@ from atomtx.plan import Plan
 from atomtx.system import System, freebsd
 from tests import fakezfs
 from tests.scene import Scene
+from tests.standin import write_program
 
 PROGRAMS = ("mount", "umount", "sysctl", "ps", "fstat", "procstat")
-py_compile.compile(str(Path(fakezfs.__file__).with_name("fakefreebsd.py")))  # once, not each time
 ENGINE = str(Path(system.__file__).parent.parent) + os.sep
 TESTS = str(Path(fakezfs.__file__).parent) + os.sep
 # What neither FreeBSD nor its Python has.
@@ -47,9 +46,7 @@ class FreeBSD(Scene):
     def __init__(self, home: Path) -> None:
         super().__init__(home)
         for name in PROGRAMS:
-            program = f"import sys; sys.path.insert(0, {TESTS!r}); import fakefreebsd"
-            main = f"sys.exit(fakefreebsd.main({name!r}, sys.argv[1:]))"
-            self._script(f"bin/{name}", f"#!{sys.executable} -SEB\n{program}\n{main}\n")
+            write_program(home / "bin" / name, "fakefreebsd", f"{name!r}, sys.argv[1:]")
         self.reboot()
 
     @property

@@ -44,7 +44,7 @@ def on_freebsd(stage: FreeBSD, monkeypatch: pytest.MonkeyPatch) -> FreeBSD:
     monkeypatch.setitem(process.BASE_ENVIRONMENT, "PATH", path)
     monkeypatch.setitem(process.BASE_ENVIRONMENT, "FAKE_ZFS", str(stage.home))
     monkeypatch.setattr(system, "here", freebsd)
-    monkeypatch.setattr(fakezfs, "HOME", stage.home)
+    monkeypatch.setattr(fakezfs, "HOME", str(stage.home))
     freebsd.boot_id.cache_clear()
     return stage
 

@@ -247,7 +247,7 @@ def scene(tmp_path: Path) -> Iterator[Scene]:
 
 def keep(scene: Scene, moment: int, *datasets: str) -> None:
     """Have a run of `atomtx snap` keep a moment whose files say which it is."""
-    fakezfs.HOME = scene.home
+    fakezfs.HOME = str(scene.home)
     there = scene.pool["snapshots"]
     for n, dataset in enumerate(datasets):
         name = f"{dataset}@m{moment}"
@@ -260,7 +260,7 @@ def keep(scene: Scene, moment: int, *datasets: str) -> None:
             "holds": [],
         }
         shutil.copytree(scene.live(dataset), fakezfs.stored(name), dirs_exist_ok=True)
-        (fakezfs.stored(name) / "file").write_text(f"m{moment}")
+        Path(fakezfs.stored(name), "file").write_text(f"m{moment}")
     scene.play(snapshots=there)
 
 
@@ -602,8 +602,8 @@ def test_empty_then(scene: Scene) -> None:
     assert live.run
     assert live.run.outcome == "completed"
     for name in SETS:
-        (fakezfs.stored(f"{name}@m1") / "file").unlink()
-    (fakezfs.stored("tank/a@m2") / "file").unlink()
+        Path(fakezfs.stored(f"{name}@m1"), "file").unlink()
+    Path(fakezfs.stored("tank/a@m2"), "file").unlink()
     assert catch_up(scene, of_job).said("status") == [ExitStatus.COMPLETED]
     assert scene.pool["snapshots"] == before
     (scene.live("tank/a") / "file").unlink()
