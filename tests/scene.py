@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import select
-import shutil
 import signal
 import sqlite3
 import subprocess
@@ -32,7 +31,7 @@ from atomtx.recovery import Decision
 from atomtx.settling import Settler, front
 from atomtx.statedir import RunFolder, prepare
 from atomtx.states import Outcome
-from tests import fakezfs
+from tests import fakemount, fakezfs
 from tests.runs import a_plan
 from tests.standin import write_program
 from tests.vm.points import Crash, fork_runner
@@ -285,7 +284,7 @@ class Scene:
         fork_runner(crash)
 
     def _in_the_place_of_mounts(self) -> None:
-        namespace.mount = _mount
+        namespace.mount = fakemount.mount
 
     # -- after -----------------------------------------------------------------------------
 
@@ -364,19 +363,3 @@ class _Interrupts(Interrupts):
     def sleep(self, seconds: float) -> None:
         self._ended.told.append(("sleep", seconds))
         self.check()
-
-
-_real_mount = namespace.mount
-
-
-def _mount(source: str, target: str, fstype: str | None, flags: int, data: str = "") -> None:
-    """Mount as mount(2) does; a snapshot is a file system in memory with a copy of its files."""
-    if fstype != "zfs":
-        _real_mount(source, target, fstype, flags, data)
-        return
-    if not os.path.exists(fakezfs.stored(source)):
-        raise FileNotFoundError(2, f"cannot mount {source}", target)
-    target = os.readlink(target)  # a descriptor's; below it is not what will be mounted there
-    _real_mount(source, target, "tmpfs", 0)
-    shutil.copytree(fakezfs.stored(source), target, symlinks=True, dirs_exist_ok=True)
-    _real_mount(source, target, None, flags | namespace.MS_REMOUNT | namespace.MS_BIND)

@@ -23,14 +23,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from atomtx import cli, preparing, process
 from atomtx.mounts import mountinfo, namespace
-from tests import fakezfs, scene
+from tests import fakemount, fakezfs
 from tests.vm.points import Crash, fork_runner
 home = Path(os.environ["FAKE_ZFS"])
 fakezfs.HOME = str(home)
 process.BASE_ENVIRONMENT |= {
     "PATH": f"{home}/bin:{process.BASE_ENVIRONMENT['PATH']}", "FAKE_ZFS": str(home)
 }
-namespace.mount = scene._mount
+namespace.mount = fakemount.mount
 def read():
     table = mountinfo.read()
     above = table.containing(str(home)).id
