@@ -249,6 +249,7 @@ def _lvcreate(state: State, argv: list[str]) -> int:
     if live.exists():
         import shutil
 
+        shutil.rmtree(stored(f"{group}/{name}"), ignore_errors=True)  # of one that was removed
         shutil.copytree(live, stored(f"{group}/{name}"))
     return 0
 

@@ -219,6 +219,7 @@ def _snapshot(
             pool["snapshots"][name]["transient"] = transient.removeprefix(f"{TRANSIENT}=")
         import shutil  # half of the time that this program takes to start
 
+        shutil.rmtree(stored(name), ignore_errors=True)  # of one of that name that was destroyed
         shutil.copytree(
             f"{HOME}/live/{dataset}",
             stored(name),

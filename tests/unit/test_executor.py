@@ -1358,6 +1358,11 @@ def test_unseen_client_of_killed(scene: Scene) -> None:
     script = "test $(wc -l < $home/calls) -gt 1 || "
     scene.behave(f"{script}{{ kill -KILL {FRONT_END} $PPID; {_FOREIGN}; }}")
     assert scene.backup(scene.plan(*SETS)).status == -9
+    lock = RunFolder.of(scene.state, run_of(scene)["id"]).client_lock
+    # It kills them before it becomes somebody who may not: it is seen until then.
+    assert locks.wait_until(
+        lambda: {os.stat(f"/proc/{p.pid}").st_uid for p in locks.holders(lock)} == {65534}, 60
+    )
     scene.changes += [_without_ptrace, _hurry]
     ended = scene.recover()
     assert isinstance(ended.raised, WaitingError)
