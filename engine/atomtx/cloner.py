@@ -308,7 +308,7 @@ def _proven(pair: Pair, after: Pair) -> Pair:
         return replace(pair, trouble=after.trouble)
     if after.transfers:
         missing = after.transfers[-1].to.name
-        words = f"{missing} has not arrived in {pair.copy.dataset}, though nothing failed"
+        words = f"{missing} has not arrived in {pair.copy.shown}, though nothing failed"
         return replace(pair, trouble=EffectError(words))
     return pair
 

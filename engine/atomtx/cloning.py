@@ -275,13 +275,13 @@ def look(intent: CopySnapshots, here: End, there: End) -> list[Pair]:
     four = zip(intent.datasets, intent.copies, intent.snapshots, intent.guids, strict=True)
     for dataset, copy, snapshot, guid in four:
         source = sources.get(dataset) or Source(dataset, False, False, ())
-        known = copies.get(copy, Copy(copy))
+        known = copies.get(copy, Copy(copy, host=there.host))
         pair = Pair(source, known, tokens.read(known.token) if known.token else None)
         parent = ends.parent_of(copy)
         if parent and parent not in made:
+            create = known.command("zfs", "create", "-o", "canmount=off", parent)
             missing = EffectError(
-                f"there is no dataset {there.shown(parent)}",
-                hint=f"make it: zfs create -o canmount=off {parent}",
+                f"there is no dataset {there.shown(parent)}", hint=f"make it: {create}"
             )
             pairs.append(replace(pair, trouble=missing, may_be_elsewhere=True))
             continue

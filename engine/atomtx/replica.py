@@ -8,10 +8,12 @@ commands and people.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from .errors import EffectError
+from .names import on_host
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,17 @@ class Copy:
     exists: bool = False
     snapshots: tuple[Point, ...] = ()  # the oldest first
     token: str = ""  # of a receive that was cut off, and can be gone on with
+    host: str = ""  # where it is, as ssh(1) takes it; empty: here
+
+    @property
+    def shown(self) -> str:
+        """The dataset with its host: the source may have the same name."""
+        return on_host(self.host, self.dataset)
+
+    def command(self, *argv: str) -> str:
+        """Return what runs *argv* where the copy is, as a person types it here."""
+        line = shlex.join(argv)
+        return shlex.join(("ssh", self.host, line)) if self.host else line
 
 
 @dataclass(frozen=True)
@@ -111,7 +124,7 @@ def transfers(
         sends = tuple(_sends(source, base, last))
         if not sends:
             raise EffectError(
-                f"{last.name} is older than {base.short}, which {copy.dataset} has, and cannot be "
+                f"{last.name} is older than {base.short}, which {copy.shown} has, and cannot be "
                 "sent any more",
                 hint="a target for each pattern, or one pattern for both",
             )
@@ -126,21 +139,21 @@ def _base(source: Source, copy: Copy) -> Point | None:
     if not copy.snapshots:
         if copy.exists and not copy.token:
             raise EffectError(
-                f"{copy.dataset} is there already, and is no copy of {source.dataset}: it has no "
+                f"{copy.shown} is there already, and is no copy of {source.dataset}: it has no "
                 "snapshot",
                 hint="name another target, or rename or destroy what is there",
             )
         return None
     if base is None:
         raise EffectError(
-            f"{copy.dataset} has no snapshot in common with {source.dataset}",
+            f"{copy.shown} has no snapshot in common with {source.dataset}",
             hint="name another target, or rename what is there: it can only be copied as a whole",
         )
     newest = copy.snapshots[-1]
     if newest.guid != base.guid:
         raise EffectError(
-            f"{copy.dataset} has a snapshot of its own, {newest.short}, after {base.short}",
-            hint=f"destroy it if it is of no use: zfs destroy {newest.name}",
+            f"{copy.shown} has a snapshot of its own, {newest.short}, after {base.short}",
+            hint=f"destroy it if it is of no use: {copy.command('zfs', 'destroy', newest.name)}",
         )
     return base
 
@@ -156,8 +169,9 @@ def _resumed(source: Source, copy: Copy, base: Point | None, token: Token | None
     begins = base.guid if base else ""
     if not token or not is_of(source, token) or token.from_guid != begins:
         raise EffectError(
-            f"{copy.dataset} has a part of a stream that cannot be gone on with",
-            hint=f"throw that part away, its snapshots stay: zfs receive -A {copy.dataset}",
+            f"{copy.shown} has a part of a stream that cannot be gone on with",
+            hint="throw that part away, its snapshots stay: "
+            + copy.command("zfs", "receive", "-A", copy.dataset),
         )
     return next(point for point in source.snapshots if point.guid == token.to_guid)
 

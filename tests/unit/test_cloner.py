@@ -355,6 +355,23 @@ def test_own_way(field: Field, what: Callable[[Any], None], words: str, terms: T
         assert not any("/a@" in words[0] for words in field.commands("rollback"))
 
 
+def test_own_way_elsewhere(field: Field) -> None:
+    """What is told of a copy names its machine: the source may have the same name."""
+    field.snap()
+    field.clone(NAS)
+    field.snap()
+    far = field.pool(NAS)
+    own_snapshot(far)
+    field.play_far(**far)
+    ended = field.clone(NAS)
+    warned = " ".join(ended.said("warn"))
+    assert f"{NAS}/a has a snapshot of its own, @mine" in warned
+    assert "ssh root@nas 'zfs destroy backup/here/a@mine'" in warned
+    field.play_far(datasets={"backup": "filesystem"}, snapshots={})
+    warned = " ".join(field.clone(NAS).said("warn"))
+    assert "ssh root@nas 'zfs create -o canmount=off backup/here'" in warned
+
+
 @pytest.mark.parametrize(("what", "words"), LATE)
 def test_changed_meanwhile(field: Field, what: Callable[[Any], None], words: str) -> None:
     """What changed since the copy was looked at, ZFS refuses; the others are copied."""

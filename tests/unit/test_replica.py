@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -102,6 +104,30 @@ def test_own_way(there: Copy, words: str) -> None:
     """A copy that went its own way is left alone, and named."""
     with pytest.raises(EffectError, match=words):
         replica.transfers(ONE_TO_FOUR, there, snapshot(4))
+
+
+@pytest.mark.parametrize(
+    ("there", "what_to_do"),
+    [
+        (copy(1, 7), "destroy it if it is of no use: ssh root@nas 'zfs destroy backup/a@7'"),
+        (copy(1, token="t"), "throw .* away, .*: ssh root@nas 'zfs receive -A backup/a'"),
+    ],
+)
+def test_own_way_elsewhere(there: Copy, what_to_do: str) -> None:
+    """What is advised of another machine's copy is not done to a dataset of this one."""
+    with pytest.raises(EffectError) as found:
+        replica.transfers(ONE_TO_FOUR, replace(there, host="root@nas"), snapshot(4))
+    assert found.value.message.startswith("root@nas:backup/a has a ")
+    assert re.fullmatch(what_to_do, found.value.hint or "")
+
+
+def test_command_of_a_name_with_a_space() -> None:
+    """A line for a shell, and for that of the other machine, names one dataset."""
+    here = Copy("backup/b c").command("zfs", "destroy", "backup/b c@x")
+    assert shlex.split(here) == ["zfs", "destroy", "backup/b c@x"]
+    *ssh, line = shlex.split(Copy("a", host="nas").command("zfs", "destroy", "backup/b c@x"))
+    assert ssh == ["ssh", "nas"]
+    assert shlex.split(line) == ["zfs", "destroy", "backup/b c@x"]
 
 
 def test_older_than_what_is_there() -> None:

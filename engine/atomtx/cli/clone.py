@@ -187,14 +187,17 @@ def _pairs(step: CopySnapshots, here: End, there: End) -> list[Pair]:
         return cloning.look(step, here, there)
     except EffectError as exc:
         names = zip(step.datasets, step.copies, strict=True)
-        return [Pair(Source(d, False, False, ()), Copy(c), trouble=exc) for d, c in names]
+        return [
+            Pair(Source(d, False, False, ()), Copy(c, host=there.host), trouble=exc)
+            for d, c in names
+        ]
 
 
 def _told(pair: Pair, here: End, there: End) -> dict[str, Any]:
     sizes = [here.size(pair.source, transfer) for transfer in pair.transfers]
     return {
         "dataset": pair.source.dataset,
-        "copy": there.shown(pair.copy.dataset),
+        "copy": pair.copy.shown,
         "sends": [told_words(pair.source, transfer) for transfer in pair.transfers],
         "bytes": None if None in sizes else sum(filter(None, sizes)),
         "trouble": str(pair.trouble) if pair.trouble else None,

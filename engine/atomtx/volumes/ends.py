@@ -152,7 +152,13 @@ class End(Zfs):
         )
         points = self._points(found, {})
         return {
-            name: Copy(name, True, tuple(points.get((name, "@"), ())), token.removeprefix("-"))
+            name: Copy(
+                name,
+                exists=True,
+                snapshots=tuple(points.get((name, "@"), ())),
+                token=token.removeprefix("-"),
+                host=self.host,
+            )
             for name, *_, token in found
             if name in datasets
         }
