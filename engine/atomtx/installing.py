@@ -10,8 +10,10 @@ import os
 import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePath
 from types import MappingProxyType
+from typing import Any
 
 from . import clients, credentials, lvmio, process, units
 from .clients import Checker, Settings
@@ -197,7 +199,7 @@ def _credentials(job: Job) -> tuple[dict[str, str], list[str]]:
 def pages(
     config: Config,
     names: Sequence[str],
-    schedule: Schedule | None,
+    schedule: Mapping[str, Any],
     made: Program,
     directory: Path,
     *,
@@ -206,8 +208,8 @@ def pages(
     """
     Return the files to write, by their names below the directory, and what to know of them.
 
-    Without a *schedule* a timer that is there stays as it is.  *of_steps* has of each job with
-    steps the jobs that these back up.
+    *schedule* has fields of Schedule: what it says nothing of stays as it is in a timer that is
+    there.  *of_steps* has of each job with steps the jobs that these back up.
     """
     found = {
         name: service_of_steps(name, config, of_steps[name], made)
@@ -221,8 +223,10 @@ def pages(
     texts |= {name: text for name, text in units.files(wanted, made).items() if "/" in name}
     for name in names:
         file = units.timer_name(name)
-        if schedule or not (directory / file).exists():
-            texts[file] = units.timer(name, schedule or Schedule())
+        there = _text(directory / file)
+        if schedule or there is None:
+            before = Schedule() if there is None else units.schedule_of(there)
+            texts[file] = units.timer(name, replace(before, **schedule))
     notes = [note for name in names for note in found[name][1]]
     notes += [
         f"job {name} is installed, and is not in {config.path}: its service will fail; "

@@ -326,6 +326,19 @@ def _read_write(paths: Iterable[str]) -> Iterator[str]:
         yield f"ReadWritePaths={word(f'-{path}')}"  # "-": also where it is not there yet
 
 
+def schedule_of(timer: str) -> Schedule:
+    """Return the schedule of a timer that was written here: the other way of `timer`."""
+    lines = [line.partition("=")[::2] for line in timer.splitlines()]
+    found = dict(lines)
+    delay = found.get("RandomizedDelaySec", "")
+    return Schedule(
+        tuple(value for name, value in lines if name == "OnCalendar") or Schedule.on_calendar,
+        is_persistent="Persistent" in found,
+        randomized_delay_s=int(delay) if delay.isdecimal() else 0,
+        wakes="WakeSystem" in found,
+    )
+
+
 def timer(job: str, schedule: Schedule) -> str:
     """Return a job's timer."""
     lines = [f"OnCalendar={each}" for each in schedule.on_calendar]

@@ -65,6 +65,24 @@ def test_install(file: Path, tmp_path: Path, atomtx_: Run) -> None:
     assert (last.returncode, last.stdout) == (0, "nothing of ours is there\n")
 
 
+def test_one_option_of_a_timer(file: Path, tmp_path: Path, atomtx_: Run) -> None:
+    """An option changes what it says, and nothing else of a timer that is there."""
+    where = tmp_path / "units"
+    words = ("install", "systemd", "--directory", str(where))
+    when = ("--on-calendar", "Mon *-*-* 03:00", "--randomized-delay", "1h", "--wake-system")
+    assert atomtx_(*words, "--job", "home", *when).returncode == 0
+    timer = where / "atomtx@home.timer"
+    before = timer.read_text()
+    assert "WakeSystem=true\n" in before
+    assert atomtx_(*words, "--no-persistent").returncode == 0
+    assert timer.read_text() == before.replace("Persistent=true\n", "")
+    assert "OnCalendar=daily\n" in (where / "atomtx@my-photos.timer").read_text()
+    taken_back = ("--persistent", "--no-wake-system", "--randomized-delay", "0")
+    assert atomtx_(*words, "--job", "home", *taken_back).returncode == 0
+    lines = ["OnCalendar=Mon *-*-* 03:00", "Persistent=true", "AccuracySec=1s"]
+    assert timer.read_text().partition("[Timer]\n")[2].splitlines()[:4] == [*lines, ""]
+
+
 def test_install_new_parents(file: Path, tmp_path: Path, atomtx_: Run) -> None:
     """The directories that it makes can be written by root alone, whatever the umask is."""
     where = tmp_path / "new" / "units"

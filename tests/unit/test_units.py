@@ -128,11 +128,24 @@ environment = { RESTIC_REPOSITORY = "/srv/alone" }
 """
 
 
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        Schedule(),
+        Schedule(("Mon *-*-* 03:00", "daily"), is_persistent=False, wakes=True),
+        Schedule(("*:0/5",), randomized_delay_s=300),
+    ],
+)
+def test_schedule_of(schedule: Schedule) -> None:
+    """What a timer was written of can be read out of it."""
+    assert units.schedule_of(units.timer("home", schedule)) == schedule
+
+
 def test_steps(tmp_path: Path) -> None:
     """The service of a job with steps runs these, and may do what a backup of their jobs may."""
     found = config.parse(CONFIG, "/etc/atomtx/atomtx.toml")
     texts, _ = installing.pages(
-        found, list(found.jobs), None, PROGRAM, tmp_path, of_steps={"home": ("borg", "tar")}
+        found, list(found.jobs), {}, PROGRAM, tmp_path, of_steps={"home": ("borg", "tar")}
     )
     home = texts[of("home")]
     assert home.endswith("ExecStart=\nExecStart=/bin/true run --wait --on-stop keep %i\n")

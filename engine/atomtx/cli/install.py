@@ -12,7 +12,6 @@ from .. import config as configuration
 from .. import installing, units
 from ..config import Config
 from ..errors import ExitStatus, UserError
-from ..units import Schedule
 from ..words import seconds
 from . import NAMED, echo, jobs
 
@@ -51,7 +50,11 @@ _JOBS = click.option(
     metavar="TIME",
     help="Start later, by chance, up to this.  [default: 0]",
 )
-@click.option("--wake-system", is_flag=True, help="Wake the machine from suspend.")
+@click.option(
+    "--wake-system/--no-wake-system",
+    default=None,
+    help="Wake the machine from suspend.  [default: no]",
+)
 @click.option("--print", "only_print", is_flag=True, help="Print the units, change nothing.")
 @click.option("--no-start", is_flag=True, help="Write the units alone: enable and start nothing.")
 @_DIRECTORY
@@ -65,8 +68,8 @@ def install(what: str, names: tuple[str, ...], only_print: bool, **options: Any)
     Writes confined services with the paths that a job's repository, cache and hooks need, a
     timer, a clean-up at boot, a resumption of interrupted backups at boot, and notices of what
     failed; enables them, and starts the timer. After a change of the configuration, do it again:
-    what is the same stays, and so does the timer, if none of its options is given. A file that
-    is not ours is never overwritten.
+    what is the same stays, and so does of the timer what no option changes. A file that is not
+    ours is never overwritten.
 
     \b
     Examples:
@@ -119,19 +122,18 @@ def _of_steps(config: Config) -> dict[str, tuple[str, ...]]:
     return {name: steps.backed_up(config, name) for name in wanted}
 
 
-def _schedule(options: dict[str, Any]) -> Schedule | None:
-    """Return when to start; None where nothing was said of it."""
+def _schedule(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a Schedule that were given."""
     delay, times = options["randomized_delay"], options["on_calendar"]
     for each in times:
         installing.check_calendar(each)
-    if not (times or delay or options["wake_system"] or options["persistent"] is not None):
-        return None
-    return Schedule(
-        on_calendar=times or Schedule.on_calendar,
-        is_persistent=options["persistent"] is not False,
-        randomized_delay_s=seconds(delay) if delay else 0,
-        wakes=options["wake_system"],
-    )
+    fields = {
+        "on_calendar": times or None,
+        "is_persistent": options["persistent"],
+        "randomized_delay_s": None if delay is None else seconds(delay),
+        "wakes": options["wake_system"],
+    }
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _begin(names: tuple[str, ...], directory: Path, *, no_start: bool) -> None:
