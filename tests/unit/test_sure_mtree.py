@@ -105,6 +105,27 @@ def test_real_mtree(watched: Watched, tmp_path: Path) -> None:
         assert word in other.stdout
 
 
+def test_real_mtree_of_patterns(tmp_path: Path) -> None:
+    """A name that would match its siblings as a pattern is not taken for one of them."""
+    watched = Watched(tmp_path)
+    for name in ("*", "*.tar", "a", "b", "z [x]", "*d", "d", "y*/*", "yes/a"):
+        path = watched.tree / name
+        if name.endswith("d"):
+            path.mkdir()
+        else:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(name)
+    watched.scan()
+    specification = tmp_path / "specification"
+    specification.write_text("\n".join(exported(watched)) + "\n")
+    same = run(specification, watched.tree)
+    assert (same.returncode, same.stdout, same.stderr) == (0, "", "")
+    (watched.tree / "*").write_text("other")
+    other = run(specification, watched.tree)
+    assert other.returncode == 2
+    assert "sha256" in other.stdout
+
+
 def read_back(line: str) -> tuple[bytes, dict[str, str]]:
     """Read one line strictly: printable ASCII, a path, and keywords with values."""
     assert re.fullmatch(r"[!-~]+( [a-z0-9]+=[!-~]+)+", line), line

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Iterable, Iterator
+from itertools import groupby
 
 from .entry import Entry, State
 
@@ -21,14 +22,37 @@ def escaped(path: bytes) -> str:
     r"""
     Return a path as vis(3) encodes it: \ooo for each byte that could mean something else.
 
-    A pattern's characters are among them: mtree takes a name with a bare one for a pattern.
+    A pattern's characters are among them, though mtree takes them for a pattern all the same.
     """
     return "".join(chr(byte) if byte in _PLAIN else f"\\{byte:03o}" for byte in path)
 
 
 def lines(entries: Iterable[tuple[bytes, Entry]]) -> Iterator[str]:
-    """Yield the lines of a specification; *entries* with their paths, directories first."""
+    """
+    Yield the lines of a specification.
+
+    *entries* come with their paths, directories first, and all of one directory in a row.
+    """
     yield "#mtree"
+    for _, siblings in groupby(entries, key=lambda each: each[0].rpartition(b"/")[0]):
+        yield from _siblings(sorted(siblings, key=lambda each: _breadth(each[0])))
+
+
+def _breadth(path: bytes) -> tuple[bool, int]:
+    """
+    Return how much a name would match as a pattern, for an order.
+
+    NetBSD's mtree takes a decoded name with a pattern's character for a pattern, however it was
+    encoded, and a file is the first entry that it matches (spec.c, verify.c): `*` before `a` would
+    be `a`.  Names that match each other, `*` and `?`, have no order in which it is right.
+    """
+    name = path.rpartition(b"/")[2]
+    literal = len(name.translate(None, b"*?["))
+    is_pattern = literal < len(name)
+    return is_pattern, -literal if is_pattern else 0
+
+
+def _siblings(entries: Iterable[tuple[bytes, Entry]]) -> Iterator[str]:
     for path, entry in entries:
         if entry.is_unknown:  # there is no type for it
             yield f"# {_named(path)} was not readable: {_comment(entry.error or '')}"
