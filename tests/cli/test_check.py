@@ -176,6 +176,18 @@ def test_ignore(state: State, atomtx_: Run) -> None:
     assert check(atomtx_, "--max-age", "26h", "--ignore", "ol")[0] == 2
 
 
+@pytest.mark.parametrize("named", [("--job", "old"), ("--job", "never-ran"), ()])
+def test_ignore_all(state: State, atomtx_: Run, named: tuple[str, ...]) -> None:
+    """What was left out is not said to have never run, nor to have run once."""
+    for number in (1, 2):
+        add(state, number, 9999, label="old")
+    left_out = ("--ignore", "old", "--ignore", "never-ran")
+    status, line = check(atomtx_, "--max-age", "26h", *named, *left_out)
+    assert (status, "--ignore leaves no job to check" in line) == (3, True), line
+    status, line = check(atomtx_, "--max-age", "26h", "--job", "other", *named, *left_out)
+    assert (status, "other: never ran" in line, "old" in line) == (2, True, False), line
+
+
 def test_two_repositories(state: State, atomtx_: Run) -> None:
     """One label in two repositories is two jobs: the fresh one does not stand for the old one."""
     for number in (1, 2):

@@ -111,8 +111,10 @@ def _judged(
     path = state / journalfile.NAME
     if not journalfile.check(path):
         raise UserError(f"there is no journal {path}", hint="no backup was made by this atomtx")
-    jobs = [job for job in history.jobs(path) if not _is_named(job, ignore)]
-    missing = [name for name in names if not any(_is_named(job, [name]) for job in jobs)]
+    ran = history.jobs(path)
+    absent = [name for name in names if not any(_is_named(job, [name]) for job in ran)]
+    missing = [name for name in absent if name not in ignore]
+    jobs = [job for job in ran if not _is_named(job, ignore)]
     if names:
         jobs = [job for job in jobs if _is_named(job, names)]
     now = datetime.now(UTC)
@@ -121,11 +123,11 @@ def _judged(
         for job in jobs
     ]
     told = [verdict for verdict in verdicts if verdict.reasons]
-    if not told and not missing:
-        raise UserError(
-            "no job ran twice yet, so there is nothing to check", hint="name one: --job"
-        )
-    return told, missing
+    if told or missing:
+        return told, missing
+    if ignore and ran and not jobs:
+        raise UserError("--ignore leaves no job to check")
+    raise UserError("no job ran twice yet, so there is nothing to check", hint="name one: --job")
 
 
 def _is_named(job: history.Job, names: Iterable[str]) -> bool:
