@@ -635,6 +635,28 @@ def test_doctor(env: dict[str, str], atomtx_: Run) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a user has no capability to lose")
+@pytest.mark.parametrize(
+    ("name", "said", "expected"),
+    [
+        ("restic", "restic 0.12.1 compiled with go1.16", ["warning", "restic 0.12.1 is too old"]),
+        ("restic", "restic 0.18.1 compiled with go1.25", ["ok", "0.18.1"]),
+        ("borg", "borg 2.0.0b19", ["warning", "borg 2.0.0b19 cannot be used"]),
+        ("borg", "borg 1.4.1", ["ok", "1.4.1"]),
+    ],
+)
+def test_doctor_of_a_client(
+    env: dict[str, str], tmp_path: Path, atomtx_: Run, name: str, said: str, expected: list[str]
+) -> None:
+    """`doctor` says of a client that `backup` would refuse that it cannot be used."""
+    program = tmp_path / "bin" / name
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\necho '{said}'\n")
+    program.chmod(0o755)
+    done = atomtx_("doctor", "--json", env={**env, "PATH": f"{program.parent}:{env['PATH']}"})
+    checks = json.loads(done.stdout)["checks"]
+    assert [[c["status"], c["detail"]] for c in checks if c["name"] == name] == [expected]
+
+
 def test_doctor_without_ptrace(env: dict[str, str]) -> None:
     """`doctor` warns where processes of other users cannot be seen, and says what that means."""
     argv = ("setpriv", "--bounding-set=-sys_ptrace", sys.executable, "-m", "atomtx", "doctor")

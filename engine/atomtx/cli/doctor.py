@@ -24,7 +24,7 @@ from .. import (
     statedir,
     system,
 )
-from ..errors import AtomtxError, ExitStatus, JournalError
+from ..errors import AtomtxError, ExitStatus, JournalError, UserError
 from ..volumes import btrfs
 from . import echo, json_option, render
 from .jobs import problems_of
@@ -179,7 +179,7 @@ def _clients(_: Path) -> Iterator[Check]:
         "xfsdump": _first(r"version (\S+)", _ask("xfsdump", "-h", env=os.environ)),
     }
     for name, version in found.items():
-        yield Check(name, "ok" if version else "note", version or "not installed")
+        yield _client(name, version) if version else Check(name, "note", "not installed")
     if not any(found.values()):
         hint = "install restic, kopia, borg or xfsdump; without one, only --command can be used"
         yield Check("clients", "warning", f"none of {', '.join(found)} is installed", hint)
@@ -191,6 +191,18 @@ def _clients(_: Path) -> Iterator[Check]:
         "a client that leaves the run's mount namespace reads live files, not the snapshot",
         "so do docker, podman, systemd-run and ssh in --command: start the client itself",
     )
+
+
+def _client(name: str, version: str) -> Check:
+    from ..clients import borg, restic
+
+    check_version = {"restic": restic.check_version, "borg": borg.check_version}.get(name)
+    try:
+        if check_version:
+            check_version(version)
+    except UserError as exc:
+        return Check(name, "warning", exc.message, exc.hint)
+    return Check(name, "ok", version)
 
 
 # -- what this user may do ---------------------------------------------------------------------

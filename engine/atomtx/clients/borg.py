@@ -164,6 +164,13 @@ def _parse_version(text: str) -> Version | None:
     return (int(match[1]), int(match[2])) if match else None
 
 
+def check_version(text: str) -> None:
+    """Raise UserError for a version of borg that lacks what is used of it, or is another one."""
+    version = _parse_version(text)
+    if version is None or not OLDEST <= version < _TOO_NEW:
+        raise UserError(f"borg {text} cannot be used", hint="atomtx needs borg 1.2, 1.3 or 1.4")
+
+
 def local_repository(location: str) -> str | None:
     """
     Return the path of a repository in the file system; None for any other.
@@ -330,11 +337,7 @@ class Borg:
             oldest = "{}.{}".format(*OLDEST)
             notes.append(f"{argv[0]} does not tell borg's version: taken for {oldest}")
             return oldest, tuple(notes)
-        version = _parse_version(match[1])
-        if version is None or not OLDEST <= version < _TOO_NEW:
-            raise UserError(
-                f"borg {match[1]} cannot be used", hint="atomtx needs borg 1.2, 1.3 or 1.4"
-            )
+        check_version(match[1])
         return match[1], tuple(notes)
 
     def check(

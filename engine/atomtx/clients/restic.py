@@ -183,6 +183,14 @@ def _parse_version(text: str) -> Version | None:
     return (int(match[1]), int(match[2])) if match else None
 
 
+def check_version(text: str) -> None:
+    """Raise UserError for a version of restic that lacks what is used of it."""
+    version = _parse_version(text)
+    if version is None or version < OLDEST:
+        hint = "atomtx needs {}.{} or newer".format(*OLDEST)
+        raise UserError(f"restic {text} is too old", hint=hint)
+
+
 def _location(settings: Settings, options: Iterable[Option]) -> str:
     """Return the repository's location, from where restic takes it; empty for none."""
     options = tuple(options)
@@ -365,11 +373,7 @@ class Restic:
             oldest = "{}.{}".format(*OLDEST)
             note = f"{argv[0]} does not tell restic's version: nothing newer than {oldest} is used"
             return oldest, (note,)
-        version = _parse_version(match[1])
-        if version is None or version < OLDEST:
-            raise UserError(
-                f"restic {match[1]} is too old", hint="atomtx needs {}.{} or newer".format(*OLDEST)
-            )
+        check_version(match[1])
         return match[1], ()
 
     def check(
