@@ -8,6 +8,7 @@ decides (`zfs` and `lvm` commands are never killed: a half-made change is worse 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import selectors
@@ -337,14 +338,40 @@ def spawn_runner(*, control: int, front: int, stderr: int, env: Mapping[str, str
 
 
 def spawn_hook(
-    argv: Sequence[str], *, env: Mapping[str, str], cwd: str, pass_fds: Sequence[int] = ()
+    argv: Sequence[str],
+    *,
+    env: Mapping[str, str],
+    cwd: str,
+    session: str,
+    pass_fds: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
     """
     Start a hook in a session of its own, all that it prints piped to the caller.
 
-    It inherits no lock but the descriptors *pass_fds*.
+    The variable *session* says which one that is, to whoever finds it after a crash.  It inherits
+    no lock but the descriptors *pass_fds*.  To be called where there is one thread.
     """
-    return _spawn_piped(argv, env, cwd, stderr=subprocess.STDOUT, pass_fds=pass_fds)
+    if any("\0" in text for pair in env.items() for text in pair):
+        raise ValueError("embedded null byte in the environment")
+    program = argv[0] if os.sep in argv[0] else which(argv[0], env)
+    if program is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), argv[0])
+
+    def begin() -> None:  # in the child, which execs with the variables that it has then
+        os.environ.clear()
+        os.environ.update({**env, session: str(os.getpid())})
+
+    return subprocess.Popen(
+        argv,
+        executable=program,
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        pass_fds=pass_fds,
+        start_new_session=True,
+        preexec_fn=begin,
+    )
 
 
 def spawn_client(

@@ -2,7 +2,8 @@
 A command of the user's in a session of its own: started, limited, read, and ended with all of it.
 
 It holds none of our locks, so that one that hangs keeps no recovery out.  What is left of its
-session after a crash is found by its first process, or by a mark in the environment.
+session after a crash is found by its first process, or by marks in the environment: a daemon has
+them too, and they tell that its session is another one.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _LOOK_S = 0.2
 _READ_BYTES = 1 << 16
 _LAST_READS = 17  # a pipe holds 1 MiB at most (pipe(7))
 _WITHHELD_LINES = 10_000
-_MARK = "ATOMTX_HOOK_ID"
+_MARK, _SESSION = "ATOMTX_HOOK_ID", "ATOMTX_HOOK_SESSION"
 
 
 class Sessions:
@@ -82,7 +83,9 @@ class Sessions:
             self._folder.forget_hook(step)  # of an earlier start of the same step
         try:
             place = cwd if os.path.isdir(cwd) else "/"
-            child = process.spawn_hook(argv, env=env, cwd=place, pass_fds=pass_fds)
+            child = process.spawn_hook(
+                argv, env=env, cwd=place, session=_SESSION, pass_fds=pass_fds
+            )
         except (OSError, ValueError) as exc:  # ValueError: a NUL in a word
             return f"cannot start {argv[0]}: {getattr(exc, 'strerror', None) or exc}"
         if self._withheld is None:
@@ -229,14 +232,19 @@ def _session(sid: int) -> list[int]:
 
 def _sessions_of_hook(known: Mapping[str, Any] | None, mark: str) -> set[int]:
     """
-    Return the sessions that are proven a hook's: by its first process, or by one with its mark.
+    Return the sessions that are proven a hook's: by its first process, or by one with its marks.
 
     Others of the session may have dropped their environment.  A number of a session is not used
     again while it has a process.
     """
-    if known is None:  # killed before it could note the process
-        found = map(system.here.session_of, system.here.marked(mark))
-        return {sid for sid in found if sid}
+    marked = {pid: sid for pid in system.here.marked(mark) if (sid := system.here.session_of(pid))}
+    if known is None:  # nothing could be written, or it was killed before
+        return {sid for sid in set(marked.values()) if _is_begun_as(sid, marked)}
     sid = int(known["pid"])
-    is_its = _identity(sid) == known or not {*system.here.marked(mark)}.isdisjoint(_session(sid))
-    return {sid} if is_its else set()
+    return {sid} if _identity(sid) == known or sid in marked.values() else set()
+
+
+def _is_begun_as(sid: int, marked: Mapping[int, int]) -> bool:
+    """Tell whether a session is the one that a hook was started in, and not one of a daemon's."""
+    its = {pid for pid, of in marked.items() if of == sid}
+    return not its.isdisjoint(system.here.marked(f"{_SESSION}={sid}"))

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -303,18 +304,67 @@ def test_signal(scene: Scene) -> None:
     assert not scene.left()
 
 
-def test_what_a_hook_leaves(scene: Scene) -> None:
+LEAVES = "sleep 1000 & echo $! > helper; setsid sleep 1001 & echo $! > daemon"
+
+
+@pytest.fixture
+def daemons(scene: Scene) -> Iterator[Callable[[], bool]]:
+    """Yield what tells whether the daemon of a hook lives; it is ended at the end."""
+
+    def pid() -> int:
+        return int((scene.home / "daemon").read_text())
+
+    yield lambda: Path(f"/proc/{pid()}/cmdline").read_bytes().startswith(b"sleep")
+    with suppress(ProcessLookupError):
+        os.kill(pid(), signal.SIGKILL)
+
+
+def test_what_a_hook_leaves(scene: Scene, daemons: Callable[[], bool]) -> None:
     """What stays in a hook's session lives until its undo; a daemon's life is its own."""
-    leaves = "sleep 1000 & echo $! > helper; setsid sleep 1001 & echo $! > daemon"
-    stop = script(scene, "stop", f"touch in-run; {leaves}")
+    stop = script(scene, "stop", f"touch in-run; {LEAVES}")
     gone = "dead $(cat helper) && ! dead $(cat daemon)"
     made = hooked(scene, RunHook(AROUND_RUN, stop, script(scene, "start", gone)))
     alive = f"test -e /proc/$(cat {scene.home}/helper) || exit 8\n"
     scene.behave((scene.home / "behaviour").read_text() + alive)
     ended = scene.backup(made)
-    os.kill(int((scene.home / "daemon").read_text()), signal.SIGKILL)
+    assert daemons()
     assert outcome(ended) == ("completed", None)
     assert [result for _, result, _ in hook_steps(scene)] == ["done", "done"]
+
+
+def test_what_a_hook_around_the_snapshots_leaves(scene: Scene, daemons: Callable[[], bool]) -> None:
+    """So it is where no process can be noted."""
+    quiesce = script(scene, "quiesce", LEAVES)
+    gone = "dead $(cat helper) && ! dead $(cat daemon)"
+    made = hooked(scene, RunHook(AROUND_SNAPSHOT, quiesce, script(scene, "thaw", gone)))
+    scene.behave("")
+    ended = scene.backup(made)
+    assert daemons()
+    assert outcome(ended) == ("completed", None)
+    assert [result for _, result, _ in hook_steps(scene)] == ["done", "done"]
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_killed_after_an_undo_has_begun_a_daemon(
+    scene: Scene, daemons: Callable[[], bool], hangs: bool
+) -> None:
+    """A database that the thaw has started is no part of a hook that has to be ended."""
+    once = "test -e daemon && exit; setsid sleep 1001 & echo $! > daemon"
+    rest = "; echo $$ > pid; sleep 1000" if hangs else ""
+    thaw = script(scene, "thaw", f"test ! -e pid || dead $(cat pid) || exit 9; {once}{rest}")
+    made = hooked(scene, RunHook(AROUND_SNAPSHOT, script(scene, "quiesce"), thaw))
+    scene.behave("")
+    if hangs:
+        killed = scene.backup(made, at="start:thaw#1", who="front", delay_s=0.5)
+    else:
+        killed = scene.backup(made, at="before:snapshotted#1", who="front")
+    assert killed.status == -signal.SIGKILL
+    ended = scene.recover()
+    assert daemons()
+    assert outcome(ended)[0] == "completed"
+    assert did(scene) == ["quiesce", "thaw", "thaw"]
+    assert hook_steps(scene)[1] == ("undo-hook", "done", None)
+    assert not (hangs and session(scene))
 
 
 # -- retention -------------------------------------------------------------------------------
