@@ -518,7 +518,7 @@ class Executor:
             self._hold(step)
         self._kinds.ready(run.plan.volumes)
         self._cleaner.held = self._found
-        intent = moment.mount_intent(run)
+        intent = moment.mount_intent(self._journal, run)
         run = self._intend_mounts(run, intent)
         launch, task = moment.task_of(self._journal, self._folder, run, intent)
         self._tell.step(intent.describe())

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from . import clients, plan
 from .clients import Client, End, Launch, Moment, Settings
 from .errors import EffectError
-from .intents import KeepSnapshots, Mount, MountVolumes, TakeSnapshots
+from .intents import KeepSnapshots, Mount, MountVolumes, TakeSnapshots, UnmountVolumes
 from .journal import Journal
 from .launching import launch_of, settings_of
 from .mounts import tree
@@ -110,20 +110,28 @@ def kept(intent: TakeSnapshots) -> KeepSnapshots:
     )
 
 
-def mount_intent(run: Run) -> MountVolumes:
+def mount_intent(journal: Journal, run: Run) -> MountVolumes:
     """
     Return the step that mounts the snapshots.
 
-    EffectError where a tree's root is in use, or a live directory is not the plan's.
+    EffectError where a tree's root is in use, or a live directory is not the plan's.  What a parked
+    run has mounted there stays beneath: it blocks no new backup.
     """
     three = zip(plan.mounts(run.plan), run.plan.volumes, run.volumes, strict=True)
     mounts = tuple(_proven(mount, planned, volume.guid) for mount, planned, volume in three)
     if not run.plan.root:
         return MountVolumes("", mounts)
-    tree.check_free(mounts)
+    tree.check_free(mounts, beneath=_parked(journal))
     tops = tuple(t.rstrip("/") for t in plan.tops(run.plan))
     directories = tree.directories_to_make(run.plan.root, tops)
     return MountVolumes(run.plan.root, mounts, directories, run.plan.leave_dirs)
+
+
+def _parked(journal: Journal) -> list[Mount]:
+    """Return what parked runs have mounted in trees, or had until the last boot."""
+    steps = (s for run in journal.open_runs() if run.is_parked for s in run.pending(UnmountVolumes))
+    trees = (step.intent for step in steps if isinstance(step.intent, UnmountVolumes))
+    return [mount for intent in trees if intent.root for mount in intent.mounts]
 
 
 def _proven(mount: Mount, planned: PlannedVolume, guid: str | None) -> Mount:

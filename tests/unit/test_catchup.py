@@ -530,9 +530,9 @@ def test_swapped_before_the_mount(scene: Scene) -> None:
 
     real = engine_moment.mount_intent
 
-    def mount_intent(run: Run) -> MountVolumes:
+    def mount_intent(journal: Journal, run: Run) -> MountVolumes:
         swapped(scene)
-        return real(run)
+        return real(journal, run)
 
     scene.changes.append(lambda: setattr(engine_moment, "mount_intent", mount_intent))
     ended = catch_up(scene, of_job)

@@ -15,9 +15,11 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
@@ -53,7 +55,7 @@ from atomtx.executor import Tell
 from atomtx.intents import AROUND_RUN, RunHook
 from atomtx.interrupts import Interrupts
 from atomtx.journal import Journal
-from atomtx.mounts import inhabitants, namespace, tree
+from atomtx.mounts import inhabitants, mountinfo, namespace, tree
 from atomtx.mounts.witness import Witness
 from atomtx.records import Run
 from atomtx.recovery import MAX_ATTEMPTS, LeaveAlone, Resume, RollBack, RollForward, Wait
@@ -243,6 +245,50 @@ def test_tree_killed(scene: Scene, point: str, who: str) -> None:
     root = str(scene.home / "tree")
     assert scene.backup(scene.plan(*SETS, root=root, layout="tree"), point, who).status == -9
     check_completed(scene, scene.recover(), attempts=2)
+    assert not Path(root).exists()
+
+
+@contextmanager
+def standing_in(scene: Scene, place: str) -> Iterator[None]:
+    """Have somebody stand in a directory of the tree from when the client reads it."""
+    reads, may_go_on = scene.home / "reads", scene.home / "go-on"
+    scene.behave(f"touch {reads}; until test -e {may_go_on}; do sleep 0.05; done\n")
+    opened: list[int] = []
+
+    def enter() -> None:
+        if locks.wait_until(reads.exists, 30, step_s=0.02):
+            opened.append(os.open(place, os.O_RDONLY | os.O_DIRECTORY))
+        may_go_on.touch()
+
+    somebody = threading.Thread(target=enter)
+    somebody.start()
+    try:
+        yield
+    finally:
+        somebody.join()
+        for descriptor in opened:
+            os.close(descriptor)
+
+
+@pytest.mark.parametrize("inside", ["tank/b", "tank/a", "tank/a/c"])
+def test_tree_in_use(scene: Scene, inside: str) -> None:
+    """A parked run's tree blocks no new backup: that is mounted on top, and taken away alone."""
+    root, sets = str(scene.home / "tree"), (*SETS, "tank/a/c")
+    scene.changes.append(lambda: setattr(cleaning, "PAUSES_S", ()))
+    with standing_in(scene, root + str(scene.live(inside))):
+        first = scene.backup(scene.plan(*sets, root=root, layout="tree"))
+        assert first.run
+        assert (first.run.outcome, first.run.cleanup) == ("completed", "parked")
+        beneath = [e.id for e in mountinfo.read() if e.mountpoint.startswith(root)]
+        for dataset in sets:
+            scene.write("later", dataset)
+        second = scene.backup(scene.plan(*sets, root=root, layout="tree"))
+        assert second.run
+        assert (second.run.reason, second.run.state) == (None, "destroyed")
+        assert [e.id for e in mountinfo.read() if e.mountpoint.startswith(root)] == beneath
+    assert scene.copies() == ["frozen frozen frozen", "later later later"]
+    scene.recover()
+    assert scene.left() == []
     assert not Path(root).exists()
 
 

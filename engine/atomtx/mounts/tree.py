@@ -18,6 +18,7 @@ from contextlib import suppress
 from .. import system
 from ..errors import EffectError, UserError
 from ..intents import Mount
+from ..names import is_within
 from . import live, mountinfo
 from .namespace import mount_live, mount_snapshot, unmount
 
@@ -39,11 +40,19 @@ def directories_to_make(root: str, targets: Sequence[str]) -> tuple[str, ...]:
     return tuple(missing)
 
 
-def check_free(mounts: Sequence[Mount]) -> None:
-    """Raise UserError where something is mounted, or files lie, at a mountpoint of the tree."""
+def check_free(mounts: Sequence[Mount], *, beneath: Sequence[Mount] = ()) -> None:
+    """
+    Raise UserError where something is mounted, or files lie, at a mountpoint of the tree.
+
+    A mount of *beneath* is neither: ours come to lie on top of it.
+    """
     table = mountinfo.read()
+    ids = {
+        e.id for e in table for b in beneath if e.mountpoint == b.mountpoint and live.shows(e, b)
+    }
+    covered = [entry.mountpoint for entry in table if entry.id in ids]
     for each in mounts:
-        if any(entry.mountpoint == each.mountpoint for entry in table):
+        if any(entry.mountpoint == each.mountpoint and entry.id not in ids for entry in table):
             raise UserError(
                 f"something is mounted at {each.mountpoint} already",
                 hint="unmount it, or choose another --root",
@@ -55,7 +64,8 @@ def check_free(mounts: Sequence[Mount]) -> None:
                 hint="choose another --root",
             )
         with suppress(FileNotFoundError):
-            if _is_used(each.mountpoint):
+            is_covered = any(is_within(each.mountpoint, path) for path in covered)
+            if not is_covered and _is_used(each.mountpoint):
                 raise UserError(
                     f"{each.mountpoint} is not an empty directory",
                     hint="empty it, or choose another --root",
