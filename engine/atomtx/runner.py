@@ -138,18 +138,26 @@ def _serve(task: Task, folder: RunFolder, conversation: Conversation, wakeup: so
         end = End(Outcome.FAILED, f"cannot watch over the client: {_why(exc)}")
     except Exception as exc:
         # A bug, maybe a reader's.  A lost runner would have the client do all again, and meet it.
-        with suppress(OSError):  # a full disk; not its words, which may be the client's
-            traceback.print_tb(exc.__traceback__)
-        words = f"a bug in atomtx: {type(exc).__name__}: {exc}"
-        end = supervisor.redacted(End(Outcome.FAILED, words))
+        end = supervisor.redacted(End(Outcome.FAILED, _bug(exc)))
+    unknown = "it is not known whether the mounts stayed"
     try:
         trouble = assembly.disturbance() or watch.trouble() or _unread(task, witness, end)
     except OSError as exc:
-        trouble = f"it is not known whether the mounts stayed: {exc.strerror}"
+        trouble = f"{unknown}: {exc.strerror}"
+    except EffectError as exc:
+        trouble = f"{unknown}: {exc.message}"
+    except Exception as exc:
+        trouble = f"{unknown}: {_bug(exc)}"
     if trouble:
         end = failed(end, trouble)
     record = end_to_json(end, attempt=task.attempt, stopped=supervisor.stopped)
     return 0 if _leave_end(folder, conversation, record) else 1
+
+
+def _bug(exc: Exception) -> str:
+    with suppress(OSError):  # a full disk; not its words, which may be the client's
+        traceback.print_tb(exc.__traceback__)
+    return f"a bug in atomtx: {type(exc).__name__}: {exc}"
 
 
 def _why(exc: OSError) -> str:

@@ -220,7 +220,12 @@ class Supervisor:
         if self._lost or time.monotonic() < self._look_at:
             return
         self._look_at = time.monotonic() + LOOK_S
-        if trouble := self._failure():
+        try:
+            trouble = self._failure()
+        except (EffectError, OSError) as exc:  # the next look, or the one at the end, may tell
+            self._log.line(f"atomtx: {exc}")
+            return
+        if trouble:
             self._lost = True
             self._log.line(f"atomtx: {trouble}")
             if self.stopped is None and not self._overdue:

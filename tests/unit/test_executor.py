@@ -763,6 +763,25 @@ def test_snapshot_looked_at_while_it_is_read(scene: Scene, monkeypatch: pytest.M
     assert (ended.run.outcome, ended.run.reason) == ("completed", None)
 
 
+@pytest.mark.parametrize("trouble", [EffectError("dmsetup: no answer"), OSError(24, "Too many")])
+def test_snapshot_that_cannot_be_looked_at(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, trouble: Exception
+) -> None:
+    """A look that fails is repeated: it ends no client, and what the last one tells counts."""
+    monkeypatch.setattr(supervisor, "LOOK_S", 0.0)
+    reads = scene.home / "reads"
+
+    def look(_: object) -> None:
+        if reads.exists():
+            raise trouble
+
+    monkeypatch.setattr(namespace.Assembly, "failure", look)
+    scene.behave(f"touch {reads}; sleep 1; rm {reads}\n")
+    check_completed(scene, scene.backup(scene.plan(*SETS)))
+    (folder,) = scene.home.glob("state/runs/*")
+    assert f"atomtx: {trouble}\n" in (folder / "client.log").read_text()
+
+
 @pytest.mark.parametrize(
     ("behaviour", "limit_s", "outcome"),
     [
@@ -932,13 +951,26 @@ def test_reason_that_is_no_text(scene: Scene) -> None:
     assert (ended.run.reason or "").endswith(" open by 12 (tail) at /a/caf?")
 
 
-def test_mounts_cannot_be_looked_at(scene: Scene) -> None:
-    """Promise 7: without the proof that the mounts stayed nothing is completed."""
-    scene.changes.append(lambda: setattr(namespace.Assembly, "disturbance", _used_up))
+@pytest.mark.parametrize(
+    ("exc", "why"),
+    [
+        (OSError(errno.EMFILE, "Too many open files"), "Too many open files"),
+        (EffectError("cannot start dmsetup: no room"), "cannot start dmsetup: no room"),
+        (ValueError("not a mount"), "a bug in atomtx: ValueError: not a mount"),
+    ],
+)
+def test_mounts_cannot_be_looked_at(scene: Scene, exc: Exception, why: str) -> None:
+    """Promise 7: without the proof that the mounts stayed nothing is completed, nor repeated."""
+
+    def refuse(_: object) -> NoReturn:
+        sys.stderr = os.fdopen(2, "w", 1, closefd=False)  # not pytest's
+        raise exc
+
+    scene.changes.append(lambda: setattr(namespace.Assembly, "disturbance", refuse))
     ended = scene.backup(scene.plan(*SETS))
     assert ended.run
-    reason = "it is not known whether the mounts stayed: Too many open files"
-    assert (ended.run.outcome, ended.run.reason) == ("failed", reason)
+    reason = f"it is not known whether the mounts stayed: {why}"
+    assert (ended.run.outcome, ended.run.reason, ended.run.attempts) == ("failed", reason, 1)
     assert scene.left() == []
 
 
