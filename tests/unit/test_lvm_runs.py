@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from atomtx import lvmio, plan, process
+from atomtx.errors import WaitingError
 from atomtx.intents import Mount, Origin
 from atomtx.mounts import namespace
 from atomtx.names import LvmSnapshot, RunId, mounted_as
@@ -75,7 +76,7 @@ class LvmScene(Scene):
 
     def _devices(self) -> dict[str, lvmio.Device]:
         state = fakelvm.read(self.home)
-        group = lvmio.plain(state["groups"]["data"]["uuid"])
+        (group,) = (lvmio.plain(each["uuid"]) for each in state["groups"].values())
         active = {p: v for p, v in state["volumes"].items() if v["attr"][4] != "-"}
         return {
             f"254:{v['minor']}": lvmio.Device(
@@ -89,6 +90,13 @@ class LvmScene(Scene):
     def change(self, path: str, **values: Any) -> None:
         state = fakelvm.read(self.home)
         state["volumes"][path].update(values)
+        fakelvm.write(self.home, state)
+
+    def rename_group(self, old: str, new: str) -> None:
+        state = fakelvm.read(self.home)
+        state["groups"][new] = state["groups"].pop(old)
+        there = state["volumes"].items()
+        state["volumes"] = {path.replace(f"{old}/", f"{new}/"): v for path, v in there}
         fakelvm.write(self.home, state)
 
     def snapshots(self) -> list[str]:
@@ -128,6 +136,22 @@ def test_never_whole(scene: LvmScene) -> None:
     assert ended.run
     assert ended.run.outcome == Outcome.ROLLED_BACK
     assert "cannot activate" in (ended.run.reason or "")
+    assert scene.left() == []
+
+
+def test_group_renamed(scene: LvmScene) -> None:
+    """Under its group's new name a moment is found, and waits: it is mounted by the old one."""
+    assert scene.backup(scene.lvm_plan(), at="journal:snapshotted#1").status == -9
+    scene.rename_group("data", "other")
+    waits = scene.recover()
+    assert isinstance(waits.raised, WaitingError)
+    assert "the volume group data has another name now: other" in waits.raised.message
+    assert len(scene.snapshots()) == 2
+    scene.rename_group("other", "data")
+    ended = scene.recover()
+    assert ended.run
+    assert ended.run.outcome == Outcome.COMPLETED
+    assert scene.copies() == ["frozen frozen"]
     assert scene.left() == []
 
 

@@ -232,6 +232,9 @@ def test_group_absent(filled: Machine) -> None:
     assert answer.status == 6, answer.output
     assert "the volume group data is not there" in answer.output
     vm.run("rm /etc/lvm/lvmlocal.conf && vgrename -q data other && vgchange -qay other")
+    answer = atomtx(vm, "recover")
+    assert answer.status == 6, answer.output
+    assert "the volume group data has another name now: other" in answer.output
     answer = atomtx(vm, "recover", "--rollback")
     assert answer.status == 0, answer.output
     check_clean(vm)

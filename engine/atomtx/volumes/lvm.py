@@ -95,8 +95,10 @@ class LogicalVolumes:
         return {old: each for old, each in found.items() if old and each.mark == run}
 
     def unreadable(self, volumes: Sequence[PlannedVolume]) -> str | None:
-        """Tell nothing: what is there can be activated and mounted."""
-        return None
+        """Tell which group has another name: a device is mounted by the one that was planned."""
+        there = {group.uuid: group.name for group in self._lvm.groups()}
+        groups = sorted({(v.pool, v.pool_guid) for v in volumes})
+        return next((_renamed(n, there[u]) for n, u in groups if there.get(u, n) != n), None)
 
     def links(self, snapshots: Collection[str]) -> Iterator[str]:
         """Name the devices and the volumes that were made on top of the snapshots."""
@@ -612,7 +614,11 @@ def group_trouble(name: str, uuid: str, lvm: Lvm) -> str | None:
     groups = {group.uuid: group for group in lvm.groups()}
     if trouble := _unusable(name, groups.get(uuid)):
         return trouble
-    return None if groups[uuid].name == name else f"the volume group {name} has another name now"
+    return None if groups[uuid].name == name else _renamed(name, groups[uuid].name)
+
+
+def _renamed(name: str, now: str) -> str:
+    return f"the volume group {name} has another name now: {now}"
 
 
 def _unusable(name: str, group: lvmio.Group | None) -> str | None:
