@@ -355,10 +355,8 @@ class Settler:
         try:
             end_survivors(run, folder, self._tell.warn)
         except EffectError as exc:
-            trouble = kinds.trouble(run.plan.volumes)
-            if trouble is None:
-                raise
-            raise self._waiting(run, recovery.Wait(trouble)) from exc
+            why = kinds.trouble(run.plan.volumes) or exc.message
+            raise self._waiting(run, recovery.Wait(why)) from exc
 
     def _waiting(self, run: Run, decision: recovery.Wait) -> WaitingError:
         probes_blocked = self._rollback or run.state == states.UNMOUNTING
@@ -396,7 +394,7 @@ class Settler:
                 self._tell.step(
                     f"resuming run {run.id} ({run.label}): the same snapshots, {moment.again(run)}"
                 )
-                run = executor.resume(self._update(run))
+                run = self._resumed(run, executor)
                 executor.mend(run)
             case recovery.RollForward():
                 if run.state == states.BACKING_UP:
@@ -407,6 +405,13 @@ class Settler:
             case _:
                 raise AssertionError(decision)
         return executor.advance(run)
+
+    def _resumed(self, run: Run, executor: Executor) -> Run:
+        """Have a run begin once more; what stands in its way, as a tree in use, is waited for."""
+        try:
+            return executor.resume(self._update(run))
+        except EffectError as exc:
+            raise self._waiting(run, recovery.Wait(exc.message)) from exc
 
     def _prune(self, run: Run, decision: Decision, lock: int) -> Run:
         assert isinstance(decision, recovery.RollBack)

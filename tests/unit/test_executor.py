@@ -249,10 +249,10 @@ def test_tree_killed(scene: Scene, point: str, who: str) -> None:
 
 
 @contextmanager
-def standing_in(scene: Scene, place: str) -> Iterator[None]:
+def standing_in(scene: Scene, place: str, then: str = "") -> Iterator[None]:
     """Have somebody stand in a directory of the tree from when the client reads it."""
     reads, may_go_on = scene.home / "reads", scene.home / "go-on"
-    scene.behave(f"touch {reads}; until test -e {may_go_on}; do sleep 0.05; done\n")
+    scene.behave(f"touch {reads}; until test -e {may_go_on}; do sleep 0.05; done\n{then}")
     opened: list[int] = []
 
     def enter() -> None:
@@ -289,6 +289,23 @@ def test_tree_in_use(scene: Scene, inside: str) -> None:
     assert scene.copies() == ["frozen frozen frozen", "later later later"]
     scene.recover()
     assert scene.left() == []
+    assert not Path(root).exists()
+
+
+def test_killed_tree_in_use(scene: Scene) -> None:
+    """A tree that cannot be taken away yet keeps the moment waiting, and is named."""
+    root = str(scene.home / "tree")
+    place = root + str(scene.live("tank/b"))
+    scene.changes.append(lambda: setattr(cleaning, "PAUSES_S", ()))
+    once = f"test -e {scene.home}/once || {{ touch {scene.home}/once; exec sleep 1000; }}\n"
+    with standing_in(scene, place, once):
+        the_plan = scene.plan(*SETS, root=root, layout="tree")
+        killed = scene.backup(the_plan, "journal:backing-up#1", "all later", delay_s=1.5)
+        assert killed.status == -signal.SIGKILL
+        waits = scene.recover()
+        assert isinstance(waits.raised, WaitingError)
+        assert f"waits: {place} is busy: open by " in waits.raised.message
+    check_completed(scene, scene.recover(), attempts=2)
     assert not Path(root).exists()
 
 
