@@ -226,8 +226,9 @@ class Cleaner:
 
     def _why_busy(self, run: Run, names: Collection[str]) -> str:
         """Name what uses the snapshots: processes, mounts, holds and clones."""
-        mounted = [f"mounted at {m}" for m in inhabitants.mounted(names)]
-        where = _words([*inhabitants.users(names), *mounted, *self._links(run, names)])
+        now = {i.name for name, i in self._identities(run).items() if name in names}
+        mounted = [f"mounted at {m}" for m in inhabitants.mounted(now)]
+        where = _words([*inhabitants.users(now), *mounted, *self._links(run, names)])
         more = f" and {len(names) - 1} more are" if len(names) > 1 else " is"
         return f"{sorted(names)[0]}{more} busy: {where or 'holder not found'}"
 

@@ -222,6 +222,25 @@ def test_crash_halfway(tmp_path: Path) -> None:
 
 
 @as_root
+def test_renamed(tmp_path: Path) -> None:
+    """Ours are taken away under another dataset's name; what another run has beneath it stays."""
+    inside(
+        tmp_path,
+        """
+        ours, other = "tank/%s@atomtx-0123456789abcdef", "tank/%s@atomtx-0123456789abcde0"
+        made = [Mount(ours % "a", root + "/a"), Mount(ours % "a/b", root + "/a/b")]
+        os.makedirs(root + "/a")
+        namespace.mount(other % "a", root + "/a", "tmpfs", 0)
+        namespace.mount(ours % "new", root + "/a", "tmpfs", 0)
+        os.mkdir(root + "/a/b")
+        namespace.mount(ours % "new/b", root + "/a/b", "tmpfs", 0)
+        assert tree.remove(made, MADE) == []
+        assert seen() == [(other % "a", "/root/a")], seen()
+        """,
+    )
+
+
+@as_root
 def test_foreign_mount(tmp_path: Path) -> None:
     """Promise 2: what somebody else mounted at our place is never unmounted."""
     inside(

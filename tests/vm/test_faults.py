@@ -434,13 +434,14 @@ def test_export_under_a_client(one: Machine) -> None:
     assert leftovers(vm) == []
 
 
+@pytest.mark.parametrize("layout", [(), ("--layout", "tree", "--root", "/root/tree")])
 @pytest.mark.parametrize("killed", [False, True])
-def test_renamed_in_mid_run(one: Machine, killed: bool) -> None:
+def test_renamed_in_mid_run(one: Machine, killed: bool, layout: tuple[str, ...]) -> None:
     """A dataset that is renamed in mid-run takes our snapshot along: it is found and removed."""
     vm = one
     wrapper = script(vm, "/root/wrapper", "exec nsenter -t 1 -m zfs rename -u tank/a tank/new\n")
     kill = stop_at("journal:unmounting#1", "all") if killed else None
-    answer = atomtx(vm, "backup", "tank/a", "--command", wrapper, kill=kill)
+    answer = atomtx(vm, "backup", "tank/a", *layout, "--command", wrapper, kill=kill)
     assert vm.run("zfs list tank/new", check=False).status == 0, answer.output
     if killed:
         assert answer.status == -9

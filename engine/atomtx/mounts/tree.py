@@ -5,7 +5,8 @@ Without namespaces, nullfs.py makes the mounts and takes them away.
 
 These mounts outlive a crash, until the next boot, so they have compensations.  A mount is ours
 if its source is our snapshot, whose name holds the run's token, at the mountpoint that the
-journal names; nothing else is ever unmounted, and never lazily or by force.
+journal names, whatever its dataset is called by now; nothing else is ever unmounted, and never
+lazily or by force.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from contextlib import suppress
 from .. import system
 from ..errors import EffectError, UserError
 from ..intents import Mount
-from ..names import is_within
+from ..names import RunId, is_within
 from . import live, mountinfo
 from .namespace import mount_live, mount_snapshot, unmount
 
@@ -47,9 +48,7 @@ def check_free(mounts: Sequence[Mount], *, beneath: Sequence[Mount] = ()) -> Non
     A mount of *beneath* is neither: ours come to lie on top of it.
     """
     table = mountinfo.read()
-    ids = {
-        e.id for e in table for b in beneath if e.mountpoint == b.mountpoint and live.shows(e, b)
-    }
+    ids = {e.id for e in table for b in beneath if e.mountpoint == b.mountpoint and _shows(e, b)}
     covered = [entry.mountpoint for entry in table if entry.id in ids]
     for each in mounts:
         if any(entry.mountpoint == each.mountpoint and entry.id not in ids for entry in table):
@@ -181,14 +180,26 @@ def _left(mounts: Sequence[Mount]) -> list[Mount]:
     there = [entry for entry in mountinfo.read() if entry.mountpoint in points]
 
     def is_left(each: Mount) -> bool:
-        return any(e.mountpoint == each.mountpoint and live.shows(e, each) for e in there)
+        return any(e.mountpoint == each.mountpoint and _shows(e, each) for e in there)
 
     return [each for each in reversed(mounts) if is_left(each)]
 
 
 def _is_ours(each: Mount) -> bool:
     found = mountinfo.topmost(mountinfo.read(), each.mountpoint)
-    return found is not None and live.shows(found, each)
+    return found is not None and _shows(found, each)
+
+
+def _shows(entry: mountinfo.Entry, each: Mount) -> bool:
+    """
+    Tell whether an entry is of what we mounted, also where its dataset was renamed since.
+
+    The table has the name of today (__zpl_show_devname in zpl_super.c of OpenZFS), whose random
+    part stays.
+    """
+    token = each.source.rpartition("@")[2]
+    is_same = RunId.from_token(token) is not None and entry.source.endswith(f"@{token}")
+    return is_same or live.shows(entry, each)
 
 
 def expire_automounts(snapshots: Sequence[str], *, lock: int | None = None) -> None:
