@@ -139,6 +139,11 @@ def tells_where(name: str) -> bool:
     return name not in _OF_A_SESSION and not _PROXY.search(name)
 
 
+def is_of_a_session(name: str) -> bool:
+    """Tell whether each login, timer and service has a variable of its own, which means nothing."""
+    return name in _OF_A_SESSION
+
+
 def _is_relevant(name: str) -> bool:
     return name in _RELEVANT or bool(_RELEVANT_PREFIX.match(name))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -499,13 +500,24 @@ class _Fake:
         return ("restic", "restore", f"{backup.backup_id}:{backup.paths[0]}", "--target", to)
 
 
+OF_THE_RUN = {
+    "HOME": "/root",
+    "LANG": "C.UTF-8",
+    "PATH": os.environ["PATH"],
+    "RCLONE_CONFIG": "/etc/rclone.conf",
+    "https_proxy": "http://proxy:3128",
+}
+
+
 @pytest.fixture
 def shown(state: State, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """A whole run with a backup; `show` with arguments returns what it prints."""
     monkeypatch.setenv("ATOMTX_STATE_DIR", str(state.path))
     monkeypatch.setattr(clients, "load", lambda name: _Fake())
+    for name, value in OF_THE_RUN.items():
+        monkeypatch.setenv(name, value)
     run = f"{1:016x}"
-    environment = (("HOME", "/root"), ("RESTIC_REPOSITORY", "/srv/my repo"))
+    environment = (*OF_THE_RUN.items(), ("RESTIC_REPOSITORY", "/srv/my repo"))
     settled = plan.ClientPlan(
         "restic", (), (), "/root", "0.18.0", "abc", environment, ("RESTIC_PASSWORD",)
     )
@@ -535,6 +547,24 @@ def test_show(shown: Callable[..., str]) -> None:
     command = "env 'RESTIC_REPOSITORY=/srv/my repo' restic restore 'beef:/a b' --target /tmp/x"
     assert command in page
     assert "it needs RESTIC_PASSWORD" in page
+
+
+def test_show_in_another_shell(shown: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What leads the client to its repository is there, where this shell has it otherwise."""
+    monkeypatch.setenv("HOME", "/home/ann")
+    monkeypatch.setenv("PATH", f"/opt/bin:{os.environ['PATH']}")
+    monkeypatch.setenv("LANG", "de_DE.UTF-8")
+    monkeypatch.delenv("RCLONE_CONFIG")
+    monkeypatch.delenv("https_proxy")
+    (command,) = (line for line in shown("--to", "/tmp/x").splitlines() if "restic restore" in line)
+    assert shlex.split(command) == [
+        "env",
+        "HOME=/root",
+        "RCLONE_CONFIG=/etc/rclone.conf",
+        "https_proxy=http://proxy:3128",
+        "RESTIC_REPOSITORY=/srv/my repo",
+        *("restic", "restore", "beef:/a b", "--target", "/tmp/x"),
+    ]
 
 
 def test_show_of_no_id(state: State, shown: Callable[..., str]) -> None:

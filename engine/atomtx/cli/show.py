@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -11,7 +12,7 @@ from typing import Any
 
 import click
 
-from .. import clients, history, journalfile, plan, restoring, statedir
+from .. import clients, history, journalfile, plan, redact, restoring, statedir
 from ..credentials import described
 from ..errors import AtomtxError, ExitStatus, UserError
 from ..launching import bare_settings_of
@@ -148,8 +149,7 @@ def _restore(found: _Found, backup: history.Backup, to: str) -> Restore | None:
     except (KeyError, TypeError, ValueError):  # another release's plan
         return Restore((), "", {}, (), problem="this atomtx cannot read the run's plan")
     settled = made.client
-    prefix = f"{settled.name.upper()}_"
-    environment = {name: value for name, value in settled.environment if name.startswith(prefix)}
+    environment = _environment(settled)
     client = clients.load(settled.name)
     files: tuple[str, ...] = ()
     try:
@@ -163,6 +163,17 @@ def _restore(found: _Found, backup: history.Backup, to: str) -> Restore | None:
         return None
     argv, *then = commands
     return Restore(argv, settled.cwd, environment, needs, tuple(then), files)
+
+
+def _environment(settled: plan.ClientPlan) -> dict[str, str]:
+    """Return the client's own variables, and of the others those that this shell has not."""
+    prefix = f"{settled.name.upper()}_"
+    return {
+        name: value
+        for name, value in settled.environment
+        if name.startswith(prefix)
+        or not (redact.is_of_a_session(name) or os.environ.get(name) == value)
+    }
 
 
 def _check(found: _Found) -> list[str]:
