@@ -230,6 +230,7 @@ def test_stored_paths() -> None:
         (("--keep-daily",), "has no value"),
         (("--keep-daily", "--prune"), "has no value"),
         (("--keep-latest", "3"), "is no rule of retention for restic"),
+        (("--keep-last", "0", "--keep-daily=0"), "refuses rules of retention that keep nothing"),
         (("latest",), "is no rule"),
         (("--host=x",), "is no rule"),
         (("--keep-daily=7", "4f3c1d2e"), "is no rule"),

@@ -30,6 +30,7 @@ from .program import (
     ask,
     document_of,
     find,
+    keeping_some,
     program,
     refuse,
     rules,
@@ -405,7 +406,7 @@ class Borg:
 
     def policy(self, words: tuple[str, ...]) -> tuple[str, ...]:
         """Return the rules of `borg prune`."""
-        return rules(words, _RULES, "borg")
+        return keeping_some(rules(words, _RULES, "borg"), "borg")
 
     def stored_paths(self, moment: Moment) -> tuple[str, ...]:
         """Return the paths that the archives' names tell of: of a tree, the live ones."""

@@ -182,6 +182,17 @@ def rules(
     return tuple(found)
 
 
+def keeping_some(rules: tuple[str, ...], client: str) -> tuple[str, ...]:
+    """Return *rules*; UserError where each keeps nothing, which *client* refuses."""
+    counts = [rule.partition("=")[2] for rule in rules if not rule.startswith(_NO_COUNT)]
+    if rules and len(counts) == len(rules) and not any(count.strip("0") for count in counts):
+        raise UserError(
+            f"{client} refuses rules of retention that keep nothing: {' '.join(rules)}",
+            hint="such as --keep-last=7",
+        )
+    return rules
+
+
 def things(settings: Settings) -> frozenset[str]:
     """Return what the variables say, in whatever way; a credential that is not there yet, too."""
     names = (*(name for name, value in settings.env.items() if value), *dict(settings.credentials))

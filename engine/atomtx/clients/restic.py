@@ -26,6 +26,7 @@ from .program import (
     ended,
     find,
     home_folder,
+    keeping_some,
     last_value,
     local_repository,
     local_time,
@@ -442,7 +443,7 @@ class Restic:
 
     def policy(self, words: tuple[str, ...]) -> tuple[str, ...]:
         """Return the rules of `restic forget`."""
-        return rules(words, _RULES, "restic", counts=("unlimited",))
+        return keeping_some(rules(words, _RULES, "restic", counts=("unlimited",)), "restic")
 
     def stored_paths(self, moment: Moment) -> tuple[str, ...]:
         """Return the absolute paths of the arguments: of a tree, those below its root."""
