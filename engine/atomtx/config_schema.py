@@ -39,7 +39,7 @@ from .credentials import Sources, clashes, thing_of
 from .errors import UserError
 from .intents import AFTER_FAILURE, AFTER_SUCCESS, AROUND_RUN, AROUND_SNAPSHOT, FINALLY, RunHook
 from .names import Target
-from .notices import TIME_LIMIT_S, Event, NotifySettings, is_address
+from .notices import TIME_LIMIT_S, Event, NotifySettings, is_address, is_sender
 from .plan import COW_SIZE, GRACE_S
 from .retention import Policy
 from .tomllines import Place
@@ -416,6 +416,10 @@ def problems(job: Job) -> Iterator[tuple[Place, str]]:
     for word in job.notify_mail:
         if not is_address(word):
             yield ("notify-mail",), f"notify-mail: {word!r} is no address"
+    if not is_sender(job.notify_mail_from):
+        hint = 'such as "backup@example.org", or "Backups <root>"'
+        words = f"notify-mail-from: {job.notify_mail_from!r} is no address, {hint}"
+        yield ("notify-mail-from",), words
     if job.thaw and not job.quiesce:
         yield ("thaw",), "thaw undoes quiesce, which is not there"
     if job.client == "command" and not job.command:

@@ -20,6 +20,7 @@ from .words import age, local_time, printable, seconds
 LOG_LINES = 20
 LINE_CHARS = 500
 _DATASETS = 10
+_SPECIALS = frozenset('()<>[]:;@\\,"')  # RFC 5322, section 3.2.3
 _ADDRESS = re.compile(r"[A-Za-z0-9._%+=/~-]+(@[A-Za-z0-9.-]+|@\[[0-9A-Fa-f.:]+\])?")
 
 
@@ -359,7 +360,7 @@ def settings_of(env: Mapping[str, str]) -> tuple[NotifySettings, list[str]]:
         on=_events(env.get("ATOMTX_NOTIFY_ON", ""), problems),
         command=command,
         mail=_addresses(env.get("ATOMTX_NOTIFY_MAIL", ""), problems),
-        mail_from=env.get("ATOMTX_NOTIFY_MAIL_FROM") or NotifySettings.mail_from,
+        mail_from=_sender(env.get("ATOMTX_NOTIFY_MAIL_FROM", ""), problems),
         sendmail=env.get("ATOMTX_SENDMAIL", ""),
         ping_url=env.get("ATOMTX_PING_URL", ""),
         ping_url_file=env.get("ATOMTX_PING_URL_FILE", ""),
@@ -382,9 +383,25 @@ def _addresses(text: str, problems: list[str]) -> tuple[str, ...]:
     return tuple(word for word in words if word not in bad)
 
 
+def _sender(text: str, problems: list[str]) -> str:
+    if text and not is_sender(text):
+        problems.append(f"ATOMTX_NOTIFY_MAIL_FROM: {text!r} is no address")
+        text = ""
+    return text or NotifySettings.mail_from
+
+
 def is_address(word: str) -> bool:
     """Tell whether a mail can be sent there: a user, with or without a host."""
     return bool(_ADDRESS.fullmatch(word))
+
+
+def is_sender(text: str) -> bool:
+    """Tell whether a mail can be from that: an address, alone or in <> after a name."""
+    name, bracket, address = text.partition("<")
+    if not bracket:
+        return is_address(text)
+    is_name = name.isprintable() and _SPECIALS.isdisjoint(name)
+    return is_name and address.endswith(">") and is_address(address[:-1])
 
 
 def combined(general: NotifySettings, own: NotifySettings) -> NotifySettings:

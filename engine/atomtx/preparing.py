@@ -41,9 +41,10 @@ def choose_client(name: str | None, command: Sequence[str], env: Mapping[str, st
 
 
 def _kopia_is_connected(env: Mapping[str, str]) -> bool:
-    config = env.get("KOPIA_CONFIG_PATH")
     home = env.get("XDG_CONFIG_HOME") or (env.get("HOME", "/root") + "/.config")
-    return Path(config or f"{home}/kopia/repository.config").exists()
+    config = env.get("KOPIA_CONFIG_PATH") or "repository.config"
+    # kopia looks for a name alone in its own folder.
+    return Path(config if "/" in config else f"{home}/kopia/{config}").exists()
 
 
 def settings(

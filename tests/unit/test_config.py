@@ -201,6 +201,10 @@ def test_all_at_once() -> None:
         ('layout = "tree"', "needs a root"),
         ('layout = "tree"\nroot = "//"', "needs a root"),
         ('client = "command"', "needs a command"),
+        (
+            'notify-mail-from = "Backup nas"',
+            "'Backup nas' is no address, such as",
+        ),
     ],
 )
 def test_wrong(line: str, words: str) -> None:

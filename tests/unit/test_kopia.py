@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from atomtx import preparing
 from atomtx.clients import Backup, End, Facts, Moment, Progress, Settings, load
 from atomtx.clients.kopia import Kopia, ignore_rule, is_ignored
 from atomtx.errors import UserError
@@ -333,3 +334,18 @@ def test_list_of_policies(tmp_path: Path, said: str, is_list: bool) -> None:
     else:
         with pytest.raises(UserError, match="printed of its policies is no list"):
             Kopia().check(given, ("/home",), ())
+
+
+@pytest.mark.parametrize("variable", ["", "photos.config", "./photos.config"])
+def test_chosen_where_it_is_connected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    """kopia is chosen by the file that it reads: a name alone is one of its own folder."""
+    monkeypatch.chdir(tmp_path)
+    place = tmp_path if "/" in variable else tmp_path / ".config" / "kopia"
+    place.mkdir(parents=True, exist_ok=True)
+    env = {"HOME": str(tmp_path), "KOPIA_CONFIG_PATH": variable}
+    with pytest.raises(UserError, match="no backup client was named"):
+        preparing.choose_client("", (), env)
+    (place / (variable or "repository.config")).write_text("{}")
+    assert preparing.choose_client("", (), env) == "kopia"

@@ -333,6 +333,10 @@ def test_settings() -> None:
         ("ATOMTX_NOTIFY_COMMAND", "unclosed 'quote", {}),
         ("ATOMTX_NOTIFY_MAIL", "ann@example.org -oQ/tmp;x", {"mail": ("ann@example.org",)}),
         ("ATOMTX_NOTIFY_MAIL", "änn@example.org", {}),
+        ("ATOMTX_NOTIFY_MAIL_FROM", "Backup nas", {}),
+        ("ATOMTX_NOTIFY_MAIL_FROM", "ann@example.org\nBcc: eve@example.org", {}),
+        ("ATOMTX_NOTIFY_MAIL_FROM", "a\nb <ann@example.org>", {}),
+        ("ATOMTX_NOTIFY_MAIL_FROM", "a, b <ann@example.org>", {}),
         ("ATOMTX_NOTIFY_TIME_LIMIT", "soon", {}),
     ],
 )
@@ -342,3 +346,10 @@ def test_wrong_settings(name: str, value: str, kept: dict[str, Any]) -> None:
     assert made == NotifySettings(**kept)
     (problem,) = problems
     assert name in problem
+
+
+@pytest.mark.parametrize("sender", ["root", "nas@example.org", "Bäckup of nas <nas@example.org>"])
+def test_sender(sender: str) -> None:
+    """A sender is an address, alone or after a name."""
+    made, problems = settings_of({"ATOMTX_NOTIFY_MAIL_FROM": sender})
+    assert (made.mail_from, problems) == (sender, [])
