@@ -210,7 +210,17 @@ class Cleaner:
         for step in run.pending(UnmountVolumes):
             assert isinstance(step.intent, UnmountVolumes)
             if step.intent.root:
-                self._remove_tree(_of_this_boot(step.intent, run))
+                self._remove_tree(self._as_called(_of_this_boot(step.intent, run), run))
+
+    def _as_called(self, intent: UnmountVolumes, run: Run) -> UnmountVolumes:
+        """Name kept snapshots as they are called now: there is no token in their names."""
+        if not run.plan.is_of_kept:
+            return intent
+        now = {name: identity.name for name, identity in self._identities(run).items()}
+        mounts = tuple(
+            replace(each, source=now.get(each.source, each.source)) for each in intent.mounts
+        )
+        return replace(intent, mounts=mounts)
 
     def _remove_tree(self, intent: UnmountVolumes) -> None:
         for pause in (*PAUSES_S, None):

@@ -407,15 +407,20 @@ class Executor:
         try:
             self._hooks.before(run, AROUND_SNAPSHOT)
             started = time.monotonic()
-            complaints = [self._take_pool(step.intent) for step in steps]
+            complaints = [self._take_pool(run, step.intent) for step in steps]
             return complaints, time.monotonic() - started
         finally:
             self._hooks.undo(run, AROUND_SNAPSHOT)
 
-    def _take_pool(self, intent: object) -> EffectError | None:
+    def _take_pool(self, run: Run, intent: object) -> EffectError | None:
         assert isinstance(intent, TakeSnapshots)
         self._tell.step(intent.describe())
-        return self._kinds.of(intent.volume_kind).take(intent)
+        try:
+            return self._kinds.of(intent.volume_kind).take(intent)
+        except EffectError:
+            # It may have died, and left suspended what the undo of a hook is about to write to.
+            self._kinds.mend(run.plan.volumes)
+            raise
 
     def _hold_kept(self, run: Run) -> Run:
         """

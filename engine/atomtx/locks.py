@@ -31,6 +31,7 @@ COMMANDS = frozenset(
     (
         *("zfs", "zpool", "mount", "mount_nullfs", "umount"),
         *("lvs", "vgs", "lvcreate", "lvchange", "lvremove", "dmsetup"),
+        *("thin_check", "cache_check"),  # of LVM's, where a pool is activated: for minutes
         *("ssh", "zstd"),
     )
 )

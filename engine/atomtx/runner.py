@@ -126,7 +126,7 @@ def _serve(task: Task, folder: RunFolder, conversation: Conversation, wakeup: so
     _stand_in(task.cwd)
     seen = assembly.contents()
     witness = Witness([m.mountpoint for m in task.mounts])
-    supervisor = Supervisor(task, folder, wakeup, witness, assembly.failure)
+    supervisor = Supervisor(task, folder, wakeup, witness, assembly)
     conversation.tell(mounted=True, seen=seen)
     if not conversation.go(wakeup):
         return 1
@@ -141,7 +141,8 @@ def _serve(task: Task, folder: RunFolder, conversation: Conversation, wakeup: so
         end = supervisor.redacted(End(Outcome.FAILED, _bug(exc)))
     unknown = "it is not known whether the mounts stayed"
     try:
-        trouble = assembly.disturbance() or watch.trouble() or _unread(task, witness, end)
+        trouble = supervisor.lost or assembly.disturbance() or watch.trouble()
+        trouble = trouble or _unread(task, witness, end)
     except OSError as exc:
         trouble = f"{unknown}: {exc.strerror}"
     except EffectError as exc:

@@ -20,6 +20,7 @@ from typing import IO, TYPE_CHECKING
 from . import clients, locks, process, system
 from .clients import Backup, End, Reader, failed
 from .errors import EffectError
+from .mounts import mountinfo
 from .mounts.witness import Witness
 from .names import RunId
 from .output import Lines, Log
@@ -31,12 +32,15 @@ from .task import Task, span
 if TYPE_CHECKING:
     from subprocess import Popen
 
+    from .mounts.namespace import Assembly
+
 _READ_BYTES = 1 << 16
 _LAST_READS = (1 << 20) // _READ_BYTES + 1  # a pipe holds 1 MiB at most (pipe(7)), then its end
 PROGRESS_S = 0.5
 LAST_WORDS_S = 1.0
 DESCENDANTS_S = 5.0
 LOOK_S = 15.0  # between two looks at the snapshots, where there is something to see
+MOUNTS_S = 0.5  # between two at the mounts: other programs may make and remove some all the time
 
 
 class Supervisor:
@@ -48,15 +52,18 @@ class Supervisor:
         folder: RunFolder,
         wakeup: socket.socket,
         witness: Witness,
-        failure: Callable[[], str | None] = lambda: None,
+        assembly: Assembly,
     ) -> None:
         self._task = task
         self._folder = folder
         self._wakeup = wakeup
         self._witness = witness
-        self._failure = failure  # of a snapshot, while it is read
+        self._assembly = assembly
+        self._changes = mountinfo.Changes()
+        self._have_changed = False  # some mounts, since they were looked at
+        self._mounts_at = 0.0
         self._look_at = time.monotonic() + LOOK_S
-        self._lost = False  # stopped because a snapshot does not show any more what it showed
+        self.lost: str | None = None  # why a client was stopped that reads something else by now
         self._redactor = Redactor(dict(os.environ), task.secrets)
         try:
             self._log = Log(folder.log, self._redactor)
@@ -76,7 +83,7 @@ class Supervisor:
         if self._task.time_limit_s:  # of a clock that nobody sets, and that stands in a suspend
             self._limit_at = time.monotonic() + self._task.time_limit_s
         for n, argv in enumerate(self._task.commands):
-            if self.stopped or self._overdue or self._lost:
+            if self.stopped or self._overdue or self.lost:
                 break
             try:
                 self._run_one(n, argv)
@@ -125,6 +132,8 @@ class Supervisor:
                 selector.register(pipe, selectors.EVENT_READ, self._feeder(pipe, take))
             selector.register(pidfd, selectors.EVENT_READ, None)
             selector.register(self._wakeup, selectors.EVENT_READ, self._on_signal)
+            if self._changes.descriptor >= 0:
+                selector.register(self._changes.descriptor, selectors.EVENT_READ, self._on_change)
             if self._witness.saw is False:
                 selector.register(self._witness.descriptor, selectors.EVENT_READ, self._on_read)
             while self._turn(selector, pidfd):
@@ -215,21 +224,34 @@ class Supervisor:
                 self._log.line(f"atomtx: over its limit of {span(self._task.time_limit_s)}")
                 self._ask_to_end()
 
+    def _on_change(self, _: selectors.BaseSelector) -> None:
+        self._have_changed = True
+
     def _look(self) -> None:
-        """Stop a client that reads a lost snapshot; the runner judges the mounts at the end."""
-        if self._lost or time.monotonic() < self._look_at:
+        """Stop a client that reads lost snapshots, or others' files; the runner judges the end."""
+        if self.lost:
             return
-        self._look_at = time.monotonic() + LOOK_S
         try:
-            trouble = self._failure()
+            self.lost = self._seen()
         except (EffectError, OSError) as exc:  # the next look, or the one at the end, may tell
             self._log.line(f"atomtx: {exc}")
             return
-        if trouble:
-            self._lost = True
-            self._log.line(f"atomtx: {trouble}")
+        if self.lost:
+            self._log.line(f"atomtx: {self.lost}")
             if self.stopped is None and not self._overdue:
                 self._ask_to_end()
+
+    def _seen(self) -> str | None:
+        """Look at the mounts where some have changed, and at the snapshots now and then."""
+        now = time.monotonic()
+        trouble = None
+        if self._have_changed and now >= self._mounts_at:
+            self._have_changed, self._mounts_at = False, now + MOUNTS_S
+            trouble = self._assembly.displaced()
+        if not trouble and now >= self._look_at:
+            self._look_at = now + LOOK_S
+            trouble = self._assembly.failure()
+        return trouble
 
     def _ask_to_end(self) -> None:
         self._kill_at = time.monotonic() + self._task.grace_s

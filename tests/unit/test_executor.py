@@ -248,6 +248,37 @@ def test_tree_killed(scene: Scene, point: str, who: str) -> None:
     assert not Path(root).exists()
 
 
+@pytest.mark.parametrize("place", ["tank", "other"])
+def test_covered_for_a_while(scene: Scene, place: str) -> None:
+    """Promise 7: a client that was led to other files is stopped, though they are gone again."""
+    live, reads, rest = scene.home / "live", scene.home / "reads", scene.home / "rest"
+    the_plan = scene.plan(*SETS)
+    (live / "other").mkdir()
+    mount = ("mount", "-t", "tmpfs", "theirs", live / place)
+    scene.behave(f"touch {reads}; until test -e {rest}; do sleep 0.05; done; sleep 2\n")
+
+    def cover() -> None:
+        assert locks.wait_until(reads.exists, 30, step_s=0.02)
+        subprocess.run(mount, check=True)
+        time.sleep(0.7)
+        subprocess.run(("umount", live / place), check=True)
+        rest.touch()
+
+    subprocess.run(("mount", "--bind", live, live), check=True)
+    try:
+        subprocess.run(("mount", "--make-shared", live), check=True)
+        somebody = threading.Thread(target=cover)
+        somebody.start()
+        ended = scene.backup(the_plan)
+        somebody.join()
+    finally:
+        subprocess.run(("umount", live), check=True)
+    if place == "other":
+        check_completed(scene, ended)
+        return
+    check_failed(scene, ended, f"{scene.live('tank/a')} was unmounted while the client read it")
+
+
 @contextmanager
 def standing_in(scene: Scene, place: str, then: str = "") -> Iterator[None]:
     """Have somebody stand in a directory of the tree from when the client reads it."""

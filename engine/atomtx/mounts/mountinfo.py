@@ -8,6 +8,7 @@ whose table it is.
 from __future__ import annotations
 
 import re
+import select
 from bisect import bisect_left
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -149,6 +150,23 @@ def read(pid: int | str = "self") -> Table:
         return nullfs.read()
     with open(f"/proc/{pid}/mountinfo", "rb") as file:
         return parse(file.read())
+
+
+class Changes:
+    """
+    Tells of changes of this process's table: *descriptor* is readable once after some.
+
+    proc_pid_mountinfo(5): a change is an event of priority, which epoll(7) passes on as one to be
+    read.  -1 where the system tells of none.
+    """
+
+    def __init__(self) -> None:
+        self.descriptor = -1
+        if system.here.NAMESPACES:
+            self._table = open("/proc/self/mountinfo", "rb")  # noqa: SIM115, as long as it tells
+            self._events = select.epoll()
+            self._events.register(self._table, select.EPOLLPRI)
+            self.descriptor = self._events.fileno()
 
 
 def things() -> frozenset[str]:

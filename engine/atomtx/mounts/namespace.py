@@ -191,6 +191,10 @@ class Assembly:
         return {m.mountpoint: livedirs.content_of(m.mountpoint) for m in self.mounts}
 
     def disturbance(self) -> str | None:
+        """Tell what happened to our mounts, or to what they show; None if nothing did."""
+        return self.displaced() or self.failure()
+
+    def displaced(self) -> str | None:
         """
         Tell what happened to our mounts since they were made; None if nothing did.
 
@@ -211,7 +215,7 @@ class Assembly:
         for entry in table:
             if entry.parent in ours and entry.id not in self.known:
                 return f"{entry.source} was mounted on {entry.mountpoint} while the client read it"
-        return self.failure()
+        return None
 
     def failure(self) -> str | None:
         """

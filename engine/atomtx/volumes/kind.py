@@ -86,7 +86,8 @@ class Kind(Protocol):
         """
         Take what *intent* names, each with the run's mark.
 
-        Returns what went wrong, if anything; only a probe tells what is there.
+        Returns what went wrong, if anything, where a probe tells what is there and whole; raises
+        EffectError where none does.
         """
 
     def ready(self, volumes: Sequence[PlannedVolume]) -> None:

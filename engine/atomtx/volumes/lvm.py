@@ -155,7 +155,12 @@ class LogicalVolumes:
             self._lvm.run("lvchange", "--refresh", *paths)
 
     def take(self, intent: TakeSnapshots) -> EffectError | None:
-        """Take the snapshots of one volume group, one after the other."""
+        """
+        Take the snapshots of one volume group, one after the other.
+
+        Raises EffectError where `lvcreate` fails: LVM's metadata may have a thin snapshot, with all
+        that `lvs` tells of a whole one, that its pool has not.
+        """
         words = [_TAG, f"{_MARK}{intent.run}"]
         words += [f"{_TRANSIENT}{intent.run}"] if intent.transient else []
         tags = [option for word in words for option in ("--addtag", word)]
@@ -177,7 +182,7 @@ class LogicalVolumes:
                 "--name", name, origin.name,
             )  # fmt: skip
             if not done.ok:
-                return done.error(
+                raise done.error(
                     f"cannot take a snapshot of {origin.name}", hint=_hint(done.stderr)
                 )
         return None
@@ -246,12 +251,13 @@ class LogicalVolumes:
         """Deactivate what is to stay; what somebody uses already stays as it is."""
         to_stay = [each for each in identities if not LvmSnapshot.parse(each.name).run]
         active = list(lvmio.devices().values())
-        groups = {v.group: v.group_uuid for v in self._lvm.volumes()} if to_stay else {}
+        groups = _groups(self._lvm.volumes()) if to_stay else {}
         there = [
             each
             for each in to_stay
             if any(
-                lvmio.is_of(device, groups.get(_group(each), ""), each.guid) for device in active
+                lvmio.is_of(device, groups.get((each.name, each.guid), ""), each.guid)
+                for device in active
             )
         ]
         for start in range(0, len(there), _AT_ONCE):
@@ -300,7 +306,7 @@ class LogicalVolumes:
             return {}
         removes = command == _REMOVE
         before = self._lvm.volumes()
-        groups = {volume.group: volume.group_uuid for volume in before}
+        groups = _groups(before)
         verdicts = _judged(identities, before, tags, is_kept=is_kept, is_removed=removes)
         proof = partial(_proof, tags=tags, more=(_NO_ORIGIN,) if removes else ())
         proven = [each for each in identities if verdicts[each.name] == _OURS]
@@ -313,15 +319,18 @@ class LogicalVolumes:
                 done = self._lvm.run(*command, "--select", proof(part), *names)
                 if not done.ok:
                     failed[group] = done
+                if done.status < 0:  # killed: it may have left devices suspended
+                    self.mend([_as_planned(v) for v in before if v.path in names])
         after = self._lvm.volumes() if proven else []
         left = {(volume.group_uuid, volume.uuid) for volume in after if is_left(volume)}
-        seen = {volume.group for volume in after}
+        seen = {volume.group_uuid for volume in after}
         for each in proven:
-            is_there = (groups[_group(each)], each.guid) in left
+            group_uuid = groups[each.name, each.guid]
+            is_there = (group_uuid, each.guid) in left
             verdicts[each.name] = "busy" if is_there else "done"
             why = failed.get(_group(each))
             # Of a group that is gone meanwhile nothing is known; "busy" is tried again in vain.
-            if why and (_group(each) not in seen or (is_there and not _says_busy(why, each.name))):
+            if why and (group_uuid not in seen or (is_there and not _says_busy(why, each.name))):
                 raise why.error(f"cannot {command[0]} {each.name}")
         return verdicts
 
@@ -349,10 +358,9 @@ def marked(lvm: Lvm) -> Iterator[tuple[PlannedVolume, Identity]]:
         except ValueError:  # no name of a snapshot of ours
             continue
         identity = _identity(volume, None)
-        origin = Origin(volume.origin_uuid, f"{volume.group}/{volume.origin}", pool=volume.pool)
-        is_to_stay = bool(volume.origin and snapshot.name_as_of(origin.name))
+        is_to_stay = bool(volume.origin and snapshot.name_as_of(f"{volume.group}/{volume.origin}"))
         if identity.mark and (is_to_stay or identity.mark == snapshot.run):
-            yield _found(volume, origin), identity
+            yield _as_planned(volume), identity
 
 
 def keepers(lvm: Lvm) -> Iterator[str]:
@@ -361,7 +369,14 @@ def keepers(lvm: Lvm) -> Iterator[str]:
         yield from _marks(volume, _KEPT)
 
 
-def _found(volume: lvmio.Volume, origin: Origin) -> PlannedVolume:
+def _groups(volumes: Iterable[lvmio.Volume]) -> dict[tuple[str, str], str]:
+    """Return the group of each volume by its name and UUID: two groups may have one name."""
+    return {(volume.path, volume.uuid): volume.group_uuid for volume in volumes}
+
+
+def _as_planned(volume: lvmio.Volume) -> PlannedVolume:
+    """Return a snapshot as the volume that a plan would have."""
+    origin = Origin(volume.origin_uuid, f"{volume.group}/{volume.origin}", pool=volume.pool)
     return PlannedVolume(
         LVM, volume.group, volume.group_uuid, origin.name, "", "", volume.path, origin=origin
     )
