@@ -7,7 +7,8 @@ in the virtual machine alone.  What could touch more than one volume that was pr
 answered: a bare group, a name without a selection.
 
 Faults are the test's wish, in "faults" by command: "refuse" fails and has done nothing, "silent"
-does nothing and says that it did, "half" is an `lvcreate` that was killed, "unplug" has the disk
+does nothing and says that it did, "half" is an `lvcreate` that was killed, "late" is a command that
+was killed when all but the resumption of an origin was done, "unplug" has the disk
 of all groups taken away, "all but one" is an `lvremove` that fails at the last volume, "removed
 once" a `dmsetup` that fails once for a device that somebody removed while it looked at all.
 """
@@ -107,7 +108,11 @@ def main(program: str, argv: list[str]) -> int:
     if fault == "refuse":
         return _fail("out of luck")
     status = 0 if fault == "silent" else _ANSWERS[program](state, argv)
+    if fault == "late":
+        state["suspended"] = [_device(state, next(p for p in state["volumes"] if "thin" in p))]
     write(HOME, state)
+    if fault == "late":
+        os.kill(os.getpid(), 9)
     return status
 
 
@@ -359,6 +364,14 @@ def _healthy(state: State) -> dict[str, str]:
 def stored(path: str) -> Path:
     """Return where the files of a snapshot are."""
     return HOME / "stored" / path
+
+
+def _device(state: State, path: str) -> tuple[str, str, str]:
+    """Return the name, the UUID and the minor number of an active volume's device."""
+    volume = state["volumes"][path]
+    group = state["groups"][path.partition("/")[0]]["uuid"]
+    uuid = f"LVM-{group}{volume['uuid']}".replace("-", "").replace("LVM", "LVM-", 1)
+    return device_name(path), uuid, str(volume["minor"])
 
 
 def _dmsetup(state: State, argv: list[str]) -> int:

@@ -56,16 +56,18 @@ class Stage:
         return PlannedVolume("lvm", group, uuid, name, origin.uuid, "/x", snapshot, origin=origin)
 
     def take(self, *volumes: PlannedVolume) -> EffectError | None:
-        return self.kind.take(
-            TakeSnapshots(
-                "data",
-                volumes[0].pool_guid,
-                tuple(v.snapshot for v in volumes),
-                RUN,
-                "lvm",
-                origins=tuple(v.origin for v in volumes if v.origin),
-            )
+        intent = TakeSnapshots(
+            "data",
+            volumes[0].pool_guid,
+            tuple(v.snapshot for v in volumes),
+            RUN,
+            "lvm",
+            origins=tuple(v.origin for v in volumes if v.origin),
         )
+        try:
+            return self.kind.take(intent)
+        except EffectError as exc:
+            return exc
 
     def taken(self, *volumes: PlannedVolume) -> list[Identity]:
         assert self.take(*volumes) is None

@@ -92,6 +92,9 @@ class SnapScene(LvmScene):
         found: dict[str, Any] = fakelvm.read(self.home)["volumes"]
         return found
 
+    def play_lvm(self, **faults: str) -> None:
+        fakelvm.write(self.home, fakelvm.read(self.home) | {"faults": faults})
+
     def there(self) -> list[str]:
         return [path for path in self.volumes if path not in (*THIN, "data/home")]
 
@@ -449,6 +452,47 @@ def test_never_whole(scene: SnapScene) -> None:
     assert ended.run
     assert "cannot activate" in str(ended.run.reason)
     assert not scene.is_whole(made)
+
+
+@root_only
+def test_lvcreate_that_died(scene: SnapScene) -> None:
+    """What LVM's metadata have, its thin pool may not: no moment, whatever `lvs` shows."""
+    made = scene.snap()
+    scene.play_lvm(lvcreate="late")
+    ended = scene.backup(made)
+    assert ended.run
+    assert (ended.run.outcome, ended.run.state) == ("failed", "destroyed")
+    assert "cannot take a snapshot of data/thin" in str(ended.run.reason)
+    assert scene.left() == []
+    assert fakelvm.read(scene.home)["suspended"] == []
+
+
+@root_only
+def test_lvremove_that_died(scene: SnapScene, three: list[Plan]) -> None:
+    """What it has left suspended is resumed at once: nobody settles a run that has ended."""
+    scene.play_lvm(lvremove="late")
+    scene.carry_out(scene.chosen())
+    assert fakelvm.read(scene.home)["suspended"] == []
+    assert len(scene.there()) == 2
+
+
+@root_only
+def test_two_groups_of_one_name(scene: SnapScene, three: list[Plan]) -> None:
+    """LVM refuses both: what another group of that name does not have is not gone from ours."""
+    before = scene.there()
+    scene.play_lvm(lvremove="refuse")
+    choice = scene.chosen()
+    real = lvmio.Lvm.volumes
+
+    def volumes(self: lvmio.Lvm) -> list[lvmio.Volume]:
+        there = real(self)
+        return [*there, replace(there[-1], group_uuid="another", uuid="another", name="zz")]
+
+    scene.changes.append(lambda: setattr(lvmio.Lvm, "volumes", volumes))
+    ended = scene.carry_out(choice)
+    assert isinstance(ended.raised, EffectError)
+    assert "out of luck" in ended.raised.message
+    assert scene.there() == before
 
 
 @root_only
