@@ -19,7 +19,7 @@ from typing import Any
 from atomtx import clients, locks, plan, process, pruning
 from atomtx.clients import Backup, End, Facts, Launch, Moment, Settings
 from atomtx.clients.command import Command, CommandReader
-from atomtx.errors import AtomtxError, Interrupted
+from atomtx.errors import AtomtxError, ExitStatus, Interrupted
 from atomtx.executor import Executor, Tell
 from atomtx.interrupts import Interrupts
 from atomtx.journal import Journal
@@ -96,6 +96,7 @@ class Ended:
     interrupted: str | None = None
     raised: AtomtxError | None = None
     decisions: list[Decision] = field(default_factory=list)
+    statuses: list[ExitStatus] = field(default_factory=list)  # one for each decision
     told: list[tuple[str, Any]] = field(default_factory=list)
     points: list[str] = field(default_factory=list)
 
@@ -198,6 +199,7 @@ class Scene:
                 settled = Settler(journal, interrupts, tell, **options).settle(run)
                 ended.run, ended.interrupted = settled.run, _words(settled.interrupted)
                 ended.decisions.append(settled.decision)
+                ended.statuses.append(settled.status)
 
         return self._in_front_end(work, {"at": at, "who": who})
 

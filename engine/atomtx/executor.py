@@ -616,6 +616,12 @@ class Executor:
             if run.plan.keep_for_s:
                 raise  # the moment is worth more to the user than the room
             return self._record_end(run, end)
+        except EffectError as exc:  # a tree is in use; the client's end is there for `recover`
+            self.undo_hooks(self._journal.load(run.id))
+            raise WaitingError(
+                f"run {run.id} ({run.label}) waits: {exc.message}, after: {end.reason}",
+                hint="its moment is kept: mend that and run `atomtx recover`",
+            ) from exc
         return self._again(resumed, end) if retry else resumed
 
     def _end(self, run: Run) -> tuple[End, int | None] | None:

@@ -147,7 +147,15 @@ class Hooks:
             self._sessions.write_out()
             self._say_all()
         if AROUND_RUN in places:
+            self._end_retention(run)
             self._undo_all(run, AROUND_RUN)
+
+    def _end_retention(self, run: Run) -> None:
+        """End the client that forgets for a killed front end: it needs what a hook has mounted."""
+        for step in run.steps:
+            is_its = isinstance(step.intent, ApplyRetention) and step.id in self._inherited
+            if is_its and self._is_open(step):
+                self._end_what_is_left(step)
 
     def _undo_all(self, run: Run, place: str) -> None:
         for step in reversed(run.steps):
@@ -210,9 +218,9 @@ class Hooks:
         client: Client = clients.load(config.name)
         settings = settings_of(config)
         self._interrupts.stop()
+        self._end_retention(run)
         self.before(run, AROUND_RUN)  # those that were undone after a crash
         if step.id in self._inherited:
-            self._end_what_is_left(step)
             self._mend(run)
         self._started.add(step.id)
         for argv in _forgetting(client, settings, facts_of(config), intent):

@@ -97,6 +97,7 @@ class Facts:
     last_completed: datetime | None = None  # the moment
     is_last_known: bool = True
     log: tuple[str, ...] = ()
+    failed_after: tuple[str, ...] = ()  # hooks and other steps, in words, whatever the result is
     pings: bool = True  # False where another notice of the same command does
 
 
@@ -130,7 +131,7 @@ def _of_result(facts: Facts) -> set[Event]:
     """Return what the result alone says."""
     if facts.exit_status == ExitStatus.WAITING:
         return {Event.WAITING}
-    if facts.exit_status == ExitStatus.STEP_AFTER_FAILED:
+    if _has_only_failed_after(facts):
         return {Event.FAILED}
     match facts.outcome:
         case Outcome.COMPLETED:
@@ -171,6 +172,7 @@ def _redacted(facts: Facts, redact: Callable[[str], str]) -> Facts:
         reason=clean(facts.reason),
         hint=clean(facts.hint),
         datasets=tuple(map(_line, facts.datasets)),
+        failed_after=tuple(_line(redact(words)) for words in facts.failed_after),
         not_a_moment=tuple(map(_line, facts.not_a_moment)),
         log=tuple(_line(redact(line)) for line in facts.log[-LOG_LINES:]),
     )
@@ -196,12 +198,19 @@ def _words(facts: Facts) -> str:
 def _result(facts: Facts) -> str:
     if facts.exit_status == ExitStatus.WAITING:
         return "waiting"
-    if facts.exit_status == ExitStatus.STEP_AFTER_FAILED:
+    if _has_only_failed_after(facts):
         done = {Verb.BACKUP: "backed up", Verb.RUN: "done"}.get(facts.verb, "kept")
         return f"{done}, but a step after it failed"
-    if facts.outcome == Outcome.ROLLED_BACK:
-        return "rolled back"
-    return facts.outcome or "failed"
+    words = facts.outcome or ("kept waiting" if facts.failed_after else "failed")
+    words = "rolled back" if words == Outcome.ROLLED_BACK else words
+    return f"{words}, and a hook failed" if facts.failed_after else words
+
+
+def _has_only_failed_after(facts: Facts) -> bool:
+    """Tell whether all is done, but for a step after it."""
+    if facts.failed_after:
+        return facts.outcome == Outcome.COMPLETED
+    return facts.exit_status == ExitStatus.STEP_AFTER_FAILED
 
 
 _OF_EVERY_RUN = {
@@ -252,7 +261,7 @@ def _meanings(facts: Facts) -> list[str]:
     found = events_of(facts)
     meanings = _OF_EVERY_RUN | _OF_VERB[facts.verb]
     lines = [meanings[event] for event in Event if event in found]
-    if facts.exit_status == ExitStatus.STEP_AFTER_FAILED:
+    if _has_only_failed_after(facts):
         lines[0] = f"{_THE[facts.verb]}, but a step after it failed."
     elif facts.run is None and Event.FAILED in found:
         lines[0] = "It failed before a run began."
@@ -278,6 +287,7 @@ def _table(facts: Facts) -> list[str]:
     result = _result(facts) + (f": {facts.reason}" if facts.reason else "")
     rows = {
         "result": result,
+        "failed too": "; ".join(facts.failed_after),
         "what to do": facts.hint,
         "job": facts.job,
         "host": facts.host,

@@ -175,7 +175,15 @@ def status(
         return ExitStatus.PARTIAL
     if outcome == Outcome.COMPLETED and any(step.has_failed_after for step in steps):
         return ExitStatus.STEP_AFTER_FAILED
+    if outcome == Outcome.ROLLED_BACK and leaves_a_hook(steps):
+        return ExitStatus.STEP_AFTER_FAILED
     return ExitStatus.PARKED if is_parked else ExitStatus.COMPLETED
+
+
+def leaves_a_hook(steps: Sequence[Step]) -> bool:
+    """Tell whether the last undo of some hook has failed: what it stopped may be stopped still."""
+    last = {step.intent: step.outcome for step in steps if isinstance(step.intent, UndoHook)}
+    return "failed" in last.values()
 
 
 def _statuses(steps: Sequence[Step]) -> tuple[ExitStatus, ...]:

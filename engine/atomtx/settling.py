@@ -34,7 +34,7 @@ from .journal import Change, Journal, NoRunError
 from .launching import settings_of
 from .probing import client_lives, end_survivors, probe
 from .pruning import Pruner
-from .records import Run
+from .records import Run, leaves_a_hook
 from .records import status_of as status_of
 from .recovery import Decision, Probes, Wish
 from .statedir import RunFolder
@@ -45,6 +45,7 @@ from .volumes.kinds import Kinds
 LEFT = recovery.LeaveAlone(
     "`atomtx recover` goes on with it when its repository, or its target, is there"
 )
+_ENDED = recovery.LeaveAlone("it has ended meanwhile")
 _NO_COMMANDS = "`atomtx recover` goes on with it"
 _COMMAND_S = 90.0  # an ssh whose other end is gone gives up after 75 s
 _LOOK_S = 0.2
@@ -71,9 +72,21 @@ class Settled:
         """Return the exit status that this alone would give."""
         if self.interrupted:
             return self.interrupted.exit_status
+        if self.leaves_a_hook:
+            return ExitStatus.STEP_AFTER_FAILED
         if isinstance(self.decision, recovery.LeaveAlone | recovery.Adopt):
             return ExitStatus.COMPLETED
         return status_of(self.run)
+
+    @property
+    def has_ended_before(self) -> bool:
+        """Tell whether nothing was left to settle once nobody else was at work on the run."""
+        return self.decision == _ENDED
+
+    @property
+    def leaves_a_hook(self) -> bool:
+        """Tell whether the run waits for a later `recover`, and the undo of a hook has failed."""
+        return self.decision == LEFT and leaves_a_hook(self.run.steps)
 
 
 class ActiveStepError(WaitingError):
@@ -159,9 +172,9 @@ class Settler:
                 if stuck and locks.holds(stuck.pid, folder.front_lock):
                     raise LivingCommandError.of(run, stuck)
                 return Settled(run, recovery.decide(run, Probes(front_alive=True), self._wish()))
-            # Somebody may have settled it between our look and our lock.
+            # Somebody may have settled it between our look and our lock, or it has ended itself.
             run = self._journal.load(run.id)
-            return self._settle_locked(run, folder, lock)
+            return Settled(run, _ENDED) if run.is_final else self._settle_locked(run, folder, lock)
 
     def _await_command(self, folder: RunFolder) -> locks.Process | None:
         """
@@ -320,6 +333,8 @@ class Settler:
                 raise
             except AtomtxError as exc:
                 raise _step_waits(run, exc.message, exc.hint) from exc
+            if settled.has_ended_before:
+                continue
             if isinstance(settled.decision, recovery.LeaveAlone):
                 if self._may_resume:
                     raise ActiveStepError(run, child.id)

@@ -323,6 +323,44 @@ def test_tree_in_use(scene: Scene, inside: str) -> None:
     assert not Path(root).exists()
 
 
+@pytest.mark.parametrize("terms", [{"keep_for_s": 10**9}, {"retries": 1}])
+def test_tree_in_use_as_the_client_fails(scene: Scene, terms: dict[str, Any]) -> None:
+    """A moment that is worth another attempt is not given up for who stands in its tree."""
+    root = str(scene.home / "tree")
+    place = root + str(scene.live("tank/b"))
+    scene.changes.append(lambda: setattr(cleaning, "PAUSES_S", ()))
+    scene.changes.append(lambda: setattr(executor, "_RETRY_S", (0.0,)))
+    once = f"test -e {scene.home}/once || {{ touch {scene.home}/once; exit 75; }}\n"
+    with standing_in(scene, place, once):
+        terms |= {"root": root, "layout": "tree", "client": "played"}
+        waits = scene.backup(scene.plan(*SETS, **terms))
+        assert isinstance(waits.raised, WaitingError), waits.run
+        assert f"waits: {place} is busy: open by " in waits.raised.message
+        assert waits.raised.message.endswith(", after: status 75")
+        assert len(scene.pool["snapshots"]) == 2
+    scene.changes.append(lambda: setattr(clients, "load", _inspected))
+    check_completed(scene, scene.recover(), attempts=2)
+    assert not Path(root).exists()
+
+
+def test_ended_meanwhile(scene: Scene) -> None:
+    """A run that ended by itself while `recover` was at others was not found unfinished."""
+    the_plan = scene.plan(*SETS)
+
+    def work(journal: Journal, tell: Tell, interrupts: Interrupts, ended: Ended) -> None:
+        (run,) = journal.open_runs()
+        Settler(journal, Interrupts(), Tell()).settle(run)
+        settled = Settler(journal, interrupts, tell).settle(run)
+        ended.run, ended.decisions = settled.run, [settled.decision]
+        assert settled.has_ended_before
+        assert settled.status == 0
+
+    scene.backup(the_plan, "journal:backing-up#1", "all")
+    ended = scene._in_front_end(work, {})
+    assert ended.status == 0, (scene.home / "log").read_text()
+    assert isinstance(ended.decisions[0], LeaveAlone)
+
+
 def test_killed_tree_in_use(scene: Scene) -> None:
     """A tree that cannot be taken away yet keeps the moment waiting, and is named."""
     root = str(scene.home / "tree")

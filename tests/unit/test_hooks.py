@@ -448,6 +448,25 @@ def test_killed_in_retention(scene: Scene, who: str) -> None:
     assert not session(scene)
 
 
+def test_killed_in_retention_on_a_disk_of_its_own(scene: Scene) -> None:
+    """What forgets is ended before the undo takes away what it works on, and before a new one."""
+    made = kept(scene, "test -e twice && exit; touch twice; echo $$ > pid; exec sleep 1000")
+    free = "! test -e pid || dead $(cat pid) || { echo busy >&2; exit 9; }"
+    stop = script(scene, "stop", "test ! -e in-run || exit 8; touch in-run")
+    start = script(scene, "start", f"{free}; rm -f in-run")
+    made = replace(made, hooks=(RunHook(AROUND_RUN, stop, start),))
+    killed = scene.backup(made, at="start:forget#1", who="front", delay_s=0.5)
+    assert killed.status == -signal.SIGKILL
+    assert session(scene)
+    ended = scene.recover()
+    assert outcome(ended) == ("completed", None)
+    assert ended.run
+    assert status_of(ended.run) is ExitStatus.COMPLETED, ended.said("warn")
+    assert did(scene) == ["stop", "forget", "start", "stop", "forget", "start"]
+    assert not session(scene)
+    assert in_force(scene) == scene.left() == []
+
+
 def test_retention_is_interrupted(scene: Scene) -> None:
     """A signal ends it at once; the backup stands, and the hooks are undone."""
     made = kept(scene, "echo $$ > pid; sleep 1000")
@@ -476,6 +495,34 @@ def test_killed_in_a_hook(scene: Scene) -> None:
     assert ("undo-hook", "done", None) in hook_steps(scene)
     assert not session(scene)
     assert not scene.left()
+
+
+def test_undo_that_fails_of_a_run_that_is_rolled_back(scene: Scene) -> None:
+    """What a hook has stopped may be stopped still: that is no run that nothing is left of."""
+    stop = script(scene, "stop", "touch in-run; exec sleep 1000")
+    hook = RunHook(AROUND_RUN, stop, script(scene, "start", "echo no bus >&2; exit 3"))
+    killed = scene.backup(hooked(scene, hook), at="start:stop#1", who="all", delay_s=0.5)
+    assert killed.status == -signal.SIGKILL
+    ended = scene.recover()
+    assert outcome(ended)[0] == "rolled-back"
+    assert ended.run
+    assert status_of(ended.run) is ExitStatus.STEP_AFTER_FAILED
+    assert ended.statuses == [ExitStatus.STEP_AFTER_FAILED]
+
+
+def test_undo_that_fails_of_a_run_that_is_left(scene: Scene) -> None:
+    """So where the run itself waits for a later `recover`; an undo that works ends that."""
+    start = script(scene, "start", "test -e mended || exit 3; rm in-run")
+    hook = RunHook(AROUND_RUN, script(scene, "stop", "touch in-run"), start)
+    scene.backup(hooked(scene, hook), at="journal:backing-up#1", who="all")
+    left = scene.recover(may_resume=False)
+    assert left.decisions == [settling.LEFT]
+    assert left.statuses == [ExitStatus.STEP_AFTER_FAILED]
+    assert scene.recover(may_resume=False).statuses == [ExitStatus.STEP_AFTER_FAILED]
+    (scene.home / "mended").touch()
+    ended = scene.recover()
+    assert outcome(ended) == ("completed", None)
+    assert in_force(scene) == []
 
 
 def test_name_that_is_no_text(scene: Scene) -> None:

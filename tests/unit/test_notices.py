@@ -95,6 +95,22 @@ def told(**values: Any) -> Notice:
             {Event.FAILED},
             "backed up, but a step after it failed",
         ),
+        (
+            # Stopped while it cleaned up: the status is the signal's.
+            {"exit_status": ExitStatus.SIGTERM, "failed_after": ("the retention",)},
+            {Event.FAILED},
+            "backed up, but a step after it failed",
+        ),
+        (
+            {"outcome": "rolled-back", "failed_after": ("hook after the run: start app",)},
+            {Event.FAILED},
+            "rolled back, and a hook failed",
+        ),
+        (
+            {"found_unfinished": True, "outcome": None, "failed_after": ("hook after: start",)},
+            {Event.INTERRUPTED, Event.FAILED},
+            "found unfinished; kept waiting, and a hook failed",
+        ),
         ({"run": None, "outcome": None, "exit_status": ExitStatus.USAGE}, {Event.FAILED}, "failed"),
     ],
 )
@@ -104,6 +120,15 @@ def test_events(values: dict[str, Any], expected: set[Event], words: str) -> Non
     assert found.events == expected
     assert found.subject == f"atomtx: tank/home -r on nas: {words}"
     assert found.variables["ATOMTX_EVENT"] == next(e for e in Event if e in expected).value
+
+
+def test_failed_too() -> None:
+    """What failed beside the result is named, without secrets."""
+    made = notice(
+        replace(FACTS, outcome="failed", failed_after=("hook after: start --key sesame",)),
+        lambda text: text.replace("sesame", "***"),
+    )
+    assert "failed too  hook after: start --key ***\n" in made.text
 
 
 @pytest.mark.parametrize(

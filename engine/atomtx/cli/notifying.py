@@ -255,6 +255,7 @@ class Notifier:
             last_completed=last,
             is_last_known=is_known,
             log=tuple(read_log(RunFolder.of(self._state, run.id).log, whole=False)),
+            failed_after=tuple(step.intent.describe() for step in run.failed_after),
             **values,
         )
 

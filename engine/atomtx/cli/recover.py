@@ -111,6 +111,7 @@ def recover(as_json: bool, **options: Any) -> ExitStatus:
       1 a run failed              6 waiting, and why
       3 a run ended partial       130, 143 interrupted
       4 something is in use: parked, try again
+      7 a step after a backup failed, or the undo of a hook of a run that was interrupted
     """
     with reporter(as_json=as_json) as show:
         return _Recover(show, options, as_json=as_json).run()
@@ -316,7 +317,8 @@ class _Recover:
 
     def _tell(self, before: Run, settled: Settled) -> None:
         """Give notice of a run that nobody was at work on."""
-        if isinstance(settled.decision, recovery.LeaveAlone | recovery.Adopt):
+        is_left = isinstance(settled.decision, recovery.LeaveAlone | recovery.Adopt)
+        if is_left and not settled.leaves_a_hook:
             return
         if self._is_told_by_steps(before):
             return

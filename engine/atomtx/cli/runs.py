@@ -194,6 +194,8 @@ def _settle_one(
         return
     except ActiveStepError as exc:
         raise ActiveRunError(exc.run, "a step of this job") from exc
+    if settled.has_ended_before:
+        return
     if isinstance(settled.decision, LeaveAlone):
         raise ActiveRunError(run.id)
     told(settled)
