@@ -23,6 +23,7 @@ SOME = (
     *("test_effects", "test_two_pools", "test_tree_that_stays", "test_empty_set"),
     *("test_keep_snapshots", "test_killed_runner", "test_interrupted_too_late", "test_busy"),
     *("test_no_room_for_the_end", "test_killed_in_a_hook", "test_what_a_hook_leaves"),
+    *("test_killed_after_an_undo_has_begun_a_daemon", "test_tree_in_use"),
 )
 # What is Linux's alone, and why.
 LINUX = {
@@ -32,7 +33,10 @@ LINUX = {
     "test_default_tmp": "in the namespace layout TMPDIR may be frozen",
     "test_time_limit_and_live_paths": "in the namespace layout live paths are brought back",
     "test_killed_anywhere": "test_sweep.py goes through more",
+    "test_covered_for_a_while": "it tells nobody that mounts have changed: docs/freebsd.md",
+    "test_machine_that_cannot_be_looked_at": "who waits for a client lists no processes",
 }
+daemons = test_hooks.daemons
 for _module in (test_executor, test_hooks):
     for _name in [name for name in vars(_module) if name.startswith("test_")]:
         if _name in SOME or (FULL and _name not in LINUX):
