@@ -349,10 +349,9 @@ def spawn_hook(
     Start a hook in a session of its own, all that it prints piped to the caller.
 
     The variable *session* says which one that is, to whoever finds it after a crash.  It inherits
-    no lock but the descriptors *pass_fds*.  To be called where there is one thread.
+    no lock but the descriptors *pass_fds*.  To be called where there is one thread.  Raises OSError
+    or ValueError where it cannot be started.
     """
-    if any("\0" in text for pair in env.items() for text in pair):
-        raise ValueError("embedded null byte in the environment")
     program = argv[0] if os.sep in argv[0] else which(argv[0], env)
     if program is None:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), argv[0])
@@ -361,17 +360,20 @@ def spawn_hook(
         os.environ.clear()
         os.environ.update({**env, session: str(os.getpid())})
 
-    return subprocess.Popen(
-        argv,
-        executable=program,
-        cwd=cwd,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        pass_fds=pass_fds,
-        start_new_session=True,
-        preexec_fn=begin,
-    )
+    try:
+        return subprocess.Popen(
+            argv,
+            executable=program,
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            pass_fds=pass_fds,
+            start_new_session=True,
+            preexec_fn=begin,
+        )
+    except subprocess.SubprocessError as exc:  # a NUL in a value, or "=" in a name
+        raise ValueError("its environment cannot be passed on") from exc
 
 
 def spawn_client(

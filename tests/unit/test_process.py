@@ -356,3 +356,26 @@ def test_runners_encoding(tmp_path: Path) -> None:
         os.close(writing)
         assert said.read() == "utf-8"
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_hook_knows_its_session() -> None:
+    """The number of its session is in its environment, and nothing of ours but what was given."""
+    env = {"PATH": os.environ["PATH"], "A": "b"}
+    child = process.spawn_hook(("env",), env=env, cwd="/", session="SESSION")
+    said, _ = child.communicate()
+    found = dict(line.split("=", 1) for line in said.decode().splitlines())
+    of_readline = {"LINES", "COLUMNS"}  # which it sets for programs, where pytest has loaded it
+    mine = {name: value for name, value in found.items() if name not in of_readline}
+    assert mine == {**env, "SESSION": str(child.pid)}
+
+
+@pytest.mark.parametrize("env", [{"A": "b\0"}, {"A=B": "c"}, {"": "c"}])
+def test_hook_whose_environment_cannot_be(env: dict[str, str]) -> None:
+    """What no program can be given is one error, in this process."""
+    with pytest.raises(ValueError, match="its environment cannot be passed on"):
+        process.spawn_hook(("env",), env=env, cwd="/", session="SESSION")
+
+
+def test_hook_that_is_not_there() -> None:
+    with pytest.raises(FileNotFoundError):
+        process.spawn_hook(("no-such-program",), env={"PATH": "/bin"}, cwd="/", session="SESSION")
