@@ -221,6 +221,8 @@ class Hooks:
         self._end_retention(run)
         self.before(run, AROUND_RUN)  # those that were undone after a crash
         if step.id in self._inherited:
+            if client.inspect(settings).repository != config.repository:
+                raise ClientError("the repository is another one than the run's")
             self._mend(run)
         self._started.add(step.id)
         for argv in _forgetting(client, settings, facts_of(config), intent):

@@ -41,7 +41,7 @@ from .errors import BusyError, JournalDamagedError, JournalError, StaleRunError
 from .intents import Intent, from_json
 from .journalfile import HeaderFile
 from .names import ZFS
-from .plan import Plan
+from .plan import ClientPlan, Plan
 from .records import Content, Run, Step, Volume
 from .schema import backups, journals, moves, runs, steps, volumes
 from .statedir import RunFolder, sweep
@@ -218,7 +218,7 @@ class Journal:
             return [self._read(connection, row) for row in connection.execute(query).all()]
 
     def last_completed(
-        self, job: str, *, of_kept: bool = False
+        self, job: str, *, of_kept: bool = False, client: ClientPlan | None = None
     ) -> tuple[dict[str, Content], int, tuple[str, ...]] | None:
         """
         Return what the job's last completed run saw; None where there is none.
@@ -226,7 +226,7 @@ class Journal:
         The last is the one that was begun last, whatever the clock was set to.  It tells what
         each dataset's guid held, the moment (microseconds), the ids of its backups.  A run that
         read snapshots which were kept tells nothing of how things are since: only *of_kept*
-        counts it too.
+        counts it too.  Of a *client*, only what was saved by it into that repository counts.
         """
         query = (
             select(runs.c.id, runs.c.moment_at)
@@ -234,6 +234,9 @@ class Journal:
             .order_by(_ROW.desc())
             .limit(1)
         )
+        if client:
+            is_there = runs.c.repository == client.repository
+            query = query.where(runs.c.client == client.name, is_there)
         with self._transaction() as connection:
             row = connection.execute(query).one_or_none()
             if row is None:

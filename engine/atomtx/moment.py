@@ -216,7 +216,8 @@ def _newer_parent(journal: Journal, run: Run) -> str | None:
 
     A client that looks for its parent by time would not find it and read all anew.
     """
-    last = journal.last_completed(run.job, of_kept=run.plan.is_of_kept)
+    of_kept, client = run.plan.is_of_kept, run.plan.client
+    last = journal.last_completed(run.job, of_kept=of_kept, client=client)
     if last is None or run.moment_at is None or not last[2] or last[1] <= run.moment_at:
         return None
     return last[2][0]

@@ -438,6 +438,7 @@ def test_killed_in_retention(scene: Scene, who: str) -> None:
     made = kept(scene, "test -e twice && exit; touch twice; echo $$ > pid; sleep 1000")
     killed = scene.backup(made, at="start:forget#1", who=who, delay_s=0.5)
     assert killed.status == -signal.SIGKILL
+    scene.changes.append(lambda: setattr(Played, "inspect", _there))
     ended = scene.recover()
     assert outcome(ended) == ("completed", None)
     assert did(scene).count("forget") == 2
@@ -458,6 +459,7 @@ def test_killed_in_retention_on_a_disk_of_its_own(scene: Scene) -> None:
     killed = scene.backup(made, at="start:forget#1", who="front", delay_s=0.5)
     assert killed.status == -signal.SIGKILL
     assert session(scene)
+    scene.changes.append(lambda: setattr(Played, "inspect", _there))
     ended = scene.recover()
     assert outcome(ended) == ("completed", None)
     assert ended.run
@@ -465,6 +467,19 @@ def test_killed_in_retention_on_a_disk_of_its_own(scene: Scene) -> None:
     assert did(scene) == ["stop", "forget", "start", "stop", "forget", "start"]
     assert not session(scene)
     assert in_force(scene) == scene.left() == []
+
+
+def test_retention_of_another_repository(scene: Scene) -> None:
+    """A disk that was put in the place of the run's own is neither mended nor cleared."""
+    made = kept(scene, "test -e twice && exit; touch twice; echo $$ > pid; sleep 1000")
+    scene.backup(made, at="start:forget#1", who="all", delay_s=0.5)
+    scene.changes.append(lambda: setattr(Played, "inspect", _elsewhere))
+    ended = scene.recover()
+    assert outcome(ended) == ("completed", None)
+    assert ended.statuses == [ExitStatus.STEP_AFTER_FAILED]
+    assert "the repository is another one than the run's" in " ".join(ended.said("warn"))
+    assert did(scene).count("forget") == 1
+    assert not any(str(words).startswith("mended") for words in ended.said("step"))
 
 
 def test_retention_is_interrupted(scene: Scene) -> None:
@@ -606,6 +621,10 @@ def _out_of_reach(_: Played, settings: Settings) -> NoReturn:
 
 def _there(_: Played, __: Settings) -> Facts:
     return Facts("1.2", "repo")
+
+
+def _elsewhere(_: Played, __: Settings) -> Facts:
+    return Facts("1.2", "another")
 
 
 def test_password_that_is_not_there(scene: Scene) -> None:

@@ -271,6 +271,11 @@ def test_last_completed(journal: Journal) -> None:
     seen = {"guid of tank/a": Content.FILES, "guid of tank/a/b": Content.EMPTY}
     assert journal.last_completed("job") == (seen, 77, ("id1",))
     assert journal.last_completed("another") is None
+    there = run.plan.client
+    assert journal.last_completed("job", client=there) == (seen, 77, ("id1",))
+    replace = dataclasses.replace
+    for elsewhere in (replace(there, repository="other"), replace(there, name="kopia")):
+        assert journal.last_completed("job", client=elsewhere) is None
 
 
 def complete_with_a_clock_ahead(journal: Journal, count: int) -> list[RunId]:

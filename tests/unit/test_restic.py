@@ -69,6 +69,17 @@ def test_launch() -> None:
     }
 
 
+@pytest.mark.parametrize("version", ["0.14.0", "0.16.5", "0.17.0"])
+def test_host_of_the_environment(version: str) -> None:
+    """A backup bears the host by which its retention looks for it, where restic is too old."""
+    given = replace(settings(), env={"RESTIC_HOST": "web1"})
+    ((*argv,),) = Restic().launch(given, Facts(version, None), HOME).commands
+    assert ("--host=web1" in argv) == (version < "0.17")
+    named = replace(settings("--host", "db"), env={"RESTIC_HOST": "web1"})
+    ((*argv,),) = Restic().launch(named, Facts(version, None), HOME).commands
+    assert [word for word in argv if "host" in word] == ["--host=db"]
+
+
 def test_old_version() -> None:
     """A version gets only the options that it has."""
     moment = Moment(("/home",), "/tree", AT)

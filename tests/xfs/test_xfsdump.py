@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -345,6 +346,21 @@ def test_killed_at_each_call(scene: Scene, call: str, least: int) -> None:
     assert made[-1].run == moment.run
 
 
+def test_retention_of_another_destination(tmp_path: Path) -> None:
+    """Dumps of a disk that was put in the place of the run's own are not forgotten."""
+    store = Destination(str(tmp_path / "dumps"))
+    made = [*make_chain(store, 2), put(store, a_dump(9, 0))]
+    settings = Settings(
+        (), (f"--destination={store.path}",), {**os.environ, "PYTHONPATH": ENGINE}, "/"
+    )
+    facts = Facts("3.1", str(uuid.uuid4()))
+    (argv,) = Xfsdump().forgetting(settings, facts, ("/home",), ("--keep-chains=1",))
+    done = subprocess.run(argv, env=dict(settings.env), capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "another" in done.stderr + done.stdout
+    assert all(Path(store.path, dump.name).exists() for dump in made)
+
+
 @pytest.mark.parametrize(("call", "least"), [("rename", 2), ("fsync", 2), ("unlinkat", 9)])
 def test_retention_killed_at_each_call(tmp_path: Path, call: str, least: int) -> None:
     """Promise 5: a retention that is killed anywhere leaves whole chains; again, it is done."""
@@ -353,7 +369,8 @@ def test_retention_killed_at_each_call(tmp_path: Path, call: str, least: int) ->
     settings = Settings(
         (), (f"--destination={store.path}",), {**os.environ, "PYTHONPATH": ENGINE}, "/"
     )
-    (argv,) = Xfsdump().forgetting(settings, Facts("3.1", None), ("/home",), ("--keep-chains=1",))
+    facts = Facts("3.1", store.id)
+    (argv,) = Xfsdump().forgetting(settings, facts, ("/home",), ("--keep-chains=1",))
     whole = tmp_path / "whole"
     shutil.copytree(store.path, whole)
     for n in range(1, 200):
@@ -543,7 +560,7 @@ def test_forget(scene: Scene) -> None:
         time.sleep(1)  # no two of them are of one second
     assert [scene.made(end).level for end in ends] == [0, 1, 0, 1, 0]
     (argv,) = scene.client.forgetting(
-        settings, Facts("3.1", None), (str(volume),), ("--keep-chains=2",)
+        settings, scene.client.inspect(settings), (str(volume),), ("--keep-chains=2",)
     )
     subprocess.run(argv, env=dict(settings.env), check=True, timeout=PATIENCE_S)
     assert scene.names() == [scene.made(end).name for end in ends[2:]]

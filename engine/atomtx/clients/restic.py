@@ -43,6 +43,7 @@ Version = tuple[int, int]
 OLDEST: Version = (0, 14)
 _WITH_SPARSE: Version = (0, 15)  # of a restore
 _WITH_XATTR_FILTER: Version = (0, 18)  # of a restore
+_WITH_HOST_VARIABLE: Version = (0, 17)  # else the retention would look for another host's
 _WITH_GROUP_BY: Version = (0, 16)  # and --retry-lock, and `repair index`
 # An unknown feature is a fatal error, and this one is announced to go with repository format 3.
 _WITH_HARDLINK_FEATURE: tuple[Version, Version] = ((0, 17), (0, 19))
@@ -259,10 +260,14 @@ def _patience(version: Version, options: Iterable[Option]) -> tuple[str, ...]:
     return () if is_given or version < _WITH_GROUP_BY else (f"--retry-lock={_RETRY_LOCK}",)
 
 
-def _own_options(version: Version, moment: Moment, options: Sequence[Option]) -> Iterator[str]:
+def _own_options(
+    version: Version, moment: Moment, options: Sequence[Option], env: Mapping[str, str]
+) -> Iterator[str]:
     """Return the options that atomtx adds where the user did not decide."""
     given = {option.name for option in options}
     yield from _patience(version, options)
+    if version < _WITH_HOST_VARIABLE and "--host" not in given and env.get("RESTIC_HOST"):
+        yield f"--host={env['RESTIC_HOST']}"
     if moment.parent is not None and not given & {"--parent", "--force"}:
         yield f"--parent={moment.parent}"
     # Patterns are matched with the real location, also of a relative argument.
@@ -423,7 +428,7 @@ class Restic:
         argv = (
             *program(settings, "restic"),
             *("backup", "--json", f"--time={time}"),
-            *_own_options(version, moment, options),
+            *_own_options(version, moment, options, settings.env),
             *(option.word for option in options),
             *("--", *_targets(moment)),
         )

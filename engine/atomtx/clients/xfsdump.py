@@ -60,7 +60,7 @@ def _destination(settings: Settings) -> Destination:
         raise UserError(
             "xfsdump needs a destination", hint="`... --client xfsdump -- --destination DIR`"
         )
-    (path,) = absolute([named], settings.cwd)
+    path = os.path.realpath(*absolute([named], settings.cwd))
     if is_within(STATE, path):  # it would lie over xfsdump's inventory
         raise UserError(f"{path} cannot be a destination", hint="make a directory of its own")
     return Destination(path)
@@ -174,7 +174,8 @@ class Xfsdump:
     ) -> tuple[tuple[str, ...], ...]:
         """Return what removes the older chains of this host's dumps of *paths*."""
         destination = _destination(settings)
-        return ((*_process("forget", destination, destination.id), policy[-1], "--", *paths),)
+        # The destination that is there now may be another one than the run's: it is refused then.
+        return ((*_process("forget", destination, facts.repository), policy[-1], "--", *paths),)
 
     def after_loss(self, settings: Settings, facts: Facts) -> tuple[str, ...]:
         """Do nothing: the next attempt removes its predecessor's part itself."""
