@@ -33,10 +33,10 @@ class Interrupts:
         Whoever had taken them over before is told of each as well, and tells what came already.
         """
         for number in _NUMBERS:
-            before = signal.signal(number, self._note)
-            outer = getattr(before, "__self__", None)
+            outer = getattr(signal.getsignal(number), "__self__", None)
             if isinstance(outer, Interrupts) and outer is not self:
-                self._outer = outer
+                self._outer = outer  # first: a signal may come as soon as it is ours
+            signal.signal(number, self._note)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         if self._outer and self._outer.noted is not None:
             self._note(self._outer.noted, None)

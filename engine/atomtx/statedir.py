@@ -284,7 +284,8 @@ class RunFolder:
         """Allocate the space of the end record, durable and empty; forgets an older end."""
         descriptor = os.open(self.end, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600)
         try:
-            os.pwrite(descriptor, bytes(END_RECORD_BYTES), 0)
+            if os.pwrite(descriptor, bytes(END_RECORD_BYTES), 0) < END_RECORD_BYTES:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.end))
             os.ftruncate(descriptor, END_RECORD_BYTES)
             os.fsync(descriptor)
         finally:

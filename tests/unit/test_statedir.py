@@ -445,3 +445,11 @@ def test_end_is_durable(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> N
     folder.write_end(RECORD)
     assert calls == ["pwrite end", "fdatasync end"]
     assert json.loads(folder.end.read_bytes().split(b"\n")[0].partition(b" ")[2]) == RECORD
+
+
+def test_end_that_finds_half_its_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short write is no error of write(2), and no room either."""
+    folder = RunFolder.of(prepare(tmp_path / "state"), "0" * 16).make()
+    monkeypatch.setattr(os, "pwrite", lambda *_: 512)
+    with pytest.raises(OSError, match="No space left on device"):
+        folder.reserve_end()
