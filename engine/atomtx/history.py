@@ -27,9 +27,8 @@ from .states import Verb
 if TYPE_CHECKING:
     from .intents import Intent
 
-BUSY_TIMEOUT_MS = (
-    30_000  # a commit of another run waits for its fsync, on a disk that is being filled
-)
+# A commit of another run waits for its fsync, on a disk that is being filled.
+BUSY_TIMEOUT_MS = 30_000
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _PREFIX = re.compile(r"[0-9a-f]{1,16}")
 _NEWEST = ("last", "latest")  # no digits of an id

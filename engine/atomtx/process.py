@@ -361,16 +361,14 @@ def spawn_hook(
         os.environ.update({**env, session: str(os.getpid())})
 
     try:
-        return subprocess.Popen(
+        return _spawn_piped(
             argv,
-            executable=program,
-            cwd=cwd,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
+            None,
+            cwd,
             stderr=subprocess.STDOUT,
             pass_fds=pass_fds,
-            start_new_session=True,
-            preexec_fn=begin,
+            program=program,
+            begin=begin,
         )
     except subprocess.SubprocessError as exc:  # a NUL in a value, or "=" in a name
         raise ValueError("its environment cannot be passed on") from exc
@@ -404,21 +402,25 @@ def spawn_part(argv: Sequence[str]) -> subprocess.Popen[bytes]:
 
 def _spawn_piped(
     argv: Sequence[str],
-    env: Mapping[str, str],
+    env: Mapping[str, str] | None,
     cwd: str,
     *,
     stderr: int,
-    pass_fds: Sequence[int] = (),
+    pass_fds: Sequence[int],
+    program: str | None = None,
+    begin: Callable[[], None] | None = None,
 ) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         argv,
-        env=dict(env),
+        executable=program,
+        env=env,
         cwd=cwd,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=stderr,
         pass_fds=pass_fds,
         start_new_session=True,
+        preexec_fn=begin,
     )
 
 

@@ -136,7 +136,7 @@ def is_of_a_client(name: str) -> bool:
 
 def tells_where(name: str) -> bool:
     """Tell whether a variable of a client, as journaled, may tell it where its backups go."""
-    return name not in _OF_A_SESSION and not _PROXY.search(name)
+    return not is_of_a_session(name) and not _PROXY.search(name)
 
 
 def is_of_a_session(name: str) -> bool:

@@ -237,11 +237,13 @@ def _sessions_of_hook(known: Mapping[str, Any] | None, mark: str) -> set[int]:
     Others of the session may have dropped their environment.  A number of a session is not used
     again while it has a process.
     """
+    if known and _identity(int(known["pid"])) == known:
+        return {int(known["pid"])}
     marked = {pid: sid for pid in system.here.marked(mark) if (sid := system.here.session_of(pid))}
-    if known is None:  # nothing could be written, or it was killed before
-        return {sid for sid in set(marked.values()) if _is_begun_as(sid, marked)}
-    sid = int(known["pid"])
-    return {sid} if _identity(sid) == known or sid in marked.values() else set()
+    if known:
+        return {int(known["pid"])}.intersection(marked.values())
+    # Nothing could be written, or it was killed before.
+    return {sid for sid in set(marked.values()) if _is_begun_as(sid, marked)}
 
 
 def _is_begun_as(sid: int, marked: Mapping[int, int]) -> bool:

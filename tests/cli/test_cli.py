@@ -664,7 +664,6 @@ def test_doctor(env: dict[str, str], atomtx_: Run) -> None:
     assert "docker" in lines.stdout
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="a user has no capability to lose")
 @pytest.mark.parametrize(
     ("name", "said", "expected"),
     [
@@ -687,6 +686,7 @@ def test_doctor_of_a_client(
     assert [[c["status"], c["detail"]] for c in checks if c["name"] == name] == [expected]
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="a user has no capability to lose")
 def test_doctor_without_ptrace(env: dict[str, str]) -> None:
     """`doctor` warns where processes of other users cannot be seen, and says what that means."""
     argv = ("setpriv", "--bounding-set=-sys_ptrace", sys.executable, "-m", "atomtx", "doctor")
