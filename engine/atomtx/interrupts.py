@@ -39,7 +39,7 @@ class Interrupts:
             signal.signal(number, self._note)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         if self._outer and self._outer.noted is not None:
-            self._note(self._outer.noted, None)
+            self._take(self._outer.noted)
         return self
 
     @contextmanager
@@ -53,16 +53,23 @@ class Interrupts:
                 signal.signal(number, handler)
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        if self._outer:
-            self._outer._note(number, None)
+        self._take(number)
+        if self._at_once:
+            self.check()
+
+    def _take(self, number: int) -> None:
+        if self._outer:  # which has lent them, and so raises nothing
+            self._outer._take(number)
         if self.noted is None:
             self.noted = number
-            if self._at_once:
-                self.check()
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Let the first signal raise Interrupted at once, inside a block that makes no effect."""
+        """
+        Let the first signal raise Interrupted at once, inside a block that makes no effect.
+
+        Not where the block has taken the signals over: it knows when it may be interrupted.
+        """
         self._at_once = True
         try:
             self.check()

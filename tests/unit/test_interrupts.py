@@ -51,3 +51,17 @@ def test_at_once() -> None:
         outer.install()
         with pytest.raises(Interrupted), outer.at_once():
             signal.raise_signal(signal.SIGTERM)
+
+
+def test_at_once_of_a_step() -> None:
+    """A step that has taken the signals over is not ended in the midst of an effect of its own."""
+    outer, inner = Interrupts(), Interrupts()
+    with outer.lent():
+        outer.install()
+        with outer.at_once(), outer.lent():
+            inner.install()
+            signal.raise_signal(signal.SIGTERM)
+            with pytest.raises(Interrupted):
+                inner.check()
+        with pytest.raises(Interrupted):
+            outer.check()
