@@ -329,11 +329,13 @@ class Journal:
         """
         Insert a run of a lost journal in state `unmounting`, its snapshots to be destroyed.
 
-        *found* gives guid and createtxg by snapshot.  Raises ActiveRunError where it was adopted
+        *found* gives guid and createtxg by snapshot.  Raises BusyError where it was adopted
         meanwhile.  In one transaction: in `planned`, it would be resumed without its client.
         """
         row = _row(the_plan)
         with self._transaction() as connection:
+            if connection.scalar(select(runs.c.id).where(runs.c.id == the_plan.run)):
+                raise BusyError(f"run {the_plan.run} was adopted by another command")
             _begin(connection, the_plan, row, intents)
             change = Change(connection, self._find(connection, the_plan.run), self._machine)
             change.identify(found)

@@ -314,6 +314,21 @@ def test_adopt(journal: Journal) -> None:
     assert journalfile.counter(journalfile.header(journal.path)) == before + 1
 
 
+@pytest.mark.parametrize("ended", [False, True])
+def test_adopted_meanwhile(journal: Journal, *, ended: bool) -> None:
+    """Who comes second is told, also where the first has ended it, and changes nothing."""
+    the_plan = a_plan()
+    found = {v.snapshot: (f"9{n}", "5") for n, v in enumerate(the_plan.volumes)}
+    run = journal.adopt(the_plan, found, plan.intents(the_plan))
+    if ended:
+        with journal.change(run) as change:
+            change.fire(Event.CLEANED_UP)
+    before = journal.path.read_bytes()
+    with pytest.raises(BusyError, match=f"run {RUN} was adopted by another command"):
+        journal.adopt(the_plan, found, plan.intents(the_plan))
+    assert journal.path.read_bytes() == before
+
+
 # -- transactions ----------------------------------------------------------------------------
 
 
