@@ -229,7 +229,7 @@ class Job:
     keep_history: int = key(
         Span(),
         "Forget runs of any job that ended longer ago. "
-        "0: all but the last whole one of each, and one beside it.",
+        "0: all but the last whole one of each, one beside it, and those of the last minute.",
         _YEAR_S,
     )
     nice: int = key(Number(0, 19), "The client's niceness.", 0)

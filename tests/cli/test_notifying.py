@@ -18,7 +18,7 @@ import pytest
 
 from atomtx import locks, notices, outbox
 from atomtx.notices import Facts, NotifySettings
-from tests.cli.conftest import SOURCE
+from tests.cli.conftest import SOURCE, Run
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root makes backups")
 CHECKOUT = Path(__file__).parents[2]
@@ -124,6 +124,9 @@ def ends(words: str) -> str:
 
 
 FAILS = ends("'failed'")
+FAILED = "'failed', 'why'"
+OF_NO_HISTORY = "from atomtx.cli import runs; runs._FOLLOWED_S = 0"
+KEEPS_NONE = ("backup", "tank/a", "--command", "true", "--keep-history", "0")
 
 
 def one(played: Played) -> dict[str, Any]:
@@ -225,9 +228,35 @@ def test_interrupt(play: Play) -> None:
 
 def test_forgotten_at_once(play: Play) -> None:
     """What is told is taken down before the run may be forgotten at its --keep-history."""
-    words = ("backup", "tank/a", "--command", "true", "--keep-history", "0")
-    notice = one(play(ends("'failed', 'why'"), *words))
+    notice = one(play(f"{OF_NO_HISTORY}; {ends(FAILED)}", *KEEPS_NONE))
     assert "  Fatal: no route" in notice["TEXT"]
+
+
+def test_known_for_a_while(play: Play, tmp_path: Path, atomtx_: Run) -> None:
+    """Whoever stops or follows a run, or is told of it, can ask how it ended."""
+    run = one(play(ends(FAILED), *KEEPS_NONE))["RUN"]
+    assert atomtx_("attach", run).returncode == 1
+    assert atomtx_("stop", run).returncode == 0
+    assert atomtx_("show", run).returncode == 0
+    run = one(play(f"{OF_NO_HISTORY}; {ends(FAILED)}", *KEEPS_NONE))["RUN"]
+    assert "no run" in atomtx_("show", run).stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [("JournalError('disk I/O error')", 0), ("JournalDamagedError('it', 'torn')", 1)],
+)
+def test_not_forgotten(play: Play, error: str, status: int) -> None:
+    """What was done is done, where nothing can be forgotten after it; damage is told at once."""
+    code = f"""
+        from atomtx.errors import JournalDamagedError
+        def expire(self, keep_s):
+            raise {error}
+        Journal.expire = expire
+    """
+    played = play(code)
+    assert played.status == status, played.said
+    assert bool(played.warnings) == (status == 0)
 
 
 def test_no_run(play: Play) -> None:

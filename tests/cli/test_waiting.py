@@ -26,7 +26,7 @@ _PROGRAM = """
 import os, sys
 from pathlib import Path
 from atomtx import cli
-from atomtx.cli import backup
+from atomtx.cli import backup, runs
 from atomtx.executor import Executor
 from atomtx.names import RunId
 from atomtx.states import Event, Outcome
@@ -47,6 +47,7 @@ def advance(self, run):
     return self._journal.load(run.id)
 
 Executor.advance = advance
+runs._FOLLOWED_S = 0
 backup.make_plan = lambda *_, **__: a_plan(run=RunId.new(), notes=("a note",))
 cli.main(sys.argv[3:])
 """

@@ -15,6 +15,7 @@ from ..errors import (
     ExitStatus,
     Interrupted,
     JournalDamagedError,
+    JournalError,
     JournalFullError,
     WaitingError,
     worst,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 _LOOK_S = 0.2
+_FOLLOWED_S = 60.0  # in which who stops or follows a run sees how it ended
 
 
 def tell(show: Reporter) -> Tell:
@@ -70,8 +72,10 @@ def in_journal(
             show.note(note)
         status = work(journal)
         try:
-            journal.expire(keep_history_s)
-        except JournalFullError as exc:  # what was done is done
+            journal.expire(max(keep_history_s, _FOLLOWED_S))
+        except JournalDamagedError:
+            raise
+        except JournalError as exc:  # what was done is done
             show.warn(f"old runs are not forgotten yet: {exc.message}")
     return status
 
