@@ -342,6 +342,21 @@ def test_restic_clock_stepped_back(
 
 
 @Restics
+def test_restic_forgotten_parent(
+    version: str, restic: Callable[[str], Settings], home: Path
+) -> None:
+    """Where that one was forgotten since, the backup is complete without it."""
+    settings = restic(version)
+    parent = back_up(Restic(), settings, moment_of(home)).end.backups[0].backup_id
+    assert parent
+    call(settings, "forget", parent)
+    moment = moment_of(home, at=AT - timedelta(days=1), parent=parent)
+    seen = back_up(Restic(), settings, moment)
+    assert seen.end.outcome is Outcome.COMPLETED
+    assert seen.summary()["files_new"] == FILES
+
+
+@Restics
 def test_restic_tree(version: str, restic: Callable[[str], Settings], tmp_path: Path) -> None:
     """A tree is kept under the live paths, and compared with the backup before it."""
     settings = restic(version)

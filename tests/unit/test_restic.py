@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from atomtx.clients import Backup, End, Facts, Moment, Settings, load
+from atomtx.clients import Backup, End, Facts, Moment, Settings, load, restic
 from atomtx.clients.program import local_time
 from atomtx.clients.restic import Restic, escaped
 from atomtx.errors import ClientError, UserError
@@ -157,16 +157,23 @@ def test_tree_keeps_relative_files() -> None:
         (("--json",), "--json=true"),
     ],
 )
-def test_user_decides(extra: tuple[str, ...], absent: str) -> None:
+def test_user_decides(monkeypatch: pytest.MonkeyPatch, extra: tuple[str, ...], absent: str) -> None:
     """What the user says about parent or locks replaces our own."""
+    monkeypatch.setattr(restic, "_is_saved", lambda *_: True)
     argv = words(*extra, moment=Moment(("/home",), "", AT, parent="ab12"))
     assert absent not in argv
     assert argv.count("--json") == 1
 
 
-def test_parent() -> None:
-    """A known parent is named: a clock that was put back would hide it."""
-    assert "--parent=ab12" in words(moment=Moment(("/home",), "", AT, parent="ab12"))
+@pytest.mark.parametrize("there", [True, False])
+def test_parent(tmp_path: Path, *, there: bool) -> None:
+    """A known parent is named, a clock that was put back would hide it; not one that is gone."""
+    program = tmp_path / "restic"
+    program.write_text(f'#!/bin/sh\n[ "$*" = "cat snapshot ab12 --no-lock" ] && {there}\n'.lower())
+    program.chmod(0o755)
+    given = replace(settings(), command=(str(program),), cwd="/")
+    (argv,) = Restic().launch(given, NEW, Moment(("/home",), "", AT, parent="ab12")).commands
+    assert ("--parent=ab12" in argv) == there
 
 
 @pytest.mark.parametrize(

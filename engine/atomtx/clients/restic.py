@@ -260,6 +260,23 @@ def _patience(version: Version, options: Iterable[Option]) -> tuple[str, ...]:
     return () if is_given or version < _WITH_GROUP_BY else (f"--retry-lock={_RETRY_LOCK}",)
 
 
+def _is_saved(settings: Settings, options: Iterable[Option], backup: str) -> bool:
+    """Tell whether the repository has a backup: the user may have forgotten it since."""
+    query = ("cat", "snapshot", backup, "--no-lock", *_globals(options))
+    try:
+        return ask((*program(settings, "restic"), *query), settings).ok
+    except UserError:  # out of reach: the backup itself tells it
+        return False
+
+
+def _with_parent(moment: Moment, settings: Settings, options: Sequence[Option]) -> Moment:
+    """Return a moment whose parent, if it has one, is there, and not the user's to choose."""
+    is_given = any(option.name in ("--parent", "--force") for option in options)
+    if moment.parent is None or (not is_given and _is_saved(settings, options, moment.parent)):
+        return moment
+    return replace(moment, parent=None)
+
+
 def _own_options(
     version: Version, moment: Moment, options: Sequence[Option], env: Mapping[str, str]
 ) -> Iterator[str]:
@@ -268,7 +285,7 @@ def _own_options(
     yield from _patience(version, options)
     if version < _WITH_HOST_VARIABLE and "--host" not in given and env.get("RESTIC_HOST"):
         yield f"--host={env['RESTIC_HOST']}"
-    if moment.parent is not None and not given & {"--parent", "--force"}:
+    if moment.parent is not None:
         yield f"--parent={moment.parent}"
     # Patterns are matched with the real location, also of a relative argument.
     root = moment.root.rstrip("/")
@@ -417,8 +434,13 @@ class Restic:
             yield from (os.path.join(folder, "restic") for folder in folders)
 
     def launch(self, settings: Settings, facts: Facts, moment: Moment) -> Launch:
-        """Return one `restic backup`; its own options first, so that the user's count."""
+        """
+        Return one `restic backup`; its own options first, so that the user's count.
+
+        A parent that the repository has no more would end it: it is asked for first.
+        """
         options = _options(settings)
+        moment = _with_parent(moment, settings, options)
         version = _parse_version(facts.version) or OLDEST
         env = {"RESTIC_PROGRESS_FPS": "1", **_features(settings.env, version)}
         time, zone = local_time(moment.at, settings.env)
