@@ -29,7 +29,9 @@ def choose_client(name: str | None, command: Sequence[str], env: Mapping[str, st
         return "command"
     if env.get("RESTIC_REPOSITORY") or env.get("RESTIC_REPOSITORY_FILE"):
         return "restic"
-    if _kopia_is_connected(env):
+    from .clients import kopia  # which a job that names its client needs not
+
+    if kopia.is_connected(env):
         return "kopia"
     if env.get("BORG_REPO"):
         return "borg"
@@ -38,13 +40,6 @@ def choose_client(name: str | None, command: Sequence[str], env: Mapping[str, st
         hint="set RESTIC_REPOSITORY or BORG_REPO, connect kopia to a repository, or give --client "
         "or --command",
     )
-
-
-def _kopia_is_connected(env: Mapping[str, str]) -> bool:
-    home = env.get("XDG_CONFIG_HOME") or (env.get("HOME", "/root") + "/.config")
-    config = env.get("KOPIA_CONFIG_PATH") or "repository.config"
-    # kopia looks for a name alone in its own folder.
-    return Path(config if "/" in config else f"{home}/kopia/{config}").exists()
 
 
 def settings(

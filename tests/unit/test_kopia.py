@@ -349,3 +349,6 @@ def test_chosen_where_it_is_connected(
         preparing.choose_client("", (), env)
     (place / (variable or "repository.config")).write_text("{}")
     assert preparing.choose_client("", (), env) == "kopia"
+    if not variable:  # kopia finds none without a home, also root's
+        with pytest.raises(UserError, match="no backup client was named"):
+            preparing.choose_client("", (), {})

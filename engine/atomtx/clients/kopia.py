@@ -116,8 +116,17 @@ def _anchored(options: Iterable[Option], cwd: str) -> Iterator[Option]:
             yield option
 
 
+def is_connected(env: Mapping[str, str]) -> bool:
+    """Tell whether the connection to a repository is described where the environment has it."""
+    return os.path.exists(_config_file(Settings((), (), env, "")) or "")
+
+
 def _config_file(settings: Settings) -> str | None:
-    """Return where the connection to the repository is described; None without a home."""
+    """
+    Return where the connection to the repository is described; None without a home.
+
+    kopia looks for a name alone in its own folder.
+    """
     env = settings.env
     named = last_value(_options(settings), "--config-file") or env.get("KOPIA_CONFIG_PATH")
     if named and "/" in named:
