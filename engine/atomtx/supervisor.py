@@ -134,6 +134,8 @@ class Supervisor:
             selector.register(self._wakeup, selectors.EVENT_READ, self._on_signal)
             if self._changes.descriptor >= 0:
                 selector.register(self._changes.descriptor, selectors.EVENT_READ, self._on_change)
+                self._have_changed = True  # perhaps: to register it took back what it had to tell
+                self._look()
             if self._witness.saw is False:
                 selector.register(self._witness.descriptor, selectors.EVENT_READ, self._on_read)
             while self._turn(selector, pidfd):

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from atomtx.intents import Mount
 from atomtx.mounts import mountinfo, namespace
 from atomtx.mounts.mountinfo import Entry, Table
+from atomtx.mounts.namespace import Assembly
 
 LINE = (
     rb"64 43 0:40 /sub\040dir /tmp/z\134z rw,relatime shared:1 master:3"
@@ -123,6 +125,18 @@ def test_topmost() -> None:
         "/b/c": None,
         "/a/x": None,
     }
+
+
+def test_torn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table that was read while others mounted is not believed: only what several looks say."""
+    whole, torn = table((1, 0, "/"), (2, 1, "/a")), table((1, 0, "/"), (2, 9, "/a"))
+    mine = Assembly((Mount("tank/a@x", "/a"),), (), {"/a": 2}, frozenset((1, 2)))
+    looks: list[Table] = []
+    monkeypatch.setattr(mountinfo, "read", lambda: looks.pop(0))
+    looks[:] = [torn, torn, whole]
+    assert mine.displaced() is None
+    looks[:] = [torn, torn, torn]
+    assert mine.displaced() == "/a was unmounted while the client read it"
 
 
 def test_visible_below() -> None:

@@ -104,7 +104,7 @@ def test_missing_snapshot(tmp_path: Path) -> None:
 # In a namespace of its own, with empty file systems in the place of snapshots.
 PRELUDE = """
     import os, subprocess, sys
-    from atomtx.errors import EffectError
+    from atomtx.errors import EffectError, UserError
     from atomtx.intents import Mount
     from atomtx.mounts import mountinfo, namespace, tree
 
@@ -236,6 +236,28 @@ def test_renamed(tmp_path: Path) -> None:
         namespace.mount(ours % "new/b", root + "/a/b", "tmpfs", 0)
         assert tree.remove(made, MADE) == []
         assert seen() == [(other % "a", "/root/a")], seen()
+        """,
+    )
+
+
+@as_root
+def test_like_what_is_parked(tmp_path: Path) -> None:
+    """What a run could not tell from its own, as a live directory, does not lie beneath it."""
+    inside(
+        tmp_path,
+        """
+        own = [Mount("tank/a@atomtx-0123456789abcdef", root + "/a")]
+        os.makedirs(root + "/a")
+        namespace.mount(own[0].source, root + "/a", "tmpfs", 0)
+        tree.check_free(own, beneath=own)
+        namespace.unmount(root + "/a")
+        namespace.mount(OURS[0].source, root + "/a", "tmpfs", 0)
+        try:
+            tree.check_free(OURS[:1], beneath=OURS[:1])
+        except UserError as exc:
+            assert "is mounted at" in str(exc)
+        else:
+            raise AssertionError("it is free")
         """,
     )
 

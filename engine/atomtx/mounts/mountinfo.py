@@ -156,8 +156,9 @@ class Changes:
     """
     Tells of changes of this process's table: *descriptor* is readable once after some.
 
-    proc_pid_mountinfo(5): a change is an event of priority, which epoll(7) passes on as one to be
-    read.  -1 where the system tells of none.
+    Of those since it was registered: each look at it, as that one is, takes back what there was to
+    tell (measured with Linux 6.18).  proc_pid_mountinfo(5): a change is an event of
+    priority, which epoll(7) passes on as one to be read.  -1 where the system tells of none.
     """
 
     def __init__(self) -> None:

@@ -45,10 +45,12 @@ def check_free(mounts: Sequence[Mount], *, beneath: Sequence[Mount] = ()) -> Non
     """
     Raise UserError where something is mounted, or files lie, at a mountpoint of the tree.
 
-    A mount of *beneath* is neither: ours come to lie on top of it.
+    A mount of *beneath* is neither, if it can be told from ours, which come to lie on top of it.
     """
     table = mountinfo.read()
-    ids = {e.id for e in table for b in beneath if e.mountpoint == b.mountpoint and _shows(e, b)}
+    ids = {
+        e.id for e in table for b in beneath if e.mountpoint == b.mountpoint and _has_token(e, b)
+    }
     covered = [entry.mountpoint for entry in table if entry.id in ids]
     for each in mounts:
         if any(entry.mountpoint == each.mountpoint and entry.id not in ids for entry in table):
@@ -191,15 +193,19 @@ def _is_ours(each: Mount) -> bool:
 
 
 def _shows(entry: mountinfo.Entry, each: Mount) -> bool:
+    """Tell whether an entry is of what we mounted, also where its dataset was renamed since."""
+    return _has_token(entry, each) or live.shows(entry, each)
+
+
+def _has_token(entry: mountinfo.Entry, each: Mount) -> bool:
     """
-    Tell whether an entry is of what we mounted, also where its dataset was renamed since.
+    Tell whether an entry is of the one run that has mounted a snapshot of its own.
 
     The table has the name of today (__zpl_show_devname in zpl_super.c of OpenZFS), whose random
     part stays.
     """
     token = each.source.rpartition("@")[2]
-    is_same = RunId.from_token(token) is not None and entry.source.endswith(f"@{token}")
-    return is_same or live.shows(entry, each)
+    return RunId.from_token(token) is not None and entry.source.endswith(f"@{token}")
 
 
 def expire_automounts(snapshots: Sequence[str], *, lock: int | None = None) -> None:
