@@ -186,10 +186,17 @@ class Executor:
 
     def _is_taken_up(self, run: Run) -> bool:
         """Tell whether a moment is taken up again, before its client, within its `--keep-for`."""
-        # The time alone counts: by its failures a run that no client has failed waits for ever.
-        is_patient = within_patience(run, now_us(), failures=run.plan.retries + 1)
         is_early = run.state in (states.SNAPSHOTTED, states.MOUNTED)
-        return self._is_resumed and is_early and is_patient
+        return self._is_resumed and is_early and _is_patient(run)
+
+    def is_worth_waiting(self, run: Run) -> bool:
+        """
+        Tell whether a moment waits for who stands in its tree, and new backups of the job with it.
+
+        Not one that a client has failed, but within its `--keep-for`: parked, it blocks none.
+        """
+        has_ended = run.state == states.BACKING_UP and self._end(run) is not None
+        return not has_ended or _is_patient(run)
 
     def _unless_signalled(self, step: Callable[[Run], Run], run: Run) -> Run:
         """
@@ -617,6 +624,8 @@ class Executor:
                 raise  # the moment is worth more to the user than the room
             return self._record_end(run, end)
         except EffectError as exc:  # a tree is in use; the client's end is there for `recover`
+            if not self.is_worth_waiting(run):
+                return self._record_end(run, end)
             self.undo_hooks(self._journal.load(run.id))
             raise WaitingError(
                 f"run {run.id} ({run.label}) waits: {exc.message}, after: {end.reason}",
@@ -729,6 +738,12 @@ class Executor:
         if self._unwritten is not None:
             with suppress(OSError):
                 self._folder.write_end(self._unwritten)
+
+
+def _is_patient(run: Run) -> bool:
+    """Tell whether a run is within its `--keep-for`."""
+    # The time alone counts: by its failures a run that no client has failed waits for ever.
+    return within_patience(run, now_us(), failures=run.plan.retries + 1)
 
 
 def _as_taken(volume: Volume, found: Identity) -> Identity:

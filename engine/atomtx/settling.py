@@ -410,7 +410,6 @@ class Settler:
                     f"resuming run {run.id} ({run.label}): the same snapshots, {moment.again(run)}"
                 )
                 run = self._resumed(run, executor)
-                executor.mend(run)
             case recovery.RollForward():
                 if run.state == states.BACKING_UP:
                     run = executor.record_end(run)
@@ -424,9 +423,13 @@ class Settler:
     def _resumed(self, run: Run, executor: Executor) -> Run:
         """Have a run begin once more; what stands in its way, as a tree in use, is waited for."""
         try:
-            return executor.resume(self._update(run))
+            run = executor.resume(self._update(run))
         except EffectError as exc:
+            if not executor.is_worth_waiting(run):
+                return executor.record_end(run)
             raise self._waiting(run, recovery.Wait(exc.message)) from exc
+        executor.mend(run)
+        return run
 
     def _prune(self, run: Run, decision: Decision, lock: int) -> Run:
         assert isinstance(decision, recovery.RollBack)

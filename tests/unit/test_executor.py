@@ -279,6 +279,38 @@ def test_covered_for_a_while(scene: Scene, place: str) -> None:
     check_failed(scene, ended, f"{scene.live('tank/a')} was unmounted while the client read it")
 
 
+def test_covered_before_it_is_watched(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So where the others' files are there as the client starts, and the watch over it begins."""
+    live, covered, rest = scene.home / "live", scene.home / "covered", scene.home / "rest"
+    the_plan = scene.plan(*SETS)
+    scene.behave(f"until test -e {rest}; do sleep 0.05; done; sleep 2\n")
+    host, real = os.getpid(), process.spawn_client
+
+    def spawn(*words: Any, **values: Any) -> Any:
+        outside = ("nsenter", f"--mount=/proc/{host}/ns/mnt")
+        subprocess.run((*outside, "mount", "-t", "tmpfs", "theirs", live / "tank"), check=True)
+        covered.touch()
+        return real(*words, **values)
+
+    def uncover() -> None:
+        assert locks.wait_until(covered.exists, 30, step_s=0.02)
+        time.sleep(0.7)
+        subprocess.run(("umount", live / "tank"), check=True)
+        rest.touch()
+
+    monkeypatch.setattr(process, "spawn_client", spawn)
+    subprocess.run(("mount", "--bind", live, live), check=True)
+    try:
+        subprocess.run(("mount", "--make-shared", live), check=True)
+        somebody = threading.Thread(target=uncover)
+        somebody.start()
+        ended = scene.backup(the_plan)
+        somebody.join()
+    finally:
+        subprocess.run(("umount", live), check=True)
+    check_failed(scene, ended, f"{scene.live('tank/a')} was unmounted while the client read it")
+
+
 @contextmanager
 def standing_in(scene: Scene, place: str, then: str = "") -> Iterator[None]:
     """Have somebody stand in a directory of the tree from when the client reads it."""
@@ -323,8 +355,7 @@ def test_tree_in_use(scene: Scene, inside: str) -> None:
     assert not Path(root).exists()
 
 
-@pytest.mark.parametrize("terms", [{"keep_for_s": 10**9}, {"retries": 1}])
-def test_tree_in_use_as_the_client_fails(scene: Scene, terms: dict[str, Any]) -> None:
+def test_tree_in_use_as_the_client_fails(scene: Scene) -> None:
     """A moment that is worth another attempt is not given up for who stands in its tree."""
     root = str(scene.home / "tree")
     place = root + str(scene.live("tank/b"))
@@ -332,14 +363,39 @@ def test_tree_in_use_as_the_client_fails(scene: Scene, terms: dict[str, Any]) ->
     scene.changes.append(lambda: setattr(executor, "_RETRY_S", (0.0,)))
     once = f"test -e {scene.home}/once || {{ touch {scene.home}/once; exit 75; }}\n"
     with standing_in(scene, place, once):
-        terms |= {"root": root, "layout": "tree", "client": "played"}
-        waits = scene.backup(scene.plan(*SETS, **terms))
+        terms: dict[str, Any] = {"root": root, "layout": "tree", "client": "played"}
+        waits = scene.backup(scene.plan(*SETS, keep_for_s=10**9, **terms))
         assert isinstance(waits.raised, WaitingError), waits.run
         assert f"waits: {place} is busy: open by " in waits.raised.message
         assert waits.raised.message.endswith(", after: status 75")
         assert len(scene.pool["snapshots"]) == 2
     scene.changes.append(lambda: setattr(clients, "load", _inspected))
     check_completed(scene, scene.recover(), attempts=2)
+    assert not Path(root).exists()
+
+
+@pytest.mark.parametrize("killed", ["", "journal:backing-up#1"])
+def test_tree_in_use_as_the_client_fails_once(scene: Scene, killed: str) -> None:
+    """Without a time within which it is kept the moment does not block new ones: it is parked."""
+    root = str(scene.home / "tree")
+    place = root + str(scene.live("tank/b"))
+    scene.changes.append(lambda: setattr(cleaning, "PAUSES_S", ()))
+    scene.changes.append(lambda: setattr(clients, "load", _inspected))
+    once = f"test -e {scene.home}/once || {{ touch {scene.home}/once; exit 75; }}\n"
+    terms: dict[str, Any] = {"root": root, "layout": "tree", "client": "played"}
+    with standing_in(scene, place, once):
+        ended = scene.backup(scene.plan(*SETS, retries=1, **terms), killed, "front")
+        if killed:
+            assert ended.status == -signal.SIGKILL
+            ended = scene.recover()
+        assert ended.run, ended.raised
+        assert (ended.run.outcome, ended.run.cleanup) == ("failed", "parked")
+        assert ended.run.reason == "status 75"
+        second = scene.backup(scene.plan(*SETS, **terms))
+        assert second.run
+        assert (second.run.reason, second.run.state) == (None, "destroyed")
+    scene.recover()
+    assert scene.left() == []
     assert not Path(root).exists()
 
 
