@@ -584,6 +584,25 @@ def test_resumed(stage: Stage) -> None:
     assert stage.state["suspended"] == [rows[4]]
 
 
+@pytest.mark.parametrize("is_thin", [True, False])
+def test_resumed_of_what_stays_alone(stage: Stage, *, is_thin: bool) -> None:
+    """A snapshot that stays, and has no origin any more, concerns no other volume's devices."""
+    kept = stage.volume("data/home")
+    fakelvm.add(stage.home, kept.snapshot, attr="Vri---tz-k" if is_thin else "sri-a-s---")
+    (found,) = (each for each in stage.kind._lvm.volumes() if each.path == kept.snapshot)
+    gone = replace(found, origin="", origin_uuid="", pool="my-pool" if is_thin else "")
+    group = f"LVM-{lvmio.plain(kept.pool_guid)}"
+    rows = [
+        ["data-mysql", f"{group}{'m' * 32}", 1],
+        ["data-pool-tpool", f"{group}{'p' * 32}-tpool", 2],
+        ["data-pool_tdata", f"{group}{'d' * 32}-tdata", 3],
+    ]
+    own = [["data-my--pool-tpool", f"{group}{'P' * 32}-tpool", 4]]
+    stage.change(lambda state: state.update(suspended=[*rows, *own]))
+    stage.kind.mend([lvm._as_planned(gone)])
+    assert stage.state["suspended"] == [*rows, *([] if is_thin else own)]
+
+
 def test_failing(stage: Stage) -> None:
     """An overflown snapshot and a full pool are told; a thin snapshot's pool is asked as well."""
     stage.activate("254:1", "data-thin", "LVM-1", "dm-2")

@@ -375,8 +375,13 @@ def _groups(volumes: Iterable[lvmio.Volume]) -> dict[tuple[str, str], str]:
 
 
 def _as_planned(volume: lvmio.Volume) -> PlannedVolume:
-    """Return a snapshot as the volume that a plan would have."""
-    origin = Origin(volume.origin_uuid, f"{volume.group}/{volume.origin}", pool=volume.pool)
+    """Return a snapshot as the volume that a plan would have; one whose origin is gone, too."""
+    origin = Origin(
+        volume.origin_uuid,
+        f"{volume.group}/{volume.origin}",
+        cow_bytes=0 if volume.pool else volume.size,
+        pool=volume.pool,
+    )
     return PlannedVolume(
         LVM, volume.group, volume.group_uuid, origin.name, "", "", volume.path, origin=origin
     )
@@ -482,7 +487,7 @@ def _place(device: Device, volume: PlannedVolume) -> int | None:
     suffix = next((n for n, end in enumerate(_ORDER) if rest.endswith(end)), None)
     if suffix is not None and suffix < _OF_POOL:
         return suffix if _is_of_pool(device, volume.pool, volume.origin) else None
-    if rest.startswith(lvmio.plain(volume.origin.uuid)):
+    if volume.origin.uuid and rest.startswith(lvmio.plain(volume.origin.uuid)):
         return len(_ORDER) + 1 if suffix is None else suffix
     snapshot = device_name(volume.pool, LvmSnapshot.parse(volume.snapshot).name)
     if device.name == snapshot + ("" if suffix is None else _ORDER[suffix]):
