@@ -214,11 +214,11 @@ class Hooks:
             self.step(line)
 
     def _retention(self, run: Run, step: Step, intent: ApplyRetention) -> str | None:
+        self._end_retention(run)  # whatever keeps the next one from its start
         config = run.plan.client
         client: Client = clients.load(config.name)
         settings = settings_of(config)
         self._interrupts.stop()
-        self._end_retention(run)
         self.before(run, AROUND_RUN)  # those that were undone after a crash
         if step.id in self._inherited:
             if client.inspect(settings).repository != config.repository:

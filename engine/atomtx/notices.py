@@ -21,6 +21,7 @@ LOG_LINES = 20
 LINE_CHARS = 500
 _DATASETS = 10
 _SPECIALS = frozenset('()<>[]:;@\\,"')  # RFC 5322, section 3.2.3
+_QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')  # section 3.2.4
 _ADDRESS = re.compile(r"[A-Za-z0-9._%+=/~-]+(@[A-Za-z0-9.-]+|@\[[0-9A-Fa-f.:]+\])?")
 
 
@@ -201,7 +202,7 @@ def _result(facts: Facts) -> str:
     if _has_only_failed_after(facts):
         done = {Verb.BACKUP: "backed up", Verb.RUN: "done"}.get(facts.verb, "kept")
         return f"{done}, but a step after it failed"
-    words = facts.outcome or ("kept waiting" if facts.failed_after else "failed")
+    words = facts.outcome or ("kept waiting" if _is_kept(facts) else "failed")
     words = "rolled back" if words == Outcome.ROLLED_BACK else words
     return f"{words}, and a hook failed" if facts.failed_after else words
 
@@ -211,6 +212,12 @@ def _has_only_failed_after(facts: Facts) -> bool:
     if facts.failed_after:
         return facts.outcome == Outcome.COMPLETED
     return facts.exit_status == ExitStatus.STEP_AFTER_FAILED
+
+
+def _is_kept(facts: Facts) -> bool:
+    """Tell whether a run goes on later, and is told of for the failed undo of a hook alone."""
+    is_open = facts.outcome is None and facts.exit_status != ExitStatus.WAITING
+    return is_open and bool(facts.failed_after)
 
 
 _OF_EVERY_RUN = {
@@ -262,7 +269,10 @@ def _meanings(facts: Facts) -> list[str]:
     meanings = _OF_EVERY_RUN | _OF_VERB[facts.verb]
     lines = [meanings[event] for event in Event if event in found]
     if _has_only_failed_after(facts):
-        lines[0] = f"{_THE[facts.verb]}, but a step after it failed."
+        first = 1 if Event.WAITING in found else 0
+        lines[first:1] = [f"{_THE[facts.verb]}, but a step after it failed."]
+    elif _is_kept(facts):
+        lines[0] = "The run is kept for `atomtx recover`, and a hook failed."
     elif facts.run is None and Event.FAILED in found:
         lines[0] = "It failed before a run began."
     elif facts.run is None and facts.outcome is not None:
@@ -321,7 +331,7 @@ def _next(facts: Facts) -> list[str]:
     show = [f"atomtx show {facts.run[:8]}"] if facts.run else ["atomtx history"]
     if Event.WAITING in found:
         return ["atomtx status", "atomtx recover", *show]
-    if Event.PARKED in found:
+    if Event.PARKED in found or _is_kept(facts):
         return ["atomtx recover", *show]
     if Event.FAILED in found and facts.run is None:
         return ["atomtx doctor", *show]
@@ -410,8 +420,10 @@ def is_sender(text: str) -> bool:
     name, bracket, address = text.partition("<")
     if not bracket:
         return is_address(text)
-    is_name = name.isprintable() and _SPECIALS.isdisjoint(name)
-    return is_name and address.endswith(">") and is_address(address[:-1])
+    is_name = _SPECIALS.isdisjoint(name) or _QUOTED.fullmatch(name.strip())
+    return (
+        bool(is_name) and name.isprintable() and address.endswith(">") and is_address(address[:-1])
+    )
 
 
 def combined(general: NotifySettings, own: NotifySettings) -> NotifySettings:

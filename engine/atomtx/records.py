@@ -182,7 +182,8 @@ def status(
 
 def leaves_a_hook(steps: Sequence[Step]) -> bool:
     """Tell whether the last undo of some hook has failed: what it stopped may be stopped still."""
-    last = {step.intent: step.outcome for step in steps if isinstance(step.intent, UndoHook)}
+    undone = (step for step in steps if isinstance(step.intent, UndoHook))
+    last = {step.intent: step.outcome for step in undone if step.outcome in ("done", "failed")}
     return "failed" in last.values()
 
 

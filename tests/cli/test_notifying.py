@@ -425,6 +425,43 @@ def test_recover_left_alone(play: Play, decision: str) -> None:
     assert (played.status, played.notices) == (0, [])
 
 
+FAILED_UNDO = """
+from atomtx import settling
+from atomtx.intents import AROUND_RUN, RunHook, UndoHook
+def undo(journal, run):
+    with journal.change(run) as change:
+        change.intend(RunHook(AROUND_RUN, ("stop",), ("start",)))
+    run = journal.load(run.id)
+    with journal.change(run) as change:
+        for step in (*run.pending(RunHook), *run.pending(UndoHook)):
+            change.ended(step, "failed" if step.compensates else "done")
+    return journal.load(run.id)
+"""
+
+
+def test_failed_undo_is_told_once(play: Play) -> None:
+    """Each later look at a run that is kept gives its exit status, and no notice any more."""
+    settle = "Settler.settle = lambda self, run: Settled({}, settling.LEFT)"
+    fails = settle.format("undo(self._journal, run)")
+    notice = one(play(f"{FAILED_UNDO}begun()\n{fails}", "recover"))
+    assert notice["SUBJECT"].endswith("found unfinished; kept waiting, and a hook failed")
+    played = play(FAILED_UNDO + settle.format("run"), "recover")
+    assert (played.status, played.notices) == (7, [])
+
+
+def test_failed_undo_of_a_stopped_service(play: Play, tmp_path: Path) -> None:
+    """What a shutdown keeps for the next start is told where a hook was not undone, at once."""
+    code = textwrap.dedent("""
+        def advance(self, run):
+            os.kill(os.getpid(), 15)
+            return undo(self._journal, run)
+        Executor.advance = advance
+    """)
+    assert play(FAILED_UNDO + code, ATOMTX_NOTIFY_LATER="1").status == 143
+    (letter,) = outbox.letters(tmp_path / "state")
+    assert letter.notice.subject.endswith("kept waiting, and a hook failed")
+
+
 # -- a notifier changes no result --------------------------------------------------------------
 
 

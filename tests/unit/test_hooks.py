@@ -39,6 +39,7 @@ from atomtx.intents import (
     RunHook,
 )
 from atomtx.plan import Plan
+from atomtx.records import Step, leaves_a_hook
 from atomtx.settling import status_of
 from atomtx.statedir import RunFolder
 from atomtx.volumes.kinds import Kinds
@@ -538,6 +539,25 @@ def test_undo_that_fails_of_a_run_that_is_left(scene: Scene) -> None:
     ended = scene.recover()
     assert outcome(ended) == ("completed", None)
     assert in_force(scene) == []
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "leaves"),
+    [
+        (("failed",), True),
+        (("failed", "not-needed"), True),
+        (("failed", None), True),
+        (("failed", "done"), False),
+        (("done", "failed"), True),
+        (("not-needed",), False),
+    ],
+)
+def test_undo_that_counts(outcomes: tuple[str | None, ...], *, leaves: bool) -> None:
+    """What an undo has failed to start is stopped still, though a later attempt stopped nothing."""
+    undo = RunHook(AROUND_RUN, ("stop",), ("start",)).compensation()
+    assert undo
+    steps = [Step(n, n, undo, 0, outcome) for n, outcome in enumerate(outcomes)]
+    assert leaves_a_hook(steps) == leaves
 
 
 def test_name_that_is_no_text(scene: Scene) -> None:

@@ -211,9 +211,28 @@ def test_waiting(outcome: str | None, words: str) -> None:
     assert "The backup is complete." in lines or outcome is None
 
 
+def test_waiting_after_a_failed_step() -> None:
+    """That it waits stays said where a step after its backup has failed as well."""
+    values: dict[str, Any] = {"cleanup": "unfinished", "exit_status": ExitStatus.WAITING}
+    lines = told(outcome="completed", failed_after=("hook after: start",), **values)
+    assert lines.text.splitlines()[:3] == [
+        "An unfinished run waits for something, and cannot be settled yet.",
+        "The backup is complete, but a step after it failed.",
+        "Something of the run could not be removed from this machine yet.",
+    ]
+
+
+def test_kept_with_a_failed_hook() -> None:
+    """Of a run that goes on later it is not known whether there is a backup."""
+    text = told(outcome=None, exit_status=ExitStatus.STEP_AFTER_FAILED, failed_after=("up",)).text
+    assert text.startswith("The run is kept for `atomtx recover`, and a hook failed.\n")
+    assert "No backup was made" not in text
+
+
 @pytest.mark.parametrize(
     ("values", "first"),
     [
+        ({"outcome": None, "failed_after": ("hook after: start",)}, "atomtx recover"),
         ({"outcome": "failed", "exit_status": ExitStatus.FAILED}, "atomtx show 7f3c12ab"),
         ({"cleanup": "parked", "exit_status": ExitStatus.PARKED}, "atomtx recover"),
         ({"outcome": None, "exit_status": ExitStatus.WAITING}, "atomtx status"),
@@ -362,6 +381,7 @@ def test_settings() -> None:
         ("ATOMTX_NOTIFY_MAIL_FROM", "ann@example.org\nBcc: eve@example.org", {}),
         ("ATOMTX_NOTIFY_MAIL_FROM", "a\nb <ann@example.org>", {}),
         ("ATOMTX_NOTIFY_MAIL_FROM", "a, b <ann@example.org>", {}),
+        ("ATOMTX_NOTIFY_MAIL_FROM", '"a, b" c" <ann@example.org>', {}),
         ("ATOMTX_NOTIFY_TIME_LIMIT", "soon", {}),
     ],
 )
@@ -373,7 +393,15 @@ def test_wrong_settings(name: str, value: str, kept: dict[str, Any]) -> None:
     assert name in problem
 
 
-@pytest.mark.parametrize("sender", ["root", "nas@example.org", "Bäckup of nas <nas@example.org>"])
+@pytest.mark.parametrize(
+    "sender",
+    [
+        "root",
+        "nas@example.org",
+        "Bäckup of nas <nas@example.org>",
+        '"Backup, \\"nas\\"" <nas@example.org>',
+    ],
+)
 def test_sender(sender: str) -> None:
     """A sender is an address, alone or after a name."""
     made, problems = settings_of({"ATOMTX_NOTIFY_MAIL_FROM": sender})

@@ -21,7 +21,7 @@ from typing import Any
 from .. import history, journalfile, notices, outbox
 from ..errors import AtomtxError, BusyError, EffectError, ExitStatus, Interrupted, UserError
 from ..notices import Facts, NotifySettings
-from ..records import Run
+from ..records import Run, leaves_a_hook
 from ..redact import Redactor
 from ..statedir import RunFolder
 from ..states import Outcome, Verb
@@ -281,7 +281,8 @@ def _send(
 
 def _is_kept_by_service(run: Run, status: ExitStatus) -> bool:
     """Tell whether a service was stopped, as by a shutdown, and its run is kept for the next."""
-    return outbox.is_wanted() and status == ExitStatus.SIGTERM and run.outcome is None
+    is_kept = outbox.is_wanted() and status == ExitStatus.SIGTERM and run.outcome is None
+    return is_kept and not leaves_a_hook(run.steps)
 
 
 def _of_steps(run: Run) -> str | None:

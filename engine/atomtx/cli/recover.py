@@ -26,7 +26,7 @@ from ..executor import Tell
 from ..interrupts import Interrupts
 from ..journal import Journal, NoRunError
 from ..plan import job_key
-from ..records import Run
+from ..records import Run, leaves_a_hook
 from ..settling import Patience, Settled, Settler, abandon
 from ..states import Verb
 from . import NAMED, jobs, json_option, strays
@@ -318,7 +318,8 @@ class _Recover:
     def _tell(self, before: Run, settled: Settled) -> None:
         """Give notice of a run that nobody was at work on."""
         is_left = isinstance(settled.decision, recovery.LeaveAlone | recovery.Adopt)
-        if is_left and not settled.leaves_a_hook:
+        is_new = settled.leaves_a_hook and not leaves_a_hook(before.steps)  # else it was told
+        if is_left and not is_new:
             return
         if self._is_told_by_steps(before):
             return
