@@ -34,6 +34,7 @@ LINUX = {
     "test_time_limit_and_live_paths": "in the namespace layout live paths are brought back",
     "test_killed_anywhere": "test_sweep.py goes through more",
     "test_covered_for_a_while": "it tells nobody that mounts have changed: docs/freebsd.md",
+    "test_covered_before_it_is_watched": "the same",
     "test_machine_that_cannot_be_looked_at": "who waits for a client lists no processes",
 }
 daemons = test_hooks.daemons
