@@ -118,8 +118,18 @@ def check_only(filesystem: str) -> None:
 def _sysfs(filesystem: str, name: str) -> str:
     """Return what sysfs says of a file system; "" where it is not mounted, or the kernel older."""
     with suppress(FileNotFoundError):
-        return (_SYSFS / filesystem / name).read_text().strip()
+        return _attribute(_SYSFS / filesystem / name)
     return ""
+
+
+def _attribute(path: Path) -> str:
+    """Read a file of sysfs; FileNotFoundError also where it goes as it is read."""
+    try:
+        return os.fsdecode(path.read_bytes()).strip()
+    except OSError as exc:
+        if exc.errno != errno.ENODEV:  # kernfs_get_active(), fs/kernfs/dir.c
+            raise
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from exc
 
 
 def devices(filesystem: str) -> list[str]:
@@ -138,7 +148,7 @@ def members() -> dict[str, str]:
             for name in os.listdir(_SYSFS / filesystem / "devices"):
                 with suppress(FileNotFoundError):
                     number = _SYSFS / filesystem / "devices" / name / "dev"
-                    found[number.read_text().strip()] = filesystem
+                    found[_attribute(number)] = filesystem
     return found
 
 
@@ -149,7 +159,7 @@ def _node(device: Path) -> str:
     Some kernels take over whichever is used last, for all to see in the table of mounts.
     """
     with suppress(FileNotFoundError):
-        return "/dev/mapper/" + os.fsdecode((device / "dm" / "name").read_bytes()).strip()
+        return "/dev/mapper/" + _attribute(device / "dm" / "name")
     return "/dev/" + device.name.replace("!", "/")
 
 

@@ -757,3 +757,22 @@ def test_commit_fails(stage: Stage, flat: Flat) -> None:
     assert ended.run
     assert (ended.run.outcome, ended.run.cleanup) == ("completed", "parked")
     assert stage.recover().decisions == [RollForward()]
+
+
+def test_another_is_unmounted(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What sysfs tells of another file system may go while it is read: that is none of ours."""
+    read, asked = Path.read_bytes, []
+    other = "0" * 8 + "-0000-0000-0000-" + "0" * 12
+
+    def going(path: Path) -> bytes:
+        if other in str(path):
+            asked.append(path.name)
+            raise OSError(errno.ENODEV, os.strerror(errno.ENODEV), str(path))
+        return read(path)
+
+    found = btrfsio.mounted()
+    monkeypatch.setattr(btrfsio, "mounted", lambda: [other, *found])
+    monkeypatch.setattr(Path, "read_bytes", going)
+    assert btrfs.problem(disk.uuid) is None
+    assert disk.uuid in btrfsio.members().values()
+    assert "temp_fsid" in asked
