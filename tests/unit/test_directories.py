@@ -349,3 +349,19 @@ def test_another_device(tmp_path: Any) -> None:
     (tmp_path / "link").symlink_to("/etc")
     with pytest.raises(EffectError, match="cannot read"):
         live.opened([Mount(str(tmp_path / "link"), "/x", "plain", "1:1:/")])
+
+
+def test_device_that_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is unplugged meanwhile does not hide the UUID of another one."""
+    for name in ("1111", "2222"):
+        (tmp_path / name).touch()
+
+    def number(device: str) -> str:
+        if device.endswith("1111"):
+            raise FileNotFoundError(device)
+        return "254:77" if device.endswith("2222") else ""
+
+    monkeypatch.setattr(plain, "_BY_UUID", tmp_path)
+    monkeypatch.setattr(plain, "_number", number)
+    entry = Entry(9, 1, "254:77", "/", "/x", "rw", (), "ext4", "none", "rw")
+    assert plain._uuid(entry) == "2222"

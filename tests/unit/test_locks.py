@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import signal
@@ -369,3 +370,35 @@ def test_name_that_is_no_text(
     assert system.here.session_of(child.pid) == os.getsid(child.pid)
     assert child.pid in system.here.session(os.getsid(child.pid))
     assert system.here.start_of(child.pid)
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOENT])
+def test_reaped_leader(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """
+    A number that is a group's or a session's still is no process: nobody is signalled.
+
+    Linux before 6.15 has EINVAL for it (pidfd_prepare in kernel/fork.c), later ones ENOENT for one
+    that is a thread's by now.
+    """
+
+    def refuse(_: int) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "pidfd_open", refuse)
+    with pytest.raises(ProcessLookupError):
+        system.here.watch(os.getpid())
+    assert not locks.send(os.getpid(), signal.SIGTERM, if_still=lambda _: True)
+
+
+def test_thread_that_ends(
+    monkeypatch: pytest.MonkeyPatch, children: list[subprocess.Popen[str]]
+) -> None:
+    """The children of other threads are found, also where one ends as they are looked at."""
+    children.append(subprocess.Popen(("sleep", "60"), text=True))
+    listdir = os.listdir
+
+    def listed(path: str) -> list[str]:
+        return (["4194304"] if path.endswith("/task") else []) + listdir(path)
+
+    monkeypatch.setattr(os, "listdir", listed)
+    assert children[0].pid in system.here.descendants()

@@ -844,3 +844,11 @@ def test_control_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(walk, "_CONTROL", (b".zfs", (watched.tree / ".zfs").stat().st_ino))
     watched.scan()
     assert set(watched.entries()) == {"", "file"}
+
+
+def test_attribute_that_goes(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attribute that is removed between the list and its reading is not there."""
+    path = os.fsencode(watched.tree / "three")
+    before, there = hashing.read_xattrs(path), os.listxattr(path)
+    monkeypatch.setattr(os, "listxattr", lambda *_, **__: [*there, "user.gone"])
+    assert hashing.read_xattrs(path) == before

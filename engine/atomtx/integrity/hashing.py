@@ -176,14 +176,16 @@ def read_xattrs(place: int | bytes) -> bytes | None:
         if exc.errno in _NO_XATTRS:
             return None
         raise
-    return pack(
-        {
-            os.fsencode(name): hashlib.sha256(
-                os.getxattr(place, name, follow_symlinks=follow)
-            ).digest()
-            for name in names
-        }
-    )
+    found = {}
+    for name in names:
+        try:
+            value = os.getxattr(place, name, follow_symlinks=follow)
+        except OSError as exc:
+            if exc.errno != errno.ENODATA:  # it was removed since: the ctime tells, too
+                raise
+        else:
+            found[os.fsencode(name)] = hashlib.sha256(value).digest()
+    return pack(found)
 
 
 @dataclass(frozen=True)

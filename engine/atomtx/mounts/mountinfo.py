@@ -15,6 +15,7 @@ from functools import cached_property
 
 from .. import system
 
+_READS = 20  # of a table that changes all the time
 DELETED = "//deleted"  # fs/d_path.c
 _ESCAPE = re.compile(rb"\\([0-3][0-7]{2})")
 
@@ -142,6 +143,8 @@ def read(pid: int | str = "self") -> Table:
     """
     Read the table of a process; an OSError where it is gone, or /proc is not there.
 
+    The kernel hands out a long one in parts: it is read anew where it has changed meanwhile, as
+    poll(2) tells, because a mount of one part may hang where nothing of the other is any more.
     Where there is only one table it is that of everybody (nullfs.py).
     """
     if not system.here.NAMESPACES:
@@ -149,7 +152,14 @@ def read(pid: int | str = "self") -> Table:
 
         return nullfs.read()
     with open(f"/proc/{pid}/mountinfo", "rb") as file:
-        return parse(file.read())
+        changes = select.poll()
+        changes.register(file, select.POLLPRI)
+        for _ in range(_READS):
+            file.seek(0)
+            data = file.read()
+            if not changes.poll(0):
+                break
+    return parse(data)
 
 
 class Changes:

@@ -32,7 +32,6 @@ MS_BIND, MS_REC, MS_PRIVATE, MS_SLAVE = 0x1000, 0x4000, 0x40000, 0x80000
 MNT_DETACH, UMOUNT_NOFOLLOW = 0x2, 0x8
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_LOOKS = 3  # that agree on trouble with the mounts
 LIVE_BELOW_ROOT = ("/dev", "/proc", "/sys", "/run")
 
 
@@ -198,21 +197,6 @@ class Assembly:
     def displaced(self) -> str | None:
         """
         Tell what happened to our mounts since they were made; None if nothing did.
-
-        The kernel hands out a long table in parts.  In one that was read while the host mounted
-        much anew, one of ours may hang where nothing is any more: what counts is what several
-        looks have found.
-        """
-        found = None
-        for _ in range(_LOOKS):
-            found = self._displacement()
-            if found is None:
-                break
-        return found
-
-    def _displacement(self) -> str | None:
-        """
-        Tell what one look at the table finds.
 
         proc(5): a mount id is reused only after its mount is gone, and the pins keep ours from
         going.  So an equal id is the same mount, on kernels without unique ids (6.8) too.

@@ -7,6 +7,7 @@ Mounts of a run are made in a mount namespace of its own: `mounts/namespace.py`.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import signal
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -109,7 +110,13 @@ def _is_locked(pid: int, descriptor: str) -> bool:
 
 
 def watch(pid: int) -> int:
-    return outlast(lambda: os.pidfd_open(pid))
+    try:
+        return outlast(lambda: os.pidfd_open(pid))
+    except OSError as exc:
+        # It is gone, and its number is a group's or a session's still, or a thread's by now.
+        if exc.errno not in (errno.EINVAL, errno.ENOENT):
+            raise
+        raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH)) from exc
 
 
 def send(pid: int, signum: signal.Signals, *, if_still: Callable[[int], bool]) -> bool:
@@ -170,14 +177,19 @@ def become_reaper() -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
 
 
+def _children(pid: int, task: str) -> list[int]:
+    with suppress(OSError):  # the thread is gone, and its children are another one's
+        return [*map(int, Path(f"/proc/{pid}/task/{task}/children").read_text().split())]
+    return []
+
+
 def descendants() -> list[int]:
     found: list[int] = []
 
     def visit(pid: int) -> None:
         with suppress(OSError):
             for task in os.listdir(f"/proc/{pid}/task"):
-                children = Path(f"/proc/{pid}/task/{task}/children").read_text().split()
-                for child in map(int, children):
+                for child in _children(pid, task):
                     visit(child)
                     found.append(child)
 

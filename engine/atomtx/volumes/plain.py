@@ -198,11 +198,14 @@ def _uuid(entry: Entry) -> str:
         words = ("blkid", "--probe", "--match-tag", "UUID", "--output", "value", device)
         if found := process.run(words).stdout.strip():
             return found
-    with suppress(OSError):
-        for link in sorted(_BY_UUID.iterdir()):
-            if _number(str(link)) == entry.dev:
-                return link.name
-    return ""
+    links = sorted(_BY_UUID.iterdir()) if _BY_UUID.is_dir() else ()
+    return next((link.name for link in links if _leads_to(link, entry.dev)), "")
+
+
+def _leads_to(link: Path, device: str) -> bool:
+    with suppress(OSError):  # a disk was unplugged
+        return _number(str(link)) == device
+    return False
 
 
 def _number(device: str) -> str:
