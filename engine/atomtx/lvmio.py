@@ -270,12 +270,12 @@ def failing(names: Collection[str]) -> str | None:
     thin pool that is full stops or fails whoever writes.  Raises EffectError where that cannot be
     asked.
     """
+    pools = _below(names)  # first: one that is renamed meanwhile is told with its new name
     # --noflush: the status of a thin pool is else not told before all of its writes are done.
     done = _listed(lambda: process.run(("dmsetup", "status", "--noflush")))
     if not done.ok:
         raise done.error("cannot ask for the state of the snapshots")
     told = dict(line.split(": ", 1) for line in done.stdout.splitlines() if ": " in line)
-    pools = _below(names)
     for name in (*names, *pools):
         if name not in told:
             return f"the device {name} is gone"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 from . import clients, credentials, directories, plan, process, selection
@@ -83,7 +84,8 @@ def inventory(
     pools = pools_for(request.names, zfs.pools)
     healthy = {pool.name for pool in pools if pool.health != "SUSPENDED"}
     wanted = healthy if request.all else named & healthy
-    return pools, [facts for pool in sorted(wanted) for facts in zfs.datasets(pool)]
+    listed = (zfs.datasets(pool, may_go=request.all) for pool in sorted(wanted))
+    return pools, [*chain.from_iterable(listed)]
 
 
 def _pools_of(request: Request, table: mountinfo.Table) -> set[str]:

@@ -12,6 +12,7 @@ import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import chain
 
 from . import plan
 from .errors import EffectError, UserError
@@ -156,7 +157,8 @@ def _on_zfs(request: Request, zfs: Zfs, table: mountinfo.Table, listed: _Pools) 
     pools = pools_for(request.names, listed)
     names = {pool.name for pool in pools} if request.all else {Dataset(n).pool for n in asked}
     healthy = _healthy(pools, names, named=not request.all)
-    return choose(request, asked, [f for pool in healthy for f in zfs.datasets(pool)], pools)
+    found = (zfs.datasets(pool, may_go=request.all) for pool in healthy)
+    return choose(request, asked, [*chain.from_iterable(found)], pools)
 
 
 def chosen_subvolumes(

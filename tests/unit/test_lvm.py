@@ -584,6 +584,17 @@ def test_resumed(stage: Stage) -> None:
     assert stage.state["suspended"] == [rows[4]]
 
 
+def test_suspended_for_an_instant(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another job's living `lvcreate` has suspended as it is looked at is no trouble."""
+    volume = stage.volume("data/home")
+    assert volume.origin
+    uuid = f"LVM-{lvmio.plain(volume.pool_guid)}{lvmio.plain(volume.origin.uuid)}"
+    looks = [[lvmio.Device("data-home", uuid, "254:1")], []]
+    monkeypatch.setattr(Lvm, "suspended", lambda _: looks.pop(0))
+    assert stage.kind.trouble([volume]) is None
+    assert looks == []
+
+
 @pytest.mark.parametrize("is_thin", [True, False])
 def test_resumed_of_what_stays_alone(stage: Stage, *, is_thin: bool) -> None:
     """A snapshot that stays, and has no origin any more, concerns no other volume's devices."""

@@ -653,8 +653,28 @@ def test_one_by_one_refused(fake: Fake) -> None:
 
 def test_one_by_one_status(fake: Fake) -> None:
     """Promise 2: an exit status never proves that an effect did not happen."""
-    fake.answer(NO_PROGRAMS, (got(identity(A)), "", 0), ("", "", -9), ("", ABSENT.format(A), 1))
+    killed = ((got(identity(A)), "", 0), ("", "", -9), ("", ABSENT.format(A), 1))
+    fake.answer(NO_PROGRAMS, *killed, ("tank\t1\tONLINE\n", "", 0))
     assert Zfs().destroy([identity(A)], run=RUN) == {A: "done"}
+
+
+def test_one_by_one_exported(fake: Fake) -> None:
+    """Nor does it that one did: with its whole pool gone, the snapshot is on it still."""
+    said = ("", f"cannot open '{A}': no such pool\n", 1)
+    gone = ((got(identity(A)), "", 0), said, ("", ABSENT.format(A), 1))
+    fake.answer(NO_PROGRAMS, *gone, ("other\t1\tONLINE\n", "", 0))
+    assert Zfs().destroy([identity(A)], run=RUN) == {A: "absent"}
+
+
+def test_pool_that_goes_as_it_is_listed(fake: Fake) -> None:
+    """Where all there are are meant, none of a pool that was exported meanwhile are."""
+    gone = ("", "cannot open 'tank': no such pool\n", 1)
+    fake.answer(gone, ("other\t1\tONLINE\n", "", 0))
+    assert Zfs().datasets("tank", may_go=True) == []
+    for answers, may_go in (((gone, ("tank\t1\tFAULTED\n", "", 0)), True), ((gone,), False)):
+        fake.answer(*answers)
+        with pytest.raises(EffectError, match="cannot list the datasets of pool tank"):
+            Zfs().datasets("tank", may_go=may_go)
 
 
 def test_one_by_one_keep(fake: Fake) -> None:

@@ -64,7 +64,7 @@ class LogicalVolumes:
     def trouble(self, volumes: Collection[PlannedVolume]) -> str | None:
         """Tell which volume group is not there, or hangs."""
         try:
-            stuck = _concerned(self._lvm.suspended(), volumes)
+            stuck = self._stuck(volumes)
             if stuck:
                 return f"the device {stuck[0].name} is suspended: `dmsetup resume {stuck[0].name}`"
             there = {group.uuid: group for group in self._lvm.groups()}
@@ -129,22 +129,26 @@ class LogicalVolumes:
         Resume what a command that died has left suspended, and load what its origin should be.
 
         First of all: as long as an origin is suspended, whoever writes to it hangs, and we with
-        it.  A device is seen suspended again and again, as those of a living command are not.
-        Raises EffectError where it cannot be resumed.
+        it.  Raises EffectError where it cannot be resumed.
         """
-        stuck = _concerned(self._lvm.suspended(), volumes)
-        for _ in range(_LOOKS - 1):
-            if not stuck:
-                return
-            time.sleep(_LOOK_S)
-            names = {device.uuid for device in self._lvm.suspended()}
-            stuck = [device for device in stuck if device.uuid in names]
+        stuck = self._stuck(volumes)
         for device in stuck:
             done = self._lvm.run("dmsetup", "resume", device.name)
             if not done.ok:
                 raise done.error(f"cannot resume the device {device.name}")
         if stuck:
             self._refresh(volumes)
+
+    def _stuck(self, volumes: Collection[PlannedVolume]) -> list[Device]:
+        """Return what is seen suspended again and again, as it is not by a living command."""
+        stuck = _concerned(self._lvm.suspended(), volumes)
+        for _ in range(_LOOKS - 1):
+            if not stuck:
+                break
+            time.sleep(_LOOK_S)
+            names = {device.uuid for device in self._lvm.suspended()}
+            stuck = [device for device in stuck if device.uuid in names]
+        return stuck
 
     def _refresh(self, volumes: Iterable[PlannedVolume]) -> None:
         """Have LVM load what its metadata say of the origins; what it complains of is not ours."""

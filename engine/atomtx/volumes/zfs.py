@@ -83,15 +83,18 @@ class Zfs:
         lines = [line.split("\t") for line in lines_of(done.stdout)]
         return [Pool(*words) for words in lines if len(words) == _POOL_COLUMNS]
 
-    def datasets(self, pool: str) -> list[DatasetFacts]:
+    def datasets(self, pool: str, *, may_go: bool = False) -> list[DatasetFacts]:
         """
         Return the file systems and volumes of a pool, parents first.
 
-        Raises EffectError where a mountpoint makes them unreadable: none is left out for that.
+        If it *may_go*, of one that was exported since it was listed there are none.  Raises
+        EffectError where a mountpoint makes them unreadable: none is left out for that.
         """
         columns = "name,type,guid,mountpoint,canmount,mounted,keystatus"
         done = self._run("zfs", "list", "-Hp", "-r", "-t", "filesystem,volume", "-o", columns, pool)
         if not done.ok:
+            if may_go and all(each.name != pool for each in self.pools()):
+                return []
             raise done.error(f"cannot list the datasets of pool {pool}")
         return _facts(done.stdout, pool)
 
@@ -360,10 +363,14 @@ class Zfs:
             return "busy"
         done = self._run("zfs", "destroy", checked(identity.name))
         if self._proven(identity, run) != "ours":
-            return "done"
+            return "done" if self._has_worked(done, identity.name) else "absent"
         if _says_used(done, identity.name):
             return "busy"
         raise done.error(f"cannot destroy {identity.name}")
+
+    def _has_worked(self, done: process.Completed, name: str) -> bool:
+        """Tell whether it is by a command that a snapshot is gone, and not with its whole pool."""
+        return done.ok or any(pool.name == pool_of(name) for pool in self.pools())
 
     def _keep_one(self, identity: Identity, run: str) -> str:
         verdict = self._proven(identity, run)
@@ -401,6 +408,8 @@ class Zfs:
             if _says_used(done, each.name):
                 return "busy"
             return f"error: {done.last_line().rpartition(': ')[2]}"
+        if not self._has_worked(done, each.name):
+            return "absent"
         return "done" if left or not bookmark else "no-bookmark"
 
     def _is_kept(self, name: str, run: str) -> bool:
