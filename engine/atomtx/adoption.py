@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from . import convention
 from .convention import Pattern
-from .errors import UserError
+from .errors import EffectError, UserError
 from .intents import Intent, Mount, MountVolumes
 from .mounts import mountinfo
 from .names import (
@@ -154,10 +154,17 @@ def pick(strays: Iterable[Stray], prefix: str) -> Stray:
 
 
 def plan_of(stray: Stray, pools: Iterable[Pool]) -> Plan:
-    """Return the plan under which a stray run is journaled, only to be undone."""
+    """
+    Return the plan under which a stray run is journaled, only to be undone.
+
+    Raises EffectError where one of its pools is not there any more.
+    """
     guids = {pool.name: pool.guid for pool in pools}
     others = {volume.snapshot for volume in stray.others}
     names = [Snapshot.parse(s.name) for s in stray.snapshots if s.name not in others]
+    for name in names:
+        if name.dataset.pool not in guids:
+            raise EffectError(f"the pool {name.dataset.pool} is not there any more")
     volumes = (
         *(
             PlannedVolume(

@@ -62,6 +62,7 @@ def check(state: Path) -> Report:
     Raises JournalError where it cannot be read, or is no journal of this release's.
     """
     report = Report(state / journalfile.NAME)
+    used = _used(state)  # before the journal, which has a run before its runner begins
     known: frozenset[str] = frozenset()
     try:
         with copying.private(report.journal, lambda source: _identify(source, report)) as copy:
@@ -73,7 +74,7 @@ def check(state: Path) -> Report:
     except JournalDamagedError as exc:
         report.damage(exc.cause)
         return report  # what is unknown to it may be known to its lost pages
-    for run in _strays(state, known):
+    for run in sorted(used - known):
         report.note(
             f"runs/{run} is of a run that is not in the journal, and whose client was started: "
             "the journal was set aside, lost or rolled back since"
@@ -193,9 +194,7 @@ def _of_undo(step: sqlite3.Row, undo: intents.Intent, row: sqlite3.Row | None) -
         yield f"step {row['id']} ({row['kind']}) does not undo step {step['id']} ({step['kind']})"
 
 
-def _strays(state: Path, known: frozenset[str]) -> list[str]:
-    """Return the runs that had a runner and are not *known*."""
+def _used(state: Path) -> frozenset[str]:
+    """Return the runs that had a runner."""
     folders = (state / "runs").iterdir() if (state / "runs").is_dir() else ()
-    return sorted(
-        path.name for path in folders if path.name not in known and RunFolder(path).was_used()
-    )
+    return frozenset(path.name for path in folders if RunFolder(path).was_used())

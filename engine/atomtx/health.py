@@ -126,8 +126,10 @@ def _of_last(job: Job, now: datetime) -> _Reason | None:
     return Level.WARNING, f"the last run {how} {when}{why} (`atomtx show {run.id[:8]}`)"
 
 
-def _of_open(run: Run, situation: str) -> _Reason:
+def _of_open(run: Run, situation: str) -> _Reason | None:
     match situation:
+        case "ended":  # since it was listed
+            return None
         case "parked":
             words = f"the cleanup of run {run.id[:8]} is parked"
         case "orphaned":

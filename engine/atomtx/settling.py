@@ -203,6 +203,9 @@ class Settler:
             with front(folder) as lock:
                 if lock is None:
                     return recovery.decide(run, Probes(front_alive=True), self._wish())
+                run = self._journal.load(run.id)
+                if run.is_final:
+                    return _ENDED
                 decision, probes = self._look(run, folder, Kinds.real(lock))
             # Without lock F, which says that somebody is at work: that may take minutes.
             is_asked = self._wants_client(run, decision)

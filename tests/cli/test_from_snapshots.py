@@ -144,6 +144,20 @@ def test_failed(scene: Scene, typed: Typed) -> None:
     assert {tuple(holds) for _, _, holds in kept(scene)} == {()}
 
 
+def test_gone_meanwhile(scene: Scene, typed: Typed) -> None:
+    """A moment that somebody destroys while one before it is saved is told; the rest is saved."""
+    for text in ("one", "two", "three"):
+        snap(scene, typed, text, *SETS)
+    gone = sorted(name for name in scene.pool["snapshots"] if name.startswith("tank/a@"))[1]
+    pool = str(scene.home / "pool.json")
+    code = f"import json; p = json.load(open({pool!r})); p['snapshots'].pop({gone!r}, 0)"
+    scene.behave(f"python3 -c \"{code}; json.dump(p, open({pool!r}, 'w'))\"\n")
+    done = typed("backup", *SETS, "--command", scene.client, "--from-snapshots")
+    assert done.returncode == 3, done.stderr
+    assert f"is not saved: {gone} was destroyed meanwhile" in done.stderr
+    assert scene.copies() == ["one one", "three three"]
+
+
 def jobs(scene: Scene, **of_jobs: str) -> str:
     """Write a configuration with jobs of both datasets, each with its own further lines."""
     path = scene.home / "atomtx.toml"

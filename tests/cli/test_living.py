@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from atomtx import health, history
+from atomtx.cli import status
+from atomtx.cli.status import standing
 from atomtx.intents import (
     AFTER_SUCCESS,
     AROUND_SNAPSHOT,
@@ -73,6 +78,20 @@ def hold(state: State) -> Iterator[Hold]:
     for child in started:
         child.kill()
         child.communicate()
+
+
+def test_ended_meanwhile(state: State) -> None:
+    """A run that ends between the look at its row and that at its locks is not interrupted."""
+    folder = state.add_run(a_run(1, state="backing-up", outcome=None))
+    (seen,) = history.open_runs(state.journal.path)
+    assert standing(state.path, seen)[0] == seen
+    with closing(sqlite3.connect(state.journal.path)) as connection:
+        connection.execute(COMPLETED)
+        connection.commit()
+    now, life = standing(state.path, seen)
+    assert (now.outcome, life.any) == ("completed", False)
+    assert health._of_open(now, status.situation(now, life)) is None
+    assert folder.path.exists()
 
 
 def situation(atomtx_: Run) -> dict[str, object]:

@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -179,6 +180,20 @@ def test_strays(state: Path) -> None:
     assert report.ok
     assert [f.kind for f in report.findings] == [NOTE] * 4
     assert [f.text.split()[0] for f in report.findings] == [f"runs/{n:016x}" for n in range(4)]
+
+
+def test_begun_meanwhile(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that begins while the journal is looked at is not taken for one of a lost journal."""
+    Journal.open(state).close()
+    look = audit._look
+
+    def beginning(*words: Any) -> frozenset[str]:
+        found = look(*words)
+        RunFolder.of(state, RUN).make().log.touch()
+        return found
+
+    monkeypatch.setattr(audit, "_look", beginning)
+    assert audit.check(state).findings == []
 
 
 def test_half_made_change(state: Path) -> None:

@@ -406,6 +406,7 @@ def test_ended_meanwhile(scene: Scene) -> None:
     def work(journal: Journal, tell: Tell, interrupts: Interrupts, ended: Ended) -> None:
         (run,) = journal.open_runs()
         Settler(journal, Interrupts(), Tell()).settle(run)
+        assert Settler(journal, interrupts, tell).decide(run) == settling._ENDED
         settled = Settler(journal, interrupts, tell).settle(run)
         ended.run, ended.decisions = settled.run, [settled.decision]
         assert settled.has_ended_before

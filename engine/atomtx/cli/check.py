@@ -14,7 +14,7 @@ from ..errors import AtomtxError, UserError
 from ..health import Level, Limits, Verdict, is_regular, judge
 from ..words import printable, seconds
 from . import echo, json_option, render, wants_json
-from .status import Life, situation
+from .status import situation, standing
 
 _SHOWN = 5  # a pager shows one short line
 
@@ -136,13 +136,12 @@ def _is_named(job: history.Job, names: Iterable[str]) -> bool:
 
 def _situations(state: Path, job: history.Job) -> dict[str, str]:
     try:
-        lives = {run.id: Life.of(statedir.RunFolder.of(state, run.id)) for run in job.open}
+        return {run.id: situation(*standing(state, run)) for run in job.open}
     except PermissionError as exc:
         raise UserError(
             f"cannot tell whether a run is at work: {exc.filename}: permission denied",
             hint="run it as root",
         ) from exc
-    return {run.id: situation(run, lives[run.id]) for run in job.open}
 
 
 # -- telling -----------------------------------------------------------------------------------

@@ -91,6 +91,11 @@ def _save(
             interrupts.stop()
             is_last = len(statuses) + 1 == len(backlog.todo)
             made = catchup.plan_of(backlog.of_job, moment, run=RunId.new(), is_last=is_last)
+            gone = _gone(made) if statuses else None  # the one before it may have taken hours
+            if gone:
+                show.warn(f"{moment.name} is not saved: {gone} was destroyed meanwhile")
+                statuses.append(ExitStatus.PARTIAL)
+                continue
             show.step(f"{moment.name}, {_when(moment)}:")
             for lost in moment.lost:
                 show.note(str(lost))
@@ -102,6 +107,16 @@ def _save(
         raise
     _tell_left(backlog, sum(status in DONE for status in statuses), show)
     return statuses
+
+
+def _gone(made: Plan) -> str | None:
+    """Return a snapshot of a moment that somebody has destroyed since it was found."""
+    found = Zfs().identities([volume.snapshot for volume in made.volumes])
+    for volume in made.volumes:
+        there, known = found.get(volume.snapshot), volume.existing
+        if there is None or (known and there.guid != known.guid):
+            return volume.snapshot
+    return None
 
 
 def told_of_no_run(backlog: Backlog) -> tuple[Outcome, str] | None:

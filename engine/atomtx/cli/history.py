@@ -81,12 +81,15 @@ def _job(run: Run) -> str:
 
 def _outcome(run: Run, state: Path) -> str:
     """Return the outcome; for an open run also how it stands."""
+    how = ""
+    if not run.is_final:
+        from .status import situation, standing
+
+        run, life = standing(state, run)
+        how = situation(run, life)
     if run.is_final:
         after = ", a step after it failed" if run.failed_after else ""
         return (run.outcome or "-") + after + _live(run)
-    from .status import Life, situation
-
-    how = situation(run, Life.of(statedir.RunFolder.of(state, run.id)))
     return (f"{run.outcome}, {how}" if run.outcome else how) + _live(run)
 
 

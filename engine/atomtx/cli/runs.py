@@ -160,7 +160,7 @@ def settle(
         commands=commands,
         told=of_step,
     )
-    others, found = 0, False
+    others, found = [], False
     there = journal.open_runs()
     ours = {run.id for run in there if run.job == job}
     for run in there:
@@ -168,16 +168,25 @@ def settle(
         if run.of_run in ours:  # settled with that
             continue
         if run.job != job:
-            others += not locks.is_held(RunFolder.of(journal.state, run.id).front_lock)
+            others.append(run.id)
         elif run.is_parked:
             _try_parked(settler, run, show)
         else:
             _settle_one(settler, run, show, told)
         interrupts.stop()
     if others:
-        runs = "run of another job is" if others == 1 else "runs of other jobs are"
-        show.note(f"{others} {runs} unfinished: `atomtx recover`")
+        _tell_of_others(journal, others, show)
     return found
+
+
+def _tell_of_others(journal: Journal, others: Sequence[str], show: Reporter) -> None:
+    """Tell how many of them nobody is at work on, now: to settle ours may have taken hours."""
+    folders = [RunFolder.of(journal.state, run) for run in others]
+    idle = [folder.path.name for folder in folders if not locks.is_held(folder.front_lock)]
+    count = sum(run.id in idle for run in journal.open_runs()) if idle else 0
+    if count:
+        runs = "run of another job is" if count == 1 else "runs of other jobs are"
+        show.note(f"{count} {runs} unfinished: `atomtx recover`")
 
 
 def _try_parked(settler: Settler, run: Run, show: Reporter) -> None:

@@ -48,6 +48,16 @@ def situation(run: history.Run, life: Life) -> str:
     return "parked" if run.is_parked else "interrupted"
 
 
+def standing(state: Path, run: history.Run) -> tuple[history.Run, Life]:
+    """
+    Return a run as it stands, with who is at work on it.
+
+    Who is gone meanwhile has written the run's end first: it is read once more.
+    """
+    life = Life.of(RunFolder.of(state, run.id))
+    return (run if life.any else history.run(state / journalfile.NAME, run.id)), life
+
+
 ADVICE: Mapping[str, str] = {
     "orphaned": "its front end is gone, its client goes on: `atomtx recover` takes it over",
     "interrupted": "nobody is at work on it: run `atomtx recover`",
@@ -81,7 +91,8 @@ def status(as_json: bool) -> ExitStatus:
       2  wrong usage, or no permission
     """
     state = statedir.find()
-    entries = [_entry(state, run) for run in history.open_runs(state / journalfile.NAME)]
+    found = [standing(state, run) for run in history.open_runs(state / journalfile.NAME)]
+    entries = [_entry(state, run, life) for run, life in found if not run.is_final]
     if as_json:
         echo(render.to_json(entries))
     elif entries:
@@ -91,9 +102,8 @@ def status(as_json: bool) -> ExitStatus:
     return ExitStatus.COMPLETED
 
 
-def _entry(state: Path, run: history.Run) -> dict[str, Any]:
+def _entry(state: Path, run: history.Run, life: Life) -> dict[str, Any]:
     folder = RunFolder.of(state, run.id)
-    life = Life.of(folder)
     how = situation(run, life)
     return {
         "run": run.id,

@@ -114,7 +114,8 @@ class Strays:
             patterns=(*jobs.patterns(self._config_path), *given),
             keepers=(*btrfs.keepers(), *lvm.keepers(on_lvm)),
         )
-        return tuple(strays)
+        known = set(journal.known()) if journal else ()  # once more: of what began meanwhile
+        return tuple(stray for stray in strays if stray.run not in known)
 
 
 def _zfs() -> Zfs | None:
