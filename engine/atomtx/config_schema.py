@@ -91,16 +91,17 @@ class Job:
 
     volumes: tuple[str, ...] = key(
         Words(),
-        "Datasets, or paths where they are mounted.",
+        "ZFS datasets by name or mountpoint, btrfs subvolumes by path, logical volumes as VG/LV or "
+        "by path; or directories in these.",
         (),
         unset="none",
         example=["tank/home"],
     )
-    recursive: bool = key(Flag(), "Include the children of each dataset.", False)
-    all: bool = key(Flag(), "All mounted datasets of all pools, in place of volumes.", False)
+    recursive: bool = key(Flag(), "Include what lies below each volume.", False)
+    all: bool = key(Flag(), "All mounted datasets of all ZFS pools, in place of volumes.", False)
     exclude: tuple[str, ...] = key(
         Words(),
-        "Datasets to leave out, with their children.",
+        "Volumes to leave out, with what is below.",
         (),
         unset="none",
         example=["tank/home/scratch"],
@@ -229,7 +230,7 @@ class Job:
     keep_history: int = key(
         Span(),
         "Forget runs of any job that ended longer ago. "
-        "0: all but the last whole one of each, one beside it, and those of the last minute.",
+        "0: all but the last whole one of each job, one more of it, and those of the last minute.",
         _YEAR_S,
     )
     nice: int = key(Number(0, 19), "The client's niceness.", 0)
@@ -281,7 +282,7 @@ class Job:
     )
     notify_on: tuple[str, ...] = key(
         Words(),
-        f"What mail and command are told of: {', '.join(Event)}.",
+        f"What mail, command and apprise are told of: {', '.join(Event)}.",
         (),
         unset="all but completed",
         example=["failed", "parked"],

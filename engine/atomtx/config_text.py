@@ -76,7 +76,7 @@ def _comment(text: str) -> list[str]:
 def _new_job(name: str) -> Iterator[str]:
     yield f"# `atomtx backup {name}`; try `atomtx backup --dry-run {name}` first."
     yield f"[jobs.{toml_key(name)}]"
-    yield "# Datasets, or paths where they are mounted."
+    yield "# Datasets by name or mountpoint; subvolumes by path; logical volumes as VG/LV."
     yield f'volumes = ["tank/{name}"]'
     yield "recursive = true"
     yield 'client = "restic"'

@@ -20,6 +20,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 import traceback
@@ -62,7 +63,8 @@ def main(argv: Sequence[str]) -> int:
     os.close(sink)
     results = os.open(options.results, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     children = [_fork_worker(n, cases, source, results) for n in range(options.workers)]
-    return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
+    statuses = [os.waitpid(child, 0)[1] for child in children]
+    return int(any(statuses))
 
 
 def import_everything() -> None:
@@ -142,9 +144,16 @@ def _disturbed(
     stage.check_disturbed(ended)
     if crashing.at and crashing.at not in ended.points:
         stage.violations.append(f"{ended.argv[0]} never passed {crashing.at}: {ended.output}")
-    if crashing.inject and not ended.calls:
+    if crashing.inject and not _was_injected(crashing, ended):
         stage.violations.append(f"{ended.argv[0]} never came to {crashing.inject}")
     return ended
+
+
+def _was_injected(crashing: Crashing, ended: Ended) -> bool:
+    """Tell whether the call that was to be disturbed was made, and whether that has killed."""
+    nth = int(crashing.inject.rpartition("when=")[2])
+    kills_front = "signal=KILL" in crashing.inject and crashing.of == "front"
+    return len(ended.calls) >= nth and (ended.status == -signal.SIGKILL or not kills_front)
 
 
 if __name__ == "__main__":

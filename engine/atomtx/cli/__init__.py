@@ -25,7 +25,7 @@ from ..errors import AtomtxError, ExitStatus, Interrupted, UserError
 # name -> ("module:attribute", short help), in the order in which --help shows them
 COMMANDS = {
     "backup": ("atomtx.cli.backup:backup", "Back up the named volumes as they are at one moment."),
-    "snap": ("atomtx.cli.snap:snap", "Take snapshots that stay, of one moment."),
+    "snap": ("atomtx.cli.snap:snap", "Take snapshots that stay."),
     "prune": ("atomtx.cli.prune:prune", "Destroy kept snapshots that no rule keeps."),
     "unsnap": ("atomtx.cli.unsnap:unsnap", "Destroy what `atomtx snap --transient` took."),
     "clone": ("atomtx.cli.clone:clone", "Send kept snapshots to other pools and machines."),

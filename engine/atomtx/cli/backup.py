@@ -155,8 +155,8 @@ class _WithClientOptions(click.Command):
     "--keep-history",
     metavar="TIME",
     show_default=jobs.without("keep-history"),
-    help="Forget runs that ended longer ago. 0: all but the last whole one of each, one beside it, "
-    "and those of the last minute.",
+    help="Forget runs that ended longer ago. 0: all but the last whole one of each job, one more "
+    "of it, and those of the last minute.",
 )
 @click.option("-n", "--dry-run", is_flag=True, help="Print the plan, change nothing.")
 @click.option("--quiet", is_flag=True, help="Print warnings and errors alone.")

@@ -45,7 +45,7 @@ _SHOWN = 3
 @json_option
 def snap(names: tuple[str, ...], as_json: bool, quiet: bool, **options: Any) -> ExitStatus:
     """
-    Take snapshots that stay, of one moment.
+    Take snapshots that stay.
 
     All of a pool of ZFS are taken in one transaction, and volumes (zvols) and datasets that are
     not mounted with them. Subvolumes of btrfs, named by their paths, and thin volumes of LVM,
