@@ -53,7 +53,7 @@ WIDER = $(shell grep -rlE 'tests\.extent|mark\.full' tests --include='test_*.py'
 crash-full: export ATOMTX_VM_CPUS ?= 2
 crash-full: $(READY)
 	$(BIN)/python -m tests.crash.full
-	ATOMTX_CRASH=full $(BIN)/pytest $(WIDER)
+	ATOMTX_CRASH=full $(BIN)/pytest -o faulthandler_timeout=0 $(WIDER)
 
 mutants: $(READY)
 	nice $(BIN)/python -m tests.mutants.run $(MUTANTS)

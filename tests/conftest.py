@@ -25,6 +25,8 @@ FOREIGN = (
     "ATOMTX_NOTIFY_",
     "ATOMTX_PING_",
     "ATOMTX_SENDMAIL",
+    *("NOTIFY_SOCKET", "INVOCATION_ID", "SERVICE_RESULT", "MONITOR_", "CREDENTIALS_DIRECTORY"),
+    *("TMPDIR", "RCLONE_"),
     "STATE_DIRECTORY",
     "RUNTIME_DIRECTORY",
     "RESTIC_",
@@ -91,10 +93,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Fail where a test was skipped and none may be: `.ci/run` says so."""
+    """Fail where a test was skipped and none may be, and say which: `.ci/run` wants it so."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    if os.environ.get("ATOMTX_NO_SKIPS") and reporter and reporter.stats.get("skipped"):
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    if os.environ.get("ATOMTX_NO_SKIPS") and reporter:
+        for report in reporter.stats.get("skipped", ()):
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+            reporter.line(f"skipped, and nothing may be: {report.nodeid}")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -239,13 +239,18 @@ class Scene:
         if pid == 0:
             self._become(work, kill, answer)
         pidfd = os.pidfd_open(pid)
-        if not select.select([pidfd], [], [], self.hangs_s)[0]:
+        hangs = not select.select([pidfd], [], [], self.hangs_s)[0]
+        if hangs:
             os.kill(pid, signal.SIGKILL)
         os.close(pidfd)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        assert not hangs, f"the front end hangs: {(self.home / 'points').read_text()}"
         ended: Ended = pickle.loads(answer.read_bytes()) if answer.exists() else Ended()
         ended.status = status
         ended.points = (self.home / "points").read_text().splitlines()
+        at = kill.get("at", "")
+        if status == -signal.SIGKILL and not at.startswith("#"):
+            assert at in ["", *ended.points], f"killed, but never at {at}: {ended.points}"
         return ended
 
     def _become(self, work: Callable[..., None], kill: dict[str, Any], answer: Path) -> None:
@@ -269,7 +274,11 @@ class Scene:
         except BaseException:
             traceback.print_exc()
             os._exit(70)
-        answer.write_bytes(pickle.dumps(ended))
+        try:
+            answer.write_bytes(pickle.dumps(ended))
+        except BaseException:
+            traceback.print_exc()
+            os._exit(71)
         os._exit(0)
 
     def _play_along(self, crash: Crash) -> None:

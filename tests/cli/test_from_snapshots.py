@@ -87,7 +87,7 @@ def snap(scene: Scene, typed: Typed, text: str, *datasets: str) -> None:
     scene.play(now=scene.pool["now"] + 60)
     words = ("snap", *datasets, "--pattern", "s-%Y%m%d%H%M%S")
     while (done := typed(*words)).returncode == 2:  # still the same second
-        pass
+        assert "there is a snapshot" in done.stderr, done.stderr
     assert done.returncode == 0, done.stderr
 
 

@@ -18,7 +18,7 @@ from tests.cli.conftest import Run
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="units are root's")
 CONFIG = """
 [jobs.home]
-volumes = ["tank/home"]
+volumes = ["no-such-pool/home"]
 client = "restic"
 environment = {{ RESTIC_REPOSITORY = "/srv/restic" }}
 notify-command = ["{tell}"]

@@ -295,7 +295,7 @@ def test_reminder(path: Path, atomtx_: Run) -> None:
         line = [line for line in done.stderr.splitlines() if line.startswith("note:")][-1]
         assert f"a damaged journal lies aside at {kept}" in line
         assert f"a damaged one lies aside at {kept}" in atomtx_("doctor").stdout
-        done = atomtx_("backup", "tank/a", "--command", "true")
+        done = atomtx_("backup", "no-such-pool/a", "--command", "true")
         assert f"note: a damaged journal lies aside at {kept}" in done.stderr
     kept.unlink()
     assert "aside" not in atomtx_("recover").stderr

@@ -63,7 +63,7 @@ def snap(scene: Scene, typed: Typed, text: str, *words: str) -> str:
     before = set(scene.pool["snapshots"])
     words = ("snap", "-a", "--pattern", "s-%Y%m%d%H%M%S", *words)
     while (done := typed(*words)).returncode == 2:  # still the same second
-        pass
+        assert "there is a snapshot" in done.stderr, done.stderr
     assert done.returncode == 0, done.stderr
     names = set(scene.pool["snapshots"]) - before
     (name,) = {str(each.partition("@")[2]) for each in names}

@@ -174,8 +174,8 @@ def test_job(scene: Scene, typed: Typed) -> None:
     )
     words = ("--config", config, "home")
     for _ in range(3):
-        while typed("snap", *words).returncode == 2:  # still the same second
-            pass
+        while (done := typed("snap", *words)).returncode == 2:  # still the same second
+            assert "there is a snapshot" in done.stderr, done.stderr
     assert len(names(scene)) == 6
     assert {name.split("@")[1][:3] for name in names(scene)} == {"j-2"}
     assert (scene.home / "hooked").read_text().split() == ["snapshot"] * 6

@@ -57,6 +57,8 @@ def test_recovery_is_disturbed_too(field: Field, scenario: str, count: int) -> N
     cases = [case for run in runs for case in field.again(run)]
     results = field.play(sample(cases, count, SEED))
     assert violations(results) == []
+    assert len(results) == count
+    assert all([each[1] for each in r.ended[:2]] == [-9, -9] for r in results)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ _PYTEST = (
     *("-m", "pytest", "-q", "--no-header", "--tb=line", "-rfE"),
     *("-p", "no:cacheprovider", "-p", "no:xdist"),
 )
+_RAN_NONE = (3, 4, 5)  # pytest's exit codes: an error of its own, of usage, no tests
 # What a test waits for at most: a mutant often makes it wait in vain.
 _PATIENCE = (("PATIENCE_S = 60.0", "PATIENCE_S = 15.0"), ("HANGS_S = 60.0", "HANGS_S = 40.0"))
 
@@ -154,7 +155,17 @@ class Bench:
 
 
 def _verdict(status: int, out: str) -> Verdict:
-    return Verdict(None if status == 0 else (failures(out) or [_last_words(out)])[0])
+    """
+    Judge how pytest ended: a test failed, or none did, or it was ended itself, as by a hang.
+
+    SystemExit where it ran no test, or the mutant could not be put in: that finds nothing.
+    """
+    if status == 0:
+        return Verdict(None)
+    found = failures(out)
+    if status in _RAN_NONE or (status == 1 and not found):
+        raise SystemExit(f"no trial: pytest ended with {status}: {_last_words(out)}")
+    return Verdict((found or [_last_words(out)])[0])
 
 
 def failures(out: str) -> list[str]:

@@ -791,7 +791,7 @@ def test_killed_anywhere(tmp_path: Path, who: str) -> None:
     """Promise 5: killed at any point, no hook is left without its undo; nor in the recovery."""
     (tmp_path / "first").mkdir()
     found = _points(Scene(tmp_path / "first"))
-    wrong = []
+    wrong, again = [], 0
     for n, point in enumerate(some(found[found.index("journal:planned#1") :], 9)):
         (tmp_path / str(n)).mkdir()
         scene = Scene(tmp_path / str(n))
@@ -799,7 +799,9 @@ def test_killed_anywhere(tmp_path: Path, who: str) -> None:
         killed = scene.backup(made, at=point, who=who)
         assert killed.status == -signal.SIGKILL, point
         first = scene.recover(at=f"#{3 * n % 40 + 1}", who=who)
+        again += first.status == -signal.SIGKILL
         last = scene.recover()
+        assert (last.status, last.raised) == (0, None), point
         wrong += [f"{point}: {thing}" for thing in (*scene.left(), *in_force(scene))]
         ran = did(scene)
         if ran.count("stop") and "start" not in ran[len(ran) - ran[::-1].index("stop") :]:
@@ -812,6 +814,7 @@ def test_killed_anywhere(tmp_path: Path, who: str) -> None:
             wrong.append(f"{point}: no copy: {scene.rows('SELECT * FROM runs')}")
         scene.close()
     assert wrong == []
+    assert again > 0
 
 
 def test_hook_and_we_are_told(scene: Scene) -> None:

@@ -884,6 +884,7 @@ def test_full_disk_without_reserve(tmp_path: Path) -> None:
     """It is the reserve that makes the difference: without it the same undo finds no room."""
     done = python(_FULL, str(tmp_path), "no reserve")
     assert done.returncode != 0
+    assert done.stdout == "refused\n"
     assert "JournalFullError" in done.stderr
 
 

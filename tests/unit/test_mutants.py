@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.mutants import results, run
+from tests.mutants import results, run, trial
 from tests.mutants.results import Results, Trial
 from tests.mutants.seeded import trial_of, written
-from tests.mutants.trial import Verdict
+from tests.mutants.trial import CHECKOUT, Verdict
 
 _TRIAL = Trial("key", {"engine/atomtx/locks.py": "whole"}, (), "body")
 _KILLER = Verdict("tests/unit/test_mutants.py::test_seeded")
@@ -19,10 +20,39 @@ _KILLER = Verdict("tests/unit/test_mutants.py::test_seeded")
 @pytest.mark.parametrize("mutant", written(), ids=lambda mutant: mutant["name"])
 def test_seeded(mutant: dict[str, str]) -> None:
     """A seeded defect is a program, so that it is found by a test, and not for its syntax."""
-    trial = trial_of(mutant)
-    for path, text in trial.files.items():
+    made = trial_of(mutant)
+    for path, text in made.files.items():
         compile(text, path, "exec")
-    assert trial.tests
+    files = [CHECKOUT / word for word in made.tests if word.startswith("tests/")]
+    assert files
+    assert all(file.exists() for file in files)
+    words = " ".join(file.read_text() for file in files if file.is_file()).lower()
+    likes = re.findall(r"\w+", mutant.get("like", "")) if all(f.is_file() for f in files) else []
+    assert all(like in words for like in likes if like not in ("and", "or", "not"))
+
+
+@pytest.mark.parametrize(
+    ("status", "out", "killer"),
+    [
+        (0, "3 passed", None),
+        (1, "FAILED tests/a.py::test_b - no\n1 failed", "tests/a.py::test_b"),
+        (2, "ERROR tests/a.py - no\n1 error", "tests/a.py"),
+        (-9, "no end within the time", "(no end within the time)"),
+    ],
+)
+def test_verdict(status: int, out: str, killer: str | None) -> None:
+    """A mutant is found by a test that fails, or by one that never ends."""
+    assert trial._verdict(status, out) == Verdict(killer)
+
+
+@pytest.mark.parametrize(
+    ("status", "out"),
+    [(5, "145 deselected"), (4, "ERROR: file or directory"), (1, "KeyError: 'f'")],
+)
+def test_no_trial(status: int, out: str) -> None:
+    """Where no test ran, or the mutant was not put in, nothing is found."""
+    with pytest.raises(SystemExit, match="no trial"):
+        trial._verdict(status, out)
 
 
 @pytest.mark.parametrize("verdict", [_KILLER, Verdict(None)], ids=["found", "not found"])

@@ -116,11 +116,13 @@ def sums(vm: Machine, snapshot: str) -> str:
     dataset = snapshot.partition("@")[0]
     if dataset.endswith("vol"):
         device = f"/dev/zvol/{snapshot}"
-        return vm.run(
+        found = vm.run(
             f"zfs set snapdev=visible {dataset} && udevadm settle &&"
             f" until test -e {device}; do sleep 0.1; done; sha256sum < {device};"
             f" zfs inherit snapdev {dataset}; udevadm settle"
         ).stdout
+        assert found
+        return found
     load = f"echo {PASSPHRASE!r} | zfs load-key {dataset} 2>/dev/null;" if "enc" in dataset else ""
     unload = f"zfs unload-key {dataset};" if "backup" in dataset and load else ""
     found = vm.run(
