@@ -485,11 +485,11 @@ def test_tree_is_taken(scene: Scene) -> None:
     used.mkdir(parents=True)
     (used / "file").write_text("mine")
     ended = scene.backup(scene.plan("tank/a", root=str(root), layout="tree"))
-    reason = f"{used} is not an empty directory (empty it, or choose another --root)"
-    check_failed(scene, ended, str(ended.run and ended.run.reason))
     assert ended.run
-    assert ended.run.reason
-    assert ended.run.reason.startswith(reason.partition(" (")[0])
+    reason, _, advice = str(ended.run.reason).partition(" (")
+    assert reason == f"{used} is not an empty directory"
+    assert "another --root" in advice
+    check_failed(scene, ended, f"{reason} ({advice}")
     assert (used / "file").read_text() == "mine"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Collection
 
@@ -9,6 +10,7 @@ from tests.vm.machine import Machine
 from tests.vm.remote import atomtx
 
 LOOK = "/root/look.py"
+_RUN = re.compile(r"atomtx-[0-9a-f]{16}")  # the tag of a run's holds
 
 
 def make_pool(vm: Machine, name: str, disk: str, options: str = "") -> None:
@@ -34,8 +36,16 @@ def fill(vm: Machine, folder: str, *, files: int, size_bytes: int) -> None:
 
 
 def leftovers(vm: Machine, *, foreign: Collection[str] = ()) -> list[str]:
-    """Return what any run has left on the machine; *foreign*: names of snapshots not to count."""
+    """
+    Return what any run has left on the machine.
+
+    *foreign* names snapshots not to count, with the holds on them that are no run's.
+    """
     answer = atomtx(vm, script=LOOK)
     assert answer.status == 0, answer.output
-    lines = answer.stdout.splitlines()
-    return [line for line in lines if line.split(" ", 1)[1].split("\t")[0] not in foreign]
+    return [line for line in answer.stdout.splitlines() if not _is_foreign(line, foreign)]
+
+
+def _is_foreign(line: str, foreign: Collection[str]) -> bool:
+    name, *tags = line.split(" ", 1)[1].split("\t")
+    return name in foreign and not any(_RUN.fullmatch(tag) for tag in tags[:1])

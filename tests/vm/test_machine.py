@@ -74,6 +74,9 @@ def test_leftovers(vm: Machine) -> None:
         "mount tank/a\\040b@atomtx-1",
     ]
     assert leftovers(vm, foreign=["tank/a b@atomtx-1"]) == found[2:]
+    vm.run("zfs hold atomtx-0123456789abcdef 'tank/a b@atomtx-1'")
+    left = [line.split("\t")[:2] for line in leftovers(vm, foreign=["tank/a b@atomtx-1"])]
+    assert ["hold tank/a b@atomtx-1", "atomtx-0123456789abcdef"] in left
 
 
 @pytest.mark.parametrize("started", [False, True])
