@@ -68,14 +68,18 @@ python3 {FILES} make {" ".join(path for _, path in KINDS.values())}
 sync
 """
 
-# The first time the client is stopped when it has begun to write, so that it is killed there.
+# The first time the client is stopped when it has begun to write, so that it is killed there.  It
+# stands still while that is looked for: what is left to write then takes it less than a look.
 _WRAPPER = """
 case "$*" in *@WORD@*) ;; *) exec @PROGRAM@ "$@" ;; esac
 test -e /root/stopped && exec @PROGRAM@ "$@"
 touch /root/mark
 @PROGRAM@ "$@" & client=$!
-until find @WRITES@ -type f -newer /root/mark -size +0 | grep -q .; do sleep 0.05; done
-kill -STOP $client
+while kill -STOP $client; do
+  find @WRITES@ -type f -newer /root/mark -size +0 | grep -q . && break
+  kill -CONT $client
+  sleep 0.01
+done
 touch /root/stopped
 wait
 """
